@@ -1,0 +1,64 @@
+"""What the destination checks in a Hello before anything happens. Pure.
+
+Every field that does not fit is named: the operator at the other end reads it.
+"""
+
+from __future__ import annotations
+
+import uuid
+
+from .._version import __version__
+from ..transport.errors import PeerRefused
+from ..transport.messages import MAX_BLOCK_SIZE, MAX_BLOCKS, MAX_WORKERS, PROTOCOL, Block, Hello
+from ..transport.pages import PAGE_SIZE
+from ..transport.wire import MAX_BATCH_PAGES
+
+# Host pages that can exist: 4 KiB to 1 GiB.
+_LARGEST_HOST_PAGE = 1 << 30
+
+
+def check_hello(hello: Hello, expected_kind: str | None) -> None:
+    """PeerRefused with the field that does not match, if one does not."""
+    if hello.protocol != PROTOCOL:
+        raise _refusal("protocol", hello.protocol, f"{PROTOCOL} (pageferry {__version__})")
+    try:
+        uuid.UUID(hello.uuid)
+    except ValueError:
+        raise _refusal("uuid", hello.uuid, "a uuid") from None
+    if expected_kind is not None and hello.kind != expected_kind:
+        raise _refusal("kind", hello.kind, expected_kind)
+    if not 1 <= hello.workers <= MAX_WORKERS:
+        raise _refusal("workers", hello.workers, f"1 to {MAX_WORKERS}")
+    if not 1 <= hello.batch_pages <= MAX_BATCH_PAGES:
+        raise _refusal("batch-pages", hello.batch_pages, f"1 to {MAX_BATCH_PAGES}")
+    if hello.capabilities:
+        raise _refusal("capabilities", ", ".join(hello.capabilities), "none")
+    _check_blocks(hello.blocks)
+    if not 0 <= hello.image_size <= MAX_BLOCK_SIZE:
+        raise _refusal("image-size", hello.image_size, f"up to {MAX_BLOCK_SIZE}")
+
+
+def _check_blocks(blocks: list[Block]) -> None:
+    if not 1 <= len(blocks) <= MAX_BLOCKS:
+        raise _refusal("blocks", len(blocks), f"1 to {MAX_BLOCKS} blocks")
+    end = 0
+    names = set()
+    for block in blocks:
+        where = f"block {block.name[:64]!r}"
+        if block.name in names:
+            raise _refusal(where, "announced twice", "one of a name")
+        names.add(block.name)
+        if not 1 <= block.size <= MAX_BLOCK_SIZE:
+            raise _refusal(f"{where} size", block.size, f"1 to {MAX_BLOCK_SIZE}")
+        page = block.page_size
+        if page % PAGE_SIZE or page & (page - 1) or not PAGE_SIZE <= page <= _LARGEST_HOST_PAGE:
+            raise _refusal(f"{where} page-size", page, "a power of two from 4096")
+        if not end <= block.offset <= MAX_BLOCK_SIZE:
+            raise _refusal(f"{where} offset", block.offset, f"at least {end}: blocks may not overlap")
+        end = block.offset + block.size
+
+
+def _refusal(field: str, got: object, expected: str) -> PeerRefused:
+    return PeerRefused(
+        f"the destination refuses: {field} is {got}, it takes {expected}", field=field
+    )

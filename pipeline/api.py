@@ -1,0 +1,190 @@
+"""The Python interface: `migrate` and its parts, for host tooling.
+
+    import pageferry
+    report = pageferry.migrate("image:vm.mem", "image:copy.mem", codec="zstd", verify=True)
+
+SOURCE and DESTINATION are the URIs of the command line; a destination may also be the address
+(tcp://, ipc://) of a `pageferry receive` elsewhere. Keyword arguments are the fields of
+`Parameters`. Errors are the tree in pageferry.transport.errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any, Protocol
+
+from ..transport.errors import PageferryError
+from ..transport.links import Endpoint, parse_endpoint
+from ..transport.messages import Hello
+from ..workers.guests import DestinationGuest, GuestUri, open_destination, open_source, parse_guest
+from ..workers.pool import warm_up
+from .destination import Destination
+from .monitor import Monitor, serve_monitor
+from .parameters import Parameters
+from .source import Source
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Started(Protocol):
+    """Called with the object that can be asked and cancelled, before anything moves."""
+
+    def __call__(self, migration: Source | Destination) -> None: ...
+
+
+async def send(
+    source: GuestUri,
+    endpoint: Endpoint,
+    parameters: Parameters,
+    *,
+    on_progress: Progress | None = None,
+    on_started: Started | None = None,
+    monitor: str | None = None,
+) -> dict[str, Any]:
+    """Migrate `source` to the receiver at `endpoint`. Returns the report, raises the error."""
+    parameters = parameters.checked()
+    warm_up()
+    guest = await asyncio.to_thread(open_source, source)
+    try:
+        migration = Source(guest, endpoint, parameters, on_progress)
+        async with AsyncExitStack() as stack:
+            await _attach_monitor(stack, monitor, migration)
+            if on_started is not None:
+                on_started(migration)
+            return await migration.run()
+    finally:
+        await asyncio.to_thread(guest.close)
+
+
+async def _attach_monitor(
+    stack: AsyncExitStack, where: str | None, migration: Source | Destination
+) -> None:
+    if where is None:
+        return
+    monitor: Monitor = await stack.enter_async_context(serve_monitor(where, migration))
+    migration.on_event = monitor.emit
+
+
+async def receive(
+    destination: Destination,
+    on_report: Callable[[dict[str, Any] | None, PageferryError | None], None],
+    *,
+    once: bool,
+    monitor: str | None = None,
+) -> None:
+    """Serve migrations at `destination` until cancelled; with `once` just one, whose error is
+    raised."""
+    async with AsyncExitStack() as stack:
+        await _attach_monitor(stack, monitor, destination)
+        while True:
+            try:
+                report: dict[str, Any] | None = await receive_one(destination)
+                error = None
+            except PageferryError as e:
+                report, error = None, e
+            on_report(report, error)
+            if once and error is not None:
+                raise error
+            if once:
+                return
+
+
+async def receive_one(destination: Destination) -> dict[str, Any]:
+    """One migration; its guest is concluded (a demo guest is checked) and let go."""
+    try:
+        report = await destination.receive()
+        assert destination.arrival is not None and destination.arrival.guest is not None
+        return report | await asyncio.to_thread(destination.arrival.guest.conclude)
+    finally:
+        destination.forget()
+
+
+def opener(into: GuestUri | None) -> Callable[[Hello], DestinationGuest]:
+    """What a Hello becomes here: `into`, or without it what it is there.
+
+    The peer never chooses a path: without `into`, memory goes to a new shared-memory file.
+    """
+
+    def open_guest(hello: Hello) -> DestinationGuest:
+        if into is not None:
+            return open_destination(into)
+        if hello.kind == "demo":
+            return open_destination(GuestUri("demo"))
+        return open_destination(GuestUri("shm", f"pageferry-{hello.uuid}"))
+
+    return open_guest
+
+
+async def copy(
+    source: GuestUri,
+    destination: GuestUri,
+    parameters: Parameters,
+    *,
+    on_progress: Progress | None = None,
+    on_started: Started | None = None,
+    monitor: str | None = None,
+) -> dict[str, Any]:
+    """Both ends on this host, each with its own coordinator and workers, over ipc."""
+    parameters.checked()
+    warm_up()
+    directory = tempfile.mkdtemp(prefix="pageferry-")
+    try:
+        endpoint = Endpoint("ipc", path=os.path.join(directory, "c"))
+        listening = Destination(endpoint, opener(destination))
+        try:
+            arriving = asyncio.ensure_future(receive_one(listening))
+            try:
+                report = await send(
+                    source, endpoint, parameters,
+                    on_progress=on_progress, on_started=on_started, monitor=monitor,
+                )  # fmt: skip
+                return _merge(report, await arriving)
+            except BaseException:
+                if listening.arrival is None:
+                    arriving.cancel()
+                # let the destination clean up: it was told
+                await asyncio.gather(arriving, return_exceptions=True)
+                raise
+        finally:
+            listening.close()
+    finally:
+        os.rmdir(directory)
+
+
+def _merge(report: dict[str, Any], arrived: dict[str, Any]) -> dict[str, Any]:
+    """The source's report with what only the destination knows."""
+    report["processes"] = [*report["processes"], *arrived["processes"][1:]]
+    if "oracle" in arrived:
+        report["oracle"] = arrived["oracle"]
+    return report
+
+
+async def migrate_async(
+    source: str,
+    destination: str,
+    *,
+    on_progress: Progress | None = None,
+    on_started: Started | None = None,
+    monitor: str | None = None,
+    **parameters: Any,
+) -> dict[str, Any]:
+    """Migrate `source` to `destination`; returns the report (query-migrate's names).
+
+    `on_progress(report)` is called four times a second. Raises PageferryError's subclasses;
+    an error's `data["report"]`, where it is there, has the figures up to then.
+    """
+    checked = Parameters(**parameters).checked()
+    where = parse_guest(source)
+    how = {"on_progress": on_progress, "on_started": on_started, "monitor": monitor}
+    if destination.startswith(("tcp://", "ipc://")):
+        return await send(where, parse_endpoint(destination), checked, **how)  # type: ignore[arg-type]
+    return await copy(where, parse_guest(destination), checked, **how)  # type: ignore[arg-type]
+
+
+def migrate(source: str, destination: str, **parameters: Any) -> dict[str, Any]:
+    """`migrate_async`, for programs without an event loop."""
+    return asyncio.run(migrate_async(source, destination, **parameters))

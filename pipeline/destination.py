@@ -1,0 +1,425 @@
+"""The coordinator on the destination host: listens, checks, lays out, receives, runs.
+
+A Destination listens for as long as it is told to and takes one migration at a time; a
+second Hello meanwhile is refused, anything else from a stranger is ignored. Arrival is one
+migration: its control session, its receivers, its guest. A guest becomes whole or leaves
+nothing; after it runs here nothing of the source matters any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import zmq
+import zmq.asyncio
+
+from .._version import __version__
+from ..transport import messages
+from ..transport.errors import (
+    Cancelled,
+    LocalProtocolError,
+    PageferryError,
+    PeerRefused,
+    RemoteProtocolError,
+)
+from ..transport.links import Endpoint, bind, unbind
+from ..transport.pages import Runs, check_runs
+from ..transport.session import Phase, Role
+from ..workers import jobs, receiver
+from ..workers.counters import Counters
+from ..workers.digest import block_digest, part_count
+from ..workers.guests.base import DestinationGuest
+from ..workers.pool import Pool, Worker
+from .agreement import check_hello
+from .control import Control
+from .state import Status, advance
+from .statistics import Statistics
+
+WATCH_SECONDS = 0.5
+Progress = Callable[[dict[str, Any]], None]
+OpenGuest = Callable[[messages.Hello], DestinationGuest]
+
+
+class Arrival:
+    """One migration, on its destination host."""
+
+    def __init__(
+        self,
+        hello: messages.Hello,
+        control: Control,
+        endpoint: Endpoint,
+        open_guest: OpenGuest,
+        on_progress: Progress | None,
+        on_event: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        self.hello = hello
+        self.control = control
+        self.endpoint = endpoint
+        self.status = Status.NONE
+        self.statistics = Statistics("destination")
+        self.guest: DestinationGuest | None = None
+        self.error: PageferryError | None = None
+        self.finished = asyncio.get_running_loop().create_future()
+        self._open_guest = open_guest
+        self._on_progress = on_progress
+        self._on_event = on_event
+        self._counters: Counters | None = None
+        self._pool: Pool | None = None
+        self._tokens: list[bytes] = []
+        self._ready: asyncio.Queue[str] = asyncio.Queue()
+        self._digests: asyncio.Queue[jobs.DigestDone] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[Any]] = []
+
+    def __repr__(self) -> str:
+        return f"<Arrival {self.hello.uuid} {self.status.value}>"
+
+    def query(self) -> dict[str, Any]:
+        """query-migrate."""
+        report = self.statistics.report(self.status, None)
+        guest_rate, wire_rate = self.statistics.rates()
+        report["progress"] = {"rate": round(guest_rate), "wire-rate": round(wire_rate), "eta": None}
+        return report
+
+    def _become(self, status: Status) -> None:
+        self.status = advance(self.status, status)
+        self._on_event("MIGRATION", {"status": status.value})
+
+    def fail(self, error: BaseException) -> None:
+        """End it. After the guest runs here nothing can fail any more."""
+        if self.finished.done() or self.control.session.phase is Phase.RUNNING:
+            return
+        if not isinstance(error, PageferryError):
+            error = PageferryError(f"{type(error).__name__}: {error}")
+        self.error = error
+        self.finished.set_result(None)
+
+    def _task(self, coroutine: Any) -> None:
+        def done(task: asyncio.Task[Any]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self.fail(error)
+
+        task = asyncio.get_running_loop().create_task(coroutine)
+        task.add_done_callback(done)
+        self._tasks.append(task)
+
+    # ---- the run -------------------------------------------------------------------------
+
+    async def run(self) -> dict[str, Any]:
+        """From Hello to the end. Returns the report, raises the error."""
+        self._become(Status.SETUP)
+        self._task(self._set_up())
+        try:
+            await self.finished
+        except asyncio.CancelledError:
+            self.error = self.error or Cancelled("the receiver was stopped")
+            raise
+        finally:
+            await self._close()
+        report = self.query()
+        report.pop("progress")
+        if self.error is not None:
+            self.error.data["report"] = report
+            raise self.error
+        return report
+
+    async def _set_up(self) -> None:
+        try:
+            self.guest = self._open_guest(self.hello)
+            await asyncio.to_thread(self.guest.lay_out, self.hello)
+        except PageferryError as e:
+            field = str(e.data.get("field", "destination"))
+            await self.control.say(messages.Refused(type(e).__name__, field, e.message))
+            raise
+        self.statistics.total_pages = sum(block.pages for block in self.guest.blocks)
+        endpoints = await self._start_receivers()
+        self.statistics.set_up = time.monotonic()
+        self._become(Status.ACTIVE)
+        await self.control.say(
+            messages.Welcome(
+                __version__, endpoints, self._tokens, self.guest.fresh, self.guest.kind
+            )
+        )
+        self._task(self.control.keep_alive())
+        self._task(self._watch())
+
+    async def _start_receivers(self) -> list[str]:
+        assert self.guest is not None
+        n = self.hello.workers
+        self._counters = self.statistics.counters = Counters(n)
+        self._tokens = [secrets.token_bytes(16) for _ in range(n)]
+        self._pool = Pool("receiver", self._counters, self._on_job, self.fail)
+        payloads = [
+            receiver.ReceiverJob(
+                self.guest.blocks, self._counters, self._listen_at(i), self._tokens[i],
+                self.guest.fresh,
+            )
+            for i in range(n)
+        ]  # fmt: skip
+        await self._pool.start(receiver.main, payloads)
+        where = {}
+        for _ in range(n):
+            index, _, endpoint = (await self._ready.get()).partition(" ")
+            where[int(index)] = endpoint
+        return [where[i] for i in range(n)]
+
+    def _listen_at(self, channel: int) -> str:
+        if self.endpoint.scheme == "ipc":
+            return f"ipc://{self.endpoint.path}.{channel}"
+        return str(Endpoint("tcp", self.endpoint.host, 0))
+
+    def _on_job(self, worker: Worker, job: jobs.AnyJob) -> None:
+        match job:
+            case jobs.Ready():
+                self._ready.put_nowait(f"{worker.index} {job.endpoint}")
+            case jobs.DigestDone():
+                self._digests.put_nowait(job)
+            case _:
+                self.fail(LocalProtocolError(f"{worker!r} said {job!r}"))
+
+    async def _watch(self) -> None:
+        while True:
+            assert self._pool is not None
+            self._pool.check()
+            if self._on_progress is not None:
+                self._on_progress(self.query())
+            await asyncio.sleep(WATCH_SECONDS / 2)
+
+    # ---- what the source says ------------------------------------------------------------
+
+    def heard(self, data: bytes) -> None:
+        """A message of the source; it is handled beside, so that heartbeats go on."""
+        try:
+            message = self.control.heard(data)
+        except PageferryError as e:
+            self.fail(e)
+            return
+        if isinstance(message, messages.Abort):
+            self.fail(messages.error_of(message))
+        elif message is not None:
+            self._task(self._handle(message))
+
+    async def _handle(self, message: messages.AnyMessage) -> None:
+        assert self.guest is not None
+        match message:
+            case messages.Round():
+                self.statistics.begin_round(message.number, message.pages)
+            case messages.Discard():
+                await self._discard(message)
+                await self.control.say(messages.Discarded())
+            case messages.DigestRequest():
+                await self.control.say(messages.Digests(await self._digest()))
+            case messages.DeviceState():
+                self._become(Status.DEVICE)
+                await asyncio.to_thread(
+                    self.guest.load_state, message.kind, message.state, message.running
+                )
+                await self.control.say(messages.StateLoaded())
+            case messages.Run():
+                detail = await asyncio.to_thread(self.guest.run)
+                # Said only now: the guest is whole here, whatever happens to this message.
+                await self.control.say(messages.Running(detail))
+                self.statistics.extra["destination"] = detail
+                self._become(Status.COMPLETED)
+                self.statistics.ended = time.monotonic()
+                if not self.finished.done():
+                    self.finished.set_result(None)
+            case _:
+                raise RemoteProtocolError(f"unexpected {type(message).__name__}")
+
+    async def _discard(self, message: messages.Discard) -> None:
+        assert self.guest is not None
+        runs: Runs = (np.array(message.starts, np.int64), np.array(message.counts, np.int64))
+        if message.block >= len(self.guest.blocks) or len(runs[0]) != len(runs[1]):
+            raise RemoteProtocolError("discard that makes no sense")
+        block = self.guest.blocks[message.block]
+        if not check_runs(runs, block.pages):
+            raise RemoteProtocolError(f"discard outside of block {block.name}")
+        await asyncio.to_thread(block.clear, runs)
+
+    async def _digest(self) -> list[bytes]:
+        """Digests of all blocks, computed by the receivers."""
+        assert self.guest is not None and self._pool is not None
+        parts = [[b""] * part_count(block.pages) for block in self.guest.blocks]
+        todo: Iterator[jobs.Digest] = (
+            jobs.Digest(i, part) for i, digests in enumerate(parts) for part in range(len(digests))
+        )
+        total = sum(len(digests) for digests in parts)
+        for worker, job in zip(self._pool.workers, todo, strict=False):
+            worker.say(job)
+        turn = 0
+        for _ in range(total):
+            done = await self._digests.get()
+            parts[done.block][done.part] = done.digest
+            job_ = next(todo, None)
+            if job_ is not None:
+                self._pool.workers[turn % len(self._pool.workers)].say(job_)
+                turn += 1
+        return [block_digest(digests) for digests in parts]
+
+    # ---- the end -------------------------------------------------------------------------
+
+    async def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.error is not None or self.status is not Status.COMPLETED:
+            self.status = Status.FAILED
+            with contextlib.suppress(PageferryError, zmq.ZMQError):
+                await self.control.abort(self.error or PageferryError("interrupted"))
+            if self.guest is not None:
+                await asyncio.to_thread(self.guest.discard)
+            self._on_event("MIGRATION", {"status": self.status.value})
+        self.statistics.remember_processes(self._pool)
+        if self._pool is not None:
+            await self._pool.close()
+        if self._counters is not None:
+            self.statistics.counters = self._counters.freeze()
+            self._counters.close()
+
+
+class Destination:
+    """Listens at an endpoint; one migration at a time.
+
+    `on_arrival(result, error)` is called after each; `open_guest(hello)` says into what.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        open_guest: OpenGuest,
+        expected_kind: str | None = None,
+        on_progress: Progress | None = None,
+        on_event: Callable[[str, dict[str, Any]], None] | None = None,
+    ) -> None:
+        self._context = zmq.asyncio.Context()
+        try:
+            sock, self.endpoint = bind(self._context, endpoint, control=True)  # type: ignore[arg-type]
+        except BaseException:
+            self._context.term()
+            raise
+        self._socket: Any = sock
+        self._open_guest = open_guest
+        self._expected_kind = expected_kind
+        self.on_progress = on_progress
+        self.on_event = on_event or (lambda name, data: None)
+        self.arrival: Arrival | None = None
+        self._last: dict[str, Any] = {"status": Status.NONE.value}
+
+    def __repr__(self) -> str:
+        return f"<Destination {self.endpoint} {self.arrival!r}>"
+
+    def query(self) -> dict[str, Any]:
+        return self.arrival.query() if self.arrival is not None else self._last
+
+    def query_parameters(self) -> dict[str, Any]:
+        return {}
+
+    def set_parameters(self, arguments: dict[str, Any]) -> None:
+        raise PeerRefused("parameters are the source's to set: ask its monitor")
+
+    def cancel(self) -> None:
+        """End the migration that is under way, if one is."""
+        if self.arrival is not None:
+            self.arrival.fail(Cancelled("cancelled at the destination"))
+
+    async def receive(self) -> dict[str, Any]:
+        """The next migration, from its Hello to its end: its report, or its error.
+
+        The report of a guest that runs here has its `DestinationGuest` still open:
+        `arrival.guest` is the caller's to conclude and close.
+        """
+        reading: asyncio.Task[Any] | None = None
+        try:
+            while self.arrival is None:
+                identity, data = await self._next_message()
+                self.arrival = self._greet(identity, data)
+            running = asyncio.ensure_future(self.arrival.run())
+            reading = asyncio.ensure_future(self._dispatch())
+            try:
+                return await running
+            finally:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+        finally:
+            if reading is not None:
+                reading.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
+
+    def forget(self) -> None:
+        """Done with the last arrival: the next Hello is welcome. Closes its guest."""
+        if self.arrival is not None:
+            self._last = self.arrival.query()
+            if self.arrival.guest is not None:
+                self.arrival.guest.close()
+            self.arrival = None
+
+    async def _next_message(self) -> tuple[bytes, bytes]:
+        while True:
+            parts = await self._socket.recv_multipart()
+            if len(parts) == 2:
+                return parts[0], parts[1]
+
+    def _greet(self, identity: bytes, data: bytes) -> Arrival | None:
+        """The arrival that a Hello begins, or None for anything else."""
+
+        async def transmit(answer: bytes) -> None:
+            with contextlib.suppress(zmq.ZMQError):  # gone: heartbeats will tell
+                await self._socket.send_multipart([identity, answer])
+
+        control = Control(Role.DESTINATION, transmit, "the source")
+        try:
+            hello = control.heard(data)
+        except RemoteProtocolError:
+            return None
+        assert isinstance(hello, messages.Hello)
+        self._identity = identity
+        if self.arrival is not None:
+            self._refuse(control, PeerRefused("the destination is busy", field="busy"))
+            return None
+        try:
+            check_hello(hello, self._expected_kind)
+        except PeerRefused as e:
+            self._refuse(control, e)
+            return None
+        return Arrival(
+            hello, control, self.endpoint, self._open_guest,
+            self._progress, lambda name, data: self.on_event(name, data),
+        )  # fmt: skip
+
+    def _refuse(self, control: Control, error: PeerRefused) -> None:
+        refused = messages.Refused(
+            type(error).__name__, str(error.data.get("field", "")), error.message
+        )
+        self._refusing = asyncio.ensure_future(control.say(refused))
+
+    def _progress(self, report: dict[str, Any]) -> None:
+        if self.on_progress is not None:
+            self.on_progress(report)
+
+    async def _dispatch(self) -> None:
+        """Give the source's messages to the arrival, turn others away."""
+        identity = self._identity
+        while True:
+            sender_, data = await self._next_message()
+            if sender_ == identity:
+                assert self.arrival is not None
+                self.arrival.heard(data)
+            else:
+                self._greet(sender_, data)
+                self._identity = identity
+
+    def close(self) -> None:
+        """Stop listening. Idempotent."""
+        if self._socket is not None:
+            self.forget()
+            unbind(self._socket, self.endpoint)
+            self._context.term()
+            self._socket = None
+
+

@@ -1,0 +1,182 @@
+"""The monitor: a unix socket that speaks QMP, as QEMU's does (docs/interop/qmp-spec.txt).
+
+Greeting, qmp_capabilities, then commands, one JSON object a line; events in between. Any QMP
+client works. Knows commands and errors, not how a migration is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import msgspec
+
+from .._version import __version__
+from ..transport.errors import DestinationError, PageferryError, UsageError
+from ..transport.links import clear_dead_socket
+
+# A command is short; a line that does not end is not one.
+_MAX_LINE = 1 << 20
+_COMMANDS = (
+    "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
+    "migrate-set-parameters", "migrate_cancel", "query-version",
+)  # fmt: skip
+
+
+class Migrating(Protocol):
+    """What a monitor looks at: a Source or a Destination."""
+
+    def query(self) -> dict[str, Any]: ...
+    def query_parameters(self) -> dict[str, Any]: ...
+    def set_parameters(self, arguments: dict[str, Any]) -> None: ...
+    def cancel(self) -> None: ...
+
+
+def _version() -> dict[str, Any]:
+    major, minor, micro = (int(part) for part in __version__.split(".")[:3])
+    return {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": "pageferry"}
+
+
+class QmpError(Exception):
+    """An error answer: its class and text."""
+
+    def __init__(self, qmp_class: str, text: str) -> None:
+        super().__init__(text)
+        self.qmp_class = qmp_class
+
+
+class Conversation:
+    """One client, sans-IO: a line in, an answer out."""
+
+    def __init__(self, migration: Migrating) -> None:
+        self._migration = migration
+        self.negotiated = False
+
+    @staticmethod
+    def greeting() -> dict[str, Any]:
+        return {"QMP": {"version": _version(), "capabilities": []}}
+
+    def answer(self, line: bytes) -> dict[str, Any]:
+        """What to say to one line; never raises."""
+        identity: dict[str, Any] = {}
+        try:
+            try:
+                command = msgspec.json.decode(line)
+            except msgspec.DecodeError as e:
+                raise QmpError("GenericError", f"invalid JSON: {e}") from e
+            if not isinstance(command, dict) or not isinstance(command.get("execute"), str):
+                raise QmpError("GenericError", "a command is an object with 'execute'")
+            if "id" in command:
+                identity = {"id": command["id"]}
+            arguments = command.get("arguments") or {}
+            if not isinstance(arguments, dict):
+                raise QmpError("GenericError", "'arguments' must be an object")
+            return {"return": self._execute(command["execute"], arguments)} | identity
+        except QmpError as e:
+            return {"error": {"class": e.qmp_class, "desc": str(e)}} | identity
+        except PageferryError as e:
+            return {"error": {"class": e.qmp_class, "desc": e.message}} | identity
+
+    def _execute(self, name: str, arguments: dict[str, Any]) -> Any:
+        if name == "qmp_capabilities":
+            self.negotiated = True
+            return {}
+        if not self.negotiated:
+            raise QmpError("CommandNotFound", "expecting capabilities negotiation first")
+        match name:
+            case "query-version":
+                return _version()
+            case "query-commands":
+                return [{"name": command} for command in _COMMANDS]
+            case "query-migrate":
+                return self._migration.query()
+            case "query-migrate-parameters":
+                return self._migration.query_parameters()
+            case "migrate-set-parameters":
+                self._migration.set_parameters(arguments)
+            case "migrate_cancel":
+                self._migration.cancel()
+            case _:
+                raise QmpError("CommandNotFound", f"there is no command {name}")
+        return {}
+
+
+class Monitor:
+    """The listening side: all clients of one migration."""
+
+    def __init__(self, migration: Migrating) -> None:
+        self._migration = migration
+        self._clients: dict[asyncio.StreamWriter, Conversation] = {}
+
+    def emit(self, name: str, data: dict[str, Any]) -> None:
+        """Send an event to every client that has negotiated."""
+        seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)
+        event = {
+            "event": name,
+            "data": data,
+            "timestamp": {"seconds": seconds, "microseconds": microseconds},
+        }
+        for writer, conversation in self._clients.items():
+            if conversation.negotiated:
+                writer.write(_line(event))
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        conversation = self._clients[writer] = Conversation(self._migration)
+        try:
+            writer.write(_line(conversation.greeting()))
+            while line := await reader.readline():
+                if line.strip():
+                    writer.write(_line(conversation.answer(line)))
+                    await writer.drain()
+        except (OSError, ValueError, asyncio.CancelledError):
+            pass  # gone, a line above the bound, or the end
+        finally:
+            del self._clients[writer]
+            writer.close()
+
+    async def close(self) -> None:
+        """Let clients have what was said, then close them."""
+        for writer in list(self._clients):
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(writer.drain(), 0.5)
+            writer.close()
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return msgspec.json.encode(message) + b"\r\n"
+
+
+def monitor_path(where: str) -> str:
+    """The path in unix:PATH."""
+    scheme, _, path = where.partition(":")
+    if scheme != "unix" or not path or len(path) > 100:
+        raise UsageError(f"{where!r} is no monitor: write unix:PATH (below 100 characters)")
+    return os.path.abspath(path)
+
+
+@contextlib.asynccontextmanager
+async def serve_monitor(where: str, migration: Migrating) -> AsyncIterator[Monitor]:
+    """A monitor at `where` (unix:PATH) while the context lasts."""
+    path = monitor_path(where)
+    clear_dead_socket(path, where)
+    monitor = Monitor(migration)
+    before = os.umask(0o177)
+    try:
+        server = await asyncio.start_unix_server(monitor.serve, path, limit=_MAX_LINE)
+    except OSError as e:
+        raise DestinationError(f"cannot open the monitor {where}: {e.strerror}") from e
+    finally:
+        os.umask(before)
+    try:
+        yield monitor
+    finally:
+        server.close()
+        await monitor.close()
+        # the handlers end with their connections
+        await asyncio.sleep(0)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)

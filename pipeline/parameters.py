@@ -1,0 +1,92 @@
+"""What a user may ask for, checked once. Pure.
+
+Names follow QEMU's migration parameters (qapi/migration.json): multifd-channels is `workers`,
+multifd-compression is `codec`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..transport.codecs import CODECS, make_codec
+from ..transport.errors import UsageError
+from ..transport.messages import MAX_WORKERS
+from ..transport.quantities import parse_duration, parse_rate
+from ..transport.wire import MAX_BATCH_PAGES
+
+# More senders than this have not paid anywhere; each costs a process at both ends.
+_MOST_DEFAULT_WORKERS = 8
+
+
+def default_workers() -> int:
+    """One sender a CPU this process may use, at most 8."""
+    return max(1, min(len(os.sched_getaffinity(0)), _MOST_DEFAULT_WORKERS))
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A migration's parameters. `max_bandwidth`: bytes a second, 0 without limit;
+    `downtime_limit`: seconds; `level`: None for the codec's own default."""
+
+    workers: int = 0
+    codec: str = "auto"
+    level: int | None = None
+    max_bandwidth: int = 0
+    downtime_limit: float = 0.3
+    max_rounds: int = 30
+    verify: bool = False
+    batch_pages: int = 128
+
+    def checked(self) -> Parameters:
+        """With defaults filled in, or UsageError that names the parameter."""
+        p = self if self.workers else replace(self, workers=default_workers())
+        _within("workers", p.workers, 1, MAX_WORKERS)
+        _within("batch-pages", p.batch_pages, 16, MAX_BATCH_PAGES)
+        _within("max-rounds", p.max_rounds, 1, 100_000)
+        _within("downtime-limit (ms)", p.downtime_limit * 1000, 1, 2_000_000)
+        if p.max_bandwidth and p.max_bandwidth < 100_000:
+            raise UsageError("max-bandwidth below 100 kB/s would never end; 0 means no limit")
+        if p.codec != "auto":
+            make_codec(p.codec, p.level)
+        elif p.level is not None:
+            raise UsageError(f"level needs a codec: one of {', '.join(CODECS)}")
+        return p
+
+    def qmp(self) -> dict[str, Any]:
+        """As query-migrate-parameters says them."""
+        return {
+            "multifd-channels": self.workers,
+            "multifd-compression": self.codec,
+            "max-bandwidth": self.max_bandwidth,
+            "downtime-limit": round(self.downtime_limit * 1000),
+            "max-rounds": self.max_rounds,
+            "batch-pages": self.batch_pages,
+        }
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UsageError(f"{name} must be from {low} to {high}, not {value:g}")
+
+
+def changed(parameters: Parameters, arguments: dict[str, Any]) -> Parameters:
+    """`parameters` with what migrate-set-parameters may change while it runs."""
+    fields: dict[str, Any] = {}
+    for name, value in arguments.items():
+        match name:
+            case "max-bandwidth":
+                fields["max_bandwidth"] = parse_rate(str(value))
+            case "downtime-limit":
+                fields["downtime_limit"] = parse_duration(str(value))
+            case "max-rounds":
+                if not str(value).isdigit():
+                    raise UsageError(f"max-rounds must be a whole number, not {value!r}")
+                fields["max_rounds"] = int(value)
+            case _:
+                raise UsageError(
+                    f"{name!r} cannot be set while a migration runs; max-bandwidth, "
+                    f"downtime-limit and max-rounds can"
+                )
+    return replace(parameters, **fields).checked()

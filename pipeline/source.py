@@ -1,0 +1,490 @@
+"""The coordinator on the source host: carries out what migration.py decides.
+
+One event loop, one queue of events. Instructions run one at a time; failures, cancels and
+the peer's messages come in between as events. Blocking work on the guest runs in a thread,
+memory is touched only by the workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+import zmq
+import zmq.asyncio
+
+from .._version import __version__
+from ..transport import messages
+from ..transport.errors import (
+    ConnectError,
+    LocalProtocolError,
+    PageferryError,
+    RemoteProtocolError,
+)
+from ..transport.links import Endpoint, connect, probe
+from ..transport.pages import PAGE_SIZE, complement, total_pages
+from ..transport.session import Role
+from ..workers import jobs, sender
+from ..workers.bandwidth import Bandwidth
+from ..workers.counters import Counters
+from ..workers.digest import block_digest, part_count
+from ..workers.guests.base import TRACKING_HASH, SourceGuest
+from ..workers.page_table import GROUP, PageTable
+from ..workers.pool import Pool, Worker, context
+from ..workers.segments import Segment
+from . import migration as core
+from .control import Control
+from .convergence import Convergence
+from .parameters import Parameters, changed
+from .partition import Span, cut, extent_target
+from .state import Status
+from .statistics import Statistics
+
+HELLO_SECONDS = 5.0
+WATCH_SECONDS = 0.5
+# Extents a sender has at a time: one under way, one waiting, so that it never idles.
+_AHEAD = 2
+# Pages in a Scan job.
+_SCAN_PAGES = 16384
+# Runs in one Discard message.
+_DISCARD_RUNS = 65536
+
+T = TypeVar("T")
+
+
+class Source:
+    """One migration, on its source host."""
+
+    def __init__(
+        self,
+        guest: SourceGuest,
+        endpoint: Endpoint,
+        parameters: Parameters,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+        on_event: Callable[[str, dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.guest = guest
+        self.endpoint = endpoint
+        self.parameters = parameters
+        self.convergence = Convergence(parameters.downtime_limit, parameters.max_rounds)
+        self.core = core.Migration(
+            guest.live, guest.can_stop, parameters.verify, self.convergence
+        )
+        self.statistics = Statistics("source")
+        self.uuid = str(uuid.uuid4())
+        self.on_progress = on_progress
+        self.on_event = on_event or (lambda name, data: None)
+        self._events: asyncio.Queue[core.Event] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._table: PageTable | None = None
+        self._counters: Counters | None = None
+        self._bandwidth: Bandwidth | None = None
+        self._hashes: Segment | None = None
+        self._pool: Pool | None = None
+        self._socket: Any = None
+        self._context: zmq.asyncio.Context | None = None
+        self._fresh: list[bool] = []
+        self._taken_at = time.monotonic()
+        self._replies: asyncio.Queue[tuple[Worker, jobs.AnyJob]] = asyncio.Queue()
+        self._status_told = Status.NONE
+
+    def __repr__(self) -> str:
+        return f"<Source {self.guest.kind} to {self.endpoint} {self.core.status.value}>"
+
+    # ---- what others may ask, at any time ------------------------------------------------
+
+    def query(self) -> dict[str, Any]:
+        """query-migrate."""
+        report = self.statistics.report(self.core.status, self.convergence)
+        guest_rate, wire_rate = self.statistics.rates()
+        report["progress"] = {
+            "rate": round(guest_rate),
+            "wire-rate": round(wire_rate),
+            "dirty-rate": round(self.convergence.dirty_rate),
+            "eta": self._eta(guest_rate),
+        }
+        return report
+
+    def _eta(self, guest_rate: float) -> float | None:
+        left = self.statistics.remaining_pages
+        if not self.core.live or self.core.stopped or self.core.round <= 1:
+            eta = left * PAGE_SIZE / guest_rate if guest_rate else None
+        else:
+            eta = self.convergence.eta(left)
+        return None if eta is None else round(eta, 1)
+
+    def query_parameters(self) -> dict[str, Any]:
+        return self.parameters.qmp()
+
+    def set_parameters(self, arguments: dict[str, Any]) -> None:
+        """migrate-set-parameters; takes effect with the next frame or decision."""
+        self.parameters = changed(self.parameters, arguments)
+        self.convergence.downtime_limit = self.parameters.downtime_limit
+        self.convergence.max_rounds = self.parameters.max_rounds
+        if self._bandwidth is not None:
+            self._bandwidth.set_rate(self.parameters.max_bandwidth)
+
+    def cancel(self) -> None:
+        """migrate_cancel. Without effect once the destination was told to run."""
+        self._events.put_nowait(core.CancelAsked())
+
+    # ---- the run -------------------------------------------------------------------------
+
+    async def run(self) -> dict[str, Any]:
+        """Migrate. Returns the report, raises the error; the report is then in its data."""
+        finish: core.Finish | None = None
+        working: asyncio.Task[None] | None = None
+        self._events.put_nowait(core.Started())
+        try:
+            while finish is None:
+                event = await self._events.get()
+                instructions = self.core.handle(event)
+                self._tell_status()
+                for instruction in instructions:
+                    if isinstance(instruction, core.Finish):
+                        finish = instruction
+                        break
+                    working = self._task(self._execute(instruction))
+        except asyncio.CancelledError:
+            finish = core.Finish(PageferryError("interrupted"), resume=not self.core.run_said)
+            raise
+        finally:
+            if working is not None:
+                working.cancel()
+            await self._close(finish)
+        report = self.query()
+        report.pop("progress")
+        if finish.error is not None:
+            finish.error.data["report"] = report
+            raise finish.error
+        return report
+
+    def _task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run `coroutine` beside; what it raises becomes an event."""
+
+        def done(task: asyncio.Task[T]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._failed(error)
+
+        task = asyncio.get_running_loop().create_task(coroutine)
+        task.add_done_callback(done)
+        self._tasks.append(task)
+        return task
+
+    def _failed(self, error: BaseException, by_peer: bool = False) -> None:
+        if not isinstance(error, PageferryError):
+            wrapped = PageferryError(f"{type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            error = wrapped
+        self._events.put_nowait(core.Failed(error, by_peer))
+
+    def _tell_status(self) -> None:
+        if self.core.status is not self._status_told:
+            self._status_told = self.core.status
+            if self.core.status is Status.ACTIVE:
+                self.statistics.set_up = time.monotonic()
+            self.on_event("MIGRATION", {"status": self.core.status.value})
+
+    async def _execute(self, instruction: core.Instruction) -> None:
+        """Carry out one instruction and report its result as an event."""
+        match instruction:
+            case core.OpenChannels():
+                event: core.Event = await self._open_channels()
+            case core.TakeInitial():
+                event = await self._take_initial()
+            case core.TakeDirty():
+                event = await self._take_dirty()
+            case core.SendRound():
+                event = await self._send_round(instruction)
+            case core.StopGuest():
+                self.statistics.stopped = time.monotonic()
+                await asyncio.to_thread(self.guest.stop)
+                event = core.GuestStopped()
+            case core.Verify():
+                event = await self._verify()
+            case core.SendState():
+                state = await asyncio.to_thread(self.guest.save_state)
+                await self._control.ask(
+                    messages.DeviceState(self.guest.kind, state, self.guest.running)
+                )
+                self.statistics.control_bytes += len(state)
+                event = core.StateLoaded()
+            case core.SendRun():
+                running = await self._control.ask(messages.Run())
+                self.statistics.running = time.monotonic()
+                assert isinstance(running, messages.Running)
+                self.statistics.extra["destination"] = running.detail
+                event = core.Confirmed()
+            case _:
+                raise LocalProtocolError(f"unknown instruction {instruction!r}")
+        self._events.put_nowait(event)
+
+    # ---- setup ---------------------------------------------------------------------------
+
+    async def _open_channels(self) -> core.Event:
+        await asyncio.to_thread(probe, self.endpoint)
+        self._make_shared_memory()
+        starting = self._task(self._start_senders())
+        welcome = await self._greet()
+        await starting
+        self._task(self._control.keep_alive())
+        self._task(self._watch())
+        self._fresh = welcome.fresh
+        assert self._pool is not None
+        await self._gather(jobs.Ready, len(self._pool.workers))
+        for worker, where, token in zip(
+            self._pool.workers, welcome.endpoints, welcome.tokens, strict=True
+        ):
+            worker.say(jobs.Open(str(self.endpoint.sibling(where)), token))
+        return core.ChannelsReady()
+
+    def _make_shared_memory(self) -> None:
+        p = self.parameters
+        blocks = self.guest.blocks
+        self.statistics.total_pages = sum(block.pages for block in blocks)
+        self._table = PageTable([block.pages for block in blocks])
+        self._counters = self.statistics.counters = Counters(p.workers)
+        self._bandwidth = Bandwidth(context(), p.max_bandwidth)
+        if self.guest.tracking == TRACKING_HASH:
+            self._hashes = Segment(8 * self.statistics.total_pages, "hashes")
+        self.statistics.extra["dirty-tracking"] = self.guest.tracking
+        self.statistics.extra["codec"] = p.codec
+
+    async def _start_senders(self) -> None:
+        assert self._table and self._counters and self._bandwidth
+        p = self.parameters
+        job = sender.SenderJob(
+            self.guest.blocks, self._table, self._counters, self._bandwidth, self._hashes,
+            p.codec, p.level, p.batch_pages,
+        )  # fmt: skip
+        self._pool = Pool(
+            "sender",
+            self._counters,
+            lambda worker, reply: self._replies.put_nowait((worker, reply)),
+            self._failed,
+        )
+        await self._pool.start(sender.main, [job] * p.workers)
+
+    async def _greet(self) -> messages.Welcome:
+        self._context = zmq.asyncio.Context()
+        self._socket = connect(
+            self._context, self.endpoint, secrets.token_bytes(16), control=True
+        )  # type: ignore[arg-type]
+        self._control = Control(Role.SOURCE, self._socket.send, f"the receiver at {self.endpoint}")
+        self._task(self._read_control())
+        hello = messages.Hello(
+            messages.PROTOCOL, __version__, self.uuid, self.guest.kind,
+            [block.spec for block in self.guest.blocks], self.parameters.workers,
+            self.parameters.batch_pages, image_size=self.guest.image_size,
+        )  # fmt: skip
+        try:
+            answer = await asyncio.wait_for(self._control.ask(hello), HELLO_SECONDS)
+        except TimeoutError as e:
+            raise ConnectError(
+                f"something accepts connections at {self.endpoint} and does not answer as "
+                f"`pageferry receive` does: check the address"
+            ) from e
+        if isinstance(answer, messages.Refused):
+            raise messages.error_of(answer)
+        assert isinstance(answer, messages.Welcome)
+        n = self.parameters.workers
+        if not len(answer.endpoints) == len(answer.tokens) == n or len(answer.fresh) != len(
+            self.guest.blocks
+        ):
+            raise RemoteProtocolError("Welcome does not match what was asked for")
+        return answer
+
+    async def _read_control(self) -> None:
+        while True:
+            data = await self._socket.recv()
+            message = self._control.heard(data)
+            if isinstance(message, messages.Abort):
+                self._failed(messages.error_of(message), by_peer=True)
+                return
+            if message is not None:
+                raise RemoteProtocolError(f"nobody asked for {type(message).__name__}")
+
+    async def _watch(self) -> None:
+        """Look after the workers and tell the display."""
+        while True:
+            assert self._pool is not None
+            self._pool.check()
+            self._progress()
+            await asyncio.sleep(WATCH_SECONDS / 2)
+
+    def _progress(self) -> None:
+        if self.on_progress is not None:
+            self.on_progress(self.query())
+
+    # ---- rounds --------------------------------------------------------------------------
+
+    async def _take_initial(self) -> core.Event:
+        assert self._table is not None
+        begin = time.monotonic()
+        await asyncio.to_thread(self.guest.start_tracking)
+        self._taken_at = time.monotonic()
+        for i, block in enumerate(self.guest.blocks):
+            runs = await asyncio.to_thread(self.guest.initial_pages, i)
+            self._table.mark_dirty(i, runs)
+            self.statistics.hole_pages += block.pages - total_pages(runs)
+            if not self._fresh[i]:
+                await self._discard(i, complement(runs, block.pages))
+        pages = self._remaining()
+        return core.Taken(pages, pages, 0.0, time.monotonic() - begin)
+
+    async def _discard(self, block: int, runs: tuple[Any, Any]) -> None:
+        starts, counts = runs
+        for at in range(0, len(starts), _DISCARD_RUNS):
+            part = slice(at, at + _DISCARD_RUNS)
+            await self._control.ask(
+                messages.Discard(block, starts[part].tolist(), counts[part].tolist())
+            )
+
+    def _remaining(self) -> int:
+        assert self._table is not None
+        return sum(self._table.remaining(i) for i in range(len(self.guest.blocks)))
+
+    async def _take_dirty(self) -> core.Event:
+        assert self._table is not None
+        begin = time.monotonic()
+        before = self._remaining()
+        if self._hashes is not None:
+            await self._scan()
+        elif self.guest.live:
+            for i in range(len(self.guest.blocks)):
+                # in the loop: a few ms a GiB, and a switchover has no time for a thread
+                self._table.mark_dirty(i, self.guest.dirty_pages(i))
+        pages = self._remaining()
+        now = time.monotonic()
+        since, self._taken_at = begin - self._taken_at, begin
+        return core.Taken(pages, pages - before, since, now - begin)
+
+    async def _scan(self) -> None:
+        assert self._pool is not None
+        todo: Iterator[jobs.AnyJob] = (
+            jobs.Scan(i, first, min(_SCAN_PAGES, block.pages - first))
+            for i, block in enumerate(self.guest.blocks)
+            for first in range(0, block.pages, _SCAN_PAGES)
+        )
+        await self._distribute(todo, jobs.ScanDone, lambda reply: None)
+
+    async def _send_round(self, instruction: core.SendRound) -> core.Event:
+        assert self._table is not None and self._pool is not None
+        begin, pages = time.monotonic(), self.core.remaining
+        self.statistics.begin_round(instruction.number, pages)
+        self.on_event("MIGRATION_PASS", {"pass": instruction.number})
+        await self._control.say(
+            messages.Round(instruction.number, pages, round(self.convergence.dirty_rate))
+        )
+        spans = self._extents(pages)
+        todo: Iterator[jobs.AnyJob] = (
+            jobs.Extent(s.block, s.first, s.count, instruction.live) for s in spans
+        )
+        await self._distribute(todo, jobs.ExtentDone, lambda reply: None)
+        self._pool.say_all(jobs.Barrier(instruction.number))
+        await self._gather(jobs.BarrierDone, len(self._pool.workers))
+        lost = self._remaining()
+        return core.RoundDone(pages - lost, lost, time.monotonic() - begin)
+
+    def _extents(self, pages: int) -> Iterator[Span]:
+        assert self._table is not None
+        target = extent_target(pages, self.parameters.workers)
+        for i, block in enumerate(self.guest.blocks):
+            group = max(GROUP, block.spec.page_size // PAGE_SIZE)
+            yield from cut(i, block.pages, group, self._table.group_counts(i, group), target)
+
+    async def _distribute(
+        self,
+        todo: Iterator[jobs.AnyJob],
+        answer: type[jobs.AnyJob],
+        on_answer: Callable[[Any], None],
+    ) -> None:
+        """Give jobs to the workers as they get free; return when all are answered."""
+        assert self._pool is not None
+        busy = 0
+
+        def give(worker: Worker) -> int:
+            job = next(todo, None)
+            if job is None:
+                return 0
+            worker.say(job)
+            return 1
+
+        for _ in range(_AHEAD):
+            busy += sum(give(worker) for worker in self._pool.workers)
+        while busy:
+            worker, reply = await self._replies.get()
+            if not isinstance(reply, answer):
+                raise LocalProtocolError(f"{worker!r} answered {reply!r}")
+            on_answer(reply)
+            busy += give(worker) - 1
+
+    async def _gather(self, answer: type[jobs.AnyJob], count: int) -> None:
+        for _ in range(count):
+            worker, reply = await self._replies.get()
+            if not isinstance(reply, answer):
+                raise LocalProtocolError(f"{worker!r} answered {reply!r}")
+
+    # ---- the end -------------------------------------------------------------------------
+
+    async def _verify(self) -> core.Event:
+        theirs = self._task(self._control.ask(messages.DigestRequest()))
+        parts = [[b""] * part_count(block.pages) for block in self.guest.blocks]
+        todo: Iterator[jobs.AnyJob] = (
+            jobs.Digest(i, part) for i, digests in enumerate(parts) for part in range(len(digests))
+        )
+
+        def keep(reply: jobs.DigestDone) -> None:
+            parts[reply.block][reply.part] = reply.digest
+
+        await self._distribute(todo, jobs.DigestDone, keep)
+        answer = await theirs
+        assert isinstance(answer, messages.Digests)
+        ours = [block_digest(digests) for digests in parts]
+        if len(answer.digests) != len(ours):
+            raise RemoteProtocolError(f"{len(answer.digests)} digests for {len(ours)} blocks")
+        wrong = tuple(
+            block.name
+            for block, a, b in zip(self.guest.blocks, ours, answer.digests, strict=True)
+            if a != b
+        )
+        if not wrong:
+            self.statistics.extra["verified"] = [digest.hex() for digest in ours]
+        return core.Verified(wrong)
+
+    async def _close(self, finish: core.Finish | None) -> None:
+        """Let go of everything; the guest resumes only if the core says so."""
+        self.statistics.ended = time.monotonic()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if finish is not None and finish.resume:
+            await asyncio.to_thread(self.guest.resume)
+        if finish is not None and finish.error is not None and self._socket is not None:
+            with contextlib.suppress(PageferryError, zmq.ZMQError):
+                await self._control.abort(finish.error)
+        self.statistics.remember_processes(self._pool)
+        if self._pool is not None:
+            await self._pool.close()
+        if self._socket is not None:
+            self._socket.close()
+        if self._context is not None:
+            self._context.term()
+        self.statistics.extra |= self.guest.describe()
+        self._progress()
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Keep the numbers, give the shared memory back."""
+        if self._counters is not None:
+            self.statistics.counters = self._counters.freeze()
+        for part in (self._counters, self._table, self._bandwidth, self._hashes):
+            if part is not None:
+                part.close()
+        self._counters = self._table = self._bandwidth = self._hashes = None
+

@@ -1,0 +1,155 @@
+"""What query-migrate and the result say: QEMU's names where it is QEMU's thing, and our own.
+
+One object a migration. Reads counters; decides nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from typing import Any
+
+from ..transport.pages import PAGE_SIZE
+from ..workers.counters import Counters, FrozenCounters
+from ..workers.pool import Pool
+from .convergence import Convergence
+from .state import Status
+
+CODEC_FIELDS = {"none": "raw_pages", "lz4": "lz4_pages", "zstd": "zstd_pages", "zlib": "zlib_pages"}
+# The rate shown is that of the last seconds, not of the whole.
+_WINDOW_SECONDS = 2.0
+
+
+class Statistics:
+    """Numbers of one end of a migration. Times: CLOCK_MONOTONIC seconds."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.started = time.monotonic()
+        self.set_up: float | None = None
+        self.stopped: float | None = None
+        self.running: float | None = None
+        self.ended: float | None = None
+        self.total_pages = 0
+        self.hole_pages = 0
+        self.control_bytes = 0
+        self.rounds = 0
+        self.round_pages = 0
+        self.round_base = 0
+        self.extra: dict[str, Any] = {}
+        self.counters: Counters | FrozenCounters | None = None
+        self.processes: list[dict[str, Any]] = []
+        self._samples: list[tuple[float, int, int]] = []
+
+    def begin_round(self, number: int, pages: int) -> None:
+        self.rounds = number
+        self.round_pages = pages
+        self.round_base = self.pages_done
+
+    def _total(self, field: str) -> int:
+        return self.counters.total(field) if self.counters is not None else 0
+
+    @property
+    def pages_done(self) -> int:
+        """Pages sent or placed so far, zero pages included, holes not."""
+        return self._total("normal") + self._total("duplicate")
+
+    @property
+    def remaining_pages(self) -> int:
+        """Pages of this round that are still to be sent."""
+        return max(0, self.round_pages - (self.pages_done - self.round_base))
+
+    @property
+    def wire_bytes(self) -> int:
+        return self._total("wire_bytes") + self.control_bytes
+
+    def rates(self) -> tuple[float, float]:
+        """Guest bytes and wire bytes a second, over the last seconds."""
+        now = time.monotonic()
+        self._samples.append((now, self.pages_done, self.wire_bytes))
+        while len(self._samples) > 2 and now - self._samples[0][0] > _WINDOW_SECONDS:
+            self._samples.pop(0)
+        then, pages, wire = self._samples[0]
+        if now - then < 1e-3:
+            return 0.0, 0.0
+        now_, pages_, wire_ = self._samples[-1]
+        return (pages_ - pages) * PAGE_SIZE / (now_ - then), (wire_ - wire) / (now_ - then)
+
+    def remember_processes(self, pool: Pool | None) -> None:
+        """Keep what the workers cost, before their counters go."""
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        self.processes = [
+            {
+                "name": f"{self.role} coordinator",
+                "pid": os.getpid(),
+                "cpu-time": round((usage.ru_utime + usage.ru_stime) * 1000),
+                "peak-memory": usage.ru_maxrss * 1024,
+            }
+        ]
+        for worker in pool.workers if pool is not None else []:
+            row = worker.numbers()
+            self.processes.append(
+                {
+                    "name": worker.name,
+                    "pid": worker.process.pid,
+                    "cpu-time": row["cpu_ns"] // 1_000_000,
+                    "peak-memory": row["peak_rss"],
+                    "wait-time": row["wait_ns"] // 1_000_000,
+                    "codec-time": row["codec_ns"] // 1_000_000,
+                }
+            )
+
+    def ram(self, convergence: Convergence | None) -> dict[str, Any]:
+        """The `ram` object of query-migrate."""
+        end = self.ended or time.monotonic()
+        moving = max(1e-3, end - (self.set_up or self.started))
+        normal, duplicate = self._total("normal"), self._total("duplicate") + self.hole_pages
+        ram = {
+            "transferred": self.wire_bytes,
+            "remaining": self.remaining_pages * PAGE_SIZE,
+            "total": self.total_pages * PAGE_SIZE,
+            "duplicate": duplicate,
+            "normal": normal,
+            "normal-bytes": normal * PAGE_SIZE,
+            "page-size": PAGE_SIZE,
+            "dirty-sync-count": self.rounds,
+            "mbps": round(self.wire_bytes * 8 / 1e6 / moving, 1),
+            "pages-per-second": round((normal + duplicate) / moving),
+        }
+        if convergence is not None:
+            ram["dirty-pages-rate"] = round(convergence.dirty_rate / PAGE_SIZE)
+        return ram
+
+    def report(self, status: Status, convergence: Convergence | None) -> dict[str, Any]:
+        """All of query-migrate. Times in milliseconds, sizes in bytes."""
+        end = self.ended or time.monotonic()
+        report: dict[str, Any] = {
+            "status": status.value,
+            "total-time": round((end - self.started) * 1000),
+            "ram": self.ram(convergence),
+            "wire-bytes": self.wire_bytes,
+            "workers": self.counters.workers if self.counters is not None else 0,
+            "codec-pages": {
+                name: self._total(field) for name, field in CODEC_FIELDS.items()
+            },
+            "lost-frames": self._total("lost_frames"),
+        }
+        if self.set_up is not None:
+            report["setup-time"] = round((self.set_up - self.started) * 1000)
+        if convergence is not None and convergence.rate:
+            left = self.remaining_pages
+            report["expected-downtime"] = round(convergence.expected_downtime(left) * 1000)
+        if self.stopped is not None and self.running is not None:
+            report["downtime"] = round((self.running - self.stopped) * 1000)
+        first = [r["first_ns"] for r in self._rows() if r["first_ns"]]
+        if first:
+            report["first-page-time"] = round((min(first) / 1e9 - self.started) * 1000)
+        if self.processes:
+            report["processes"] = self.processes
+        return report | self.extra
+
+    def _rows(self) -> list[dict[str, int]]:
+        if self.counters is None:
+            return []
+        return [self.counters.read(i) for i in range(self.counters.workers)]

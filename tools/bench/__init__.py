@@ -1,0 +1,1 @@
+"""Benchmarks that anyone can rerun; each compares with its peers in one run."""

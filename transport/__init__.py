@@ -1,0 +1,1 @@
+"""Bytes between two hosts: frames, messages, sessions, links. Knows no process and no memory."""

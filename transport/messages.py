@@ -1,0 +1,166 @@
+"""Control messages between the two coordinators, and what both ends must agree on.
+
+msgpack through msgspec: typed, bounded, no code in it. A message that does not decode is a
+RemoteProtocolError that names the field. Which message may come when: session.py.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from .errors import PageferryError, RemoteProtocolError, by_name
+
+# A session of another number is refused: both ends say theirs first.
+PROTOCOL = 1
+# Device state and ELF headers are small; more than this is not a guest we know.
+MAX_MESSAGE = 256 << 20
+MAX_BLOCKS = 65535
+MAX_WORKERS = 64
+# Nothing larger has been built; it also keeps page numbers below 2**40.
+MAX_BLOCK_SIZE = 1 << 52
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
+    """Base of all control messages."""
+
+
+class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A RAM block as both ends see it. `offset`: its place in an image file, bytes."""
+
+    name: str
+    size: int
+    page_size: int = 4096
+    offset: int = 0
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """Source: what is about to come. The destination checks every field."""
+
+    protocol: int
+    version: str
+    uuid: str
+    kind: str
+    blocks: list[Block]
+    workers: int
+    batch_pages: int
+    capabilities: list[str] = []
+    image_size: int = 0
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """Destination: RAM is laid out, receivers listen. One endpoint and one token a channel.
+
+    An endpoint is "tcp:PORT" (the host is the one the source dialled) or "ipc:PATH".
+    `fresh[i]`: block i reads as zero everywhere, so its zero pages need not travel.
+    """
+
+    version: str
+    endpoints: list[str]
+    tokens: list[bytes]
+    fresh: list[bool]
+    kind: str = ""
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """Destination: no. `field` is what does not match."""
+
+    error: str
+    field: str
+    message: str
+
+
+class Discard(Message, frozen=True, tag="discard"):
+    """Source: these pages of `block` are zero, whatever they were."""
+
+    block: int
+    starts: list[int]
+    counts: list[int]
+
+
+class Discarded(Message, frozen=True, tag="discarded"):
+    """Destination: done."""
+
+
+class Round(Message, frozen=True, tag="round"):
+    """Source, for the destination's display: a round begins."""
+
+    number: int
+    pages: int
+    dirty_rate: int = 0
+
+
+class DigestRequest(Message, frozen=True, tag="digest-request"):
+    """Source: what do your blocks hold?"""
+
+
+class Digests(Message, frozen=True, tag="digests"):
+    """Destination: one digest a block."""
+
+    digests: list[bytes]
+
+
+class DeviceState(Message, frozen=True, tag="device-state"):
+    """Source: everything of the guest that is not RAM, and whether it was running."""
+
+    kind: str
+    state: bytes
+    running: bool = True
+
+
+class StateLoaded(Message, frozen=True, tag="state-loaded"):
+    """Destination: the guest is whole and durable here, ready to run."""
+
+
+class Run(Message, frozen=True, tag="run"):
+    """Source: run. After this the source never resumes on its own."""
+
+
+class Running(Message, frozen=True, tag="running"):
+    """Destination: it runs here; `detail` says where."""
+
+    detail: str = ""
+
+
+class Abort(Message, frozen=True, tag="abort"):
+    """Either end: stop, and why."""
+
+    error: str
+    message: str
+
+
+class Ping(Message, frozen=True, tag="ping"):
+    """Either end: still here."""
+
+
+AnyMessage = (
+    Hello | Welcome | Refused | Discard | Discarded | Round | DigestRequest | Digests
+    | DeviceState | StateLoaded | Run | Running | Abort | Ping
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: AnyMessage) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(data: bytes | memoryview) -> AnyMessage:
+    """The message in `data`, or RemoteProtocolError with the field that is wrong."""
+    if len(data) > MAX_MESSAGE:
+        raise RemoteProtocolError(f"control message of {len(data)} bytes")
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise RemoteProtocolError(f"control message that makes no sense: {e}") from e
+
+
+def abort_for(error: PageferryError) -> Abort:
+    return Abort(type(error).__name__, error.message)
+
+
+def error_of(message: Abort | Refused) -> PageferryError:
+    """The peer's reason as an error of ours."""
+    field = getattr(message, "field", "")
+    data = {"field": field} if field else {}
+    return by_name(message.error, message.message, **data)

@@ -1,0 +1,122 @@
+"""The control session: which message may be sent and received when. Sans-IO.
+
+Both ends run this one machine, with the role as a parameter. The table below is the whole
+of it; the picture in ARCHITECTURE.md is drawn from it (`python -m pageferry.transport.session`).
+An illegal message raises and changes nothing: LocalProtocolError if it is ours,
+RemoteProtocolError if it is the peer's.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from .errors import LocalProtocolError, RemoteProtocolError
+from .messages import (
+    Abort,
+    AnyMessage,
+    DeviceState,
+    DigestRequest,
+    Digests,
+    Discard,
+    Discarded,
+    Hello,
+    Ping,
+    Refused,
+    Round,
+    Run,
+    Running,
+    StateLoaded,
+    Welcome,
+    decode,
+    encode,
+)
+
+
+class Role(enum.Enum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class Phase(enum.Enum):
+    IDLE = "idle"
+    GREETING = "greeting"
+    MOVING = "moving"
+    DISCARDING = "discarding"
+    DIGESTING = "digesting"
+    LOADING = "loading"
+    LOADED = "loaded"
+    STARTING = "starting"
+    RUNNING = "running"
+    CLOSED = "closed"
+
+
+S, D = Role.SOURCE, Role.DESTINATION
+# (phase, who speaks, message) -> next phase
+TRANSITIONS: dict[tuple[Phase, Role, type[AnyMessage]], Phase] = {
+    (Phase.IDLE, S, Hello): Phase.GREETING,
+    (Phase.GREETING, D, Welcome): Phase.MOVING,
+    (Phase.GREETING, D, Refused): Phase.CLOSED,
+    (Phase.MOVING, S, Discard): Phase.DISCARDING,
+    (Phase.DISCARDING, D, Discarded): Phase.MOVING,
+    (Phase.MOVING, S, Round): Phase.MOVING,
+    (Phase.MOVING, S, DigestRequest): Phase.DIGESTING,
+    (Phase.DIGESTING, D, Digests): Phase.MOVING,
+    (Phase.MOVING, S, DeviceState): Phase.LOADING,
+    (Phase.LOADING, D, StateLoaded): Phase.LOADED,
+    (Phase.LOADED, S, Run): Phase.STARTING,
+    (Phase.STARTING, D, Running): Phase.RUNNING,
+}
+# Abort ends every phase but the one in which the guest runs at the destination.
+for _phase in Phase:
+    if _phase not in (Phase.IDLE, Phase.RUNNING, Phase.CLOSED):
+        for _role in Role:
+            TRANSITIONS[_phase, _role, Abort] = Phase.CLOSED
+            TRANSITIONS[_phase, _role, Ping] = _phase
+
+
+class Session:
+    """One end of a control session."""
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self.phase = Phase.IDLE
+
+    def __repr__(self) -> str:
+        return f"<Session {self.role.value} {self.phase.value}>"
+
+    def send(self, message: AnyMessage) -> bytes:
+        """The bytes of `message`, if it is our turn to say it."""
+        following = TRANSITIONS.get((self.phase, self.role, type(message)))
+        if following is None:
+            raise LocalProtocolError(f"{type(message).__name__} is not ours to say in {self!r}")
+        self.phase = following
+        return encode(message)
+
+    def receive(self, data: bytes | memoryview) -> AnyMessage:
+        """The message in `data`, if it is the peer's turn to say it."""
+        message = decode(data)
+        peer = D if self.role is S else S
+        following = TRANSITIONS.get((self.phase, peer, type(message)))
+        if following is None:
+            raise RemoteProtocolError(f"{type(message).__name__} came in phase {self.phase.value}")
+        self.phase = following
+        return message
+
+    @property
+    def may_abort(self) -> bool:
+        return (self.phase, self.role, Abort) in TRANSITIONS
+
+
+def diagram() -> str:
+    """The table as a mermaid state diagram; Abort and Ping, legal nearly everywhere, left out."""
+    lines = ["stateDiagram-v2", "    [*] --> idle"]
+    for (phase, role, message), following in TRANSITIONS.items():
+        if message not in (Abort, Ping):
+            lines.append(
+                f"    {phase.value} --> {following.value}: {role.value}: {message.__name__}"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(diagram())

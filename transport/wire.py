@@ -1,0 +1,213 @@
+"""Frames on a multifd channel: bytes in, frames out. No socket, clock, process or log inside.
+
+A message on a channel has one or two parts. Part one is the *meta*: a fixed header and the
+run tables that say which pages the frame holds. Part two, the *payload*, is one large buffer,
+so that ZeroMQ sends it without a copy (below 64 KiB it copies all the same). The counterpart
+of MultiFDPacket_t in QEMU's migration/multifd.h, with runs in place of single offsets.
+
+    header   magic, version, kind, codec, flags, block, round, seq,
+             zero/raw/packed run counts, payload size, payload sum, meta sum
+    runs     starts (u64 each), then counts (u32 each): zero runs, raw runs, packed runs
+    payload  the raw pages, then the packed pages as one output of the codec
+
+The meta has a checksum of its own (xxh3-64), so that a frame whose payload is damaged can
+still be named in a NACK. The payload's sum is seeded with the meta's: a payload under
+somebody else's meta does not pass. Every number is bounded before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from .errors import RemoteProtocolError
+from .pages import NO_RUNS, PAGE_SIZE, Runs, total_pages
+
+Buffer = bytes | bytearray | memoryview
+
+MAGIC = 0x4650  # "PF"
+VERSION = 1
+# Pages with content in one frame: 8 MiB, the largest batch a user may ask for.
+MAX_BATCH_PAGES = 2048
+# Runs in one table: a full batch of single pages, or that many holes.
+MAX_RUNS = MAX_BATCH_PAGES
+# A codec that cannot shrink a batch adds a little; such a batch travels raw.
+MAX_PAYLOAD = MAX_BATCH_PAGES * PAGE_SIZE
+_HEADER = struct.Struct("<HBBBBHIQHHHxxIQQ")
+_SUM = struct.Struct("<Q")
+HEADER_SIZE = _HEADER.size
+MAX_META = HEADER_SIZE + 3 * MAX_RUNS * 12
+
+
+class Kind(enum.IntEnum):
+    """DATA and SYNC go from source to destination, the others come back."""
+
+    DATA = 1
+    SYNC = 2
+    ACK = 3
+    NACK = 4
+    SYNC_ACK = 5
+
+
+class Damaged(Exception):
+    """A frame whose checksum does not match: it is lost, the connection is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame. `seq` counts per channel; the meaning of the rest depends on `kind`.
+
+    DATA: `zero`, `raw` and `packed` are the pages of `block`, `payload_size` bytes follow.
+    SYNC, SYNC_ACK: `frames` and `pages` of `round` that were acknowledged / placed.
+    ACK, NACK: the frames from `seq` to `last`.
+    """
+
+    kind: Kind
+    seq: int
+    round: int = 0
+    block: int = 0
+    codec: int = 0
+    zero: Runs = NO_RUNS
+    raw: Runs = NO_RUNS
+    packed: Runs = NO_RUNS
+    payload_size: int = 0
+    payload_sum: int = 0
+    meta_sum: int = 0
+    frames: int = 0
+    pages: int = 0
+    last: int = 0
+
+    @property
+    def raw_size(self) -> int:
+        return total_pages(self.raw) * PAGE_SIZE
+
+    @property
+    def packed_size(self) -> int:
+        """Bytes of the packed part of the payload."""
+        return self.payload_size - self.raw_size
+
+    @property
+    def page_total(self) -> int:
+        return total_pages(self.zero) + total_pages(self.raw) + total_pages(self.packed)
+
+
+def _pack_runs(tables: Iterable[Runs]) -> bytes:
+    parts = []
+    for starts, counts in tables:
+        if len(starts):
+            parts += [starts.astype("<u8").tobytes(), counts.astype("<u4").tobytes()]
+    return b"".join(parts)
+
+
+def encode_data(frame: Frame, payload: Iterable[Buffer] = ()) -> bytes:
+    """The meta of a DATA frame whose payload is the concatenation of `payload`."""
+    runs = _pack_runs((frame.zero, frame.raw, frame.packed))
+    lengths = (len(frame.zero[0]), len(frame.raw[0]), len(frame.packed[0]))
+    size = sum(len(memoryview(part)) for part in payload)
+
+    def head(payload_sum: int, meta_sum: int) -> bytes:
+        return _HEADER.pack(
+            MAGIC, VERSION, Kind.DATA, frame.codec, 0, frame.block, frame.round, frame.seq,
+            *lengths, size, payload_sum, meta_sum,
+        )  # fmt: skip
+
+    identity = xxhash.xxh3_64_intdigest(head(0, 0) + runs)
+    total = payload_digest(payload, identity) if size else 0
+    return head(total, xxhash.xxh3_64_intdigest(head(total, 0) + runs)) + runs
+
+
+def payload_digest(payload: Iterable[Buffer], identity: int) -> int:
+    """The payload's sum: xxh3-64 seeded with the sum of the meta that announces it."""
+    state = xxhash.xxh3_64(seed=identity)
+    for part in payload:
+        state.update(part)
+    return state.intdigest()
+
+
+def encode_control(frame: Frame) -> bytes:
+    """SYNC, ACK, NACK or SYNC_ACK: one part, no payload."""
+    body = struct.pack("<QQQ", frame.frames, frame.pages, frame.last)
+
+    def head(meta_sum: int) -> bytes:
+        return _HEADER.pack(
+            MAGIC, VERSION, frame.kind, 0, 0, 0, frame.round, frame.seq, 0, 0, 0, 0, 0, meta_sum
+        )
+
+    return head(xxhash.xxh3_64_intdigest(head(0) + body)) + body
+
+
+def decode(meta: Buffer) -> Frame:
+    """The frame that `meta` announces.
+
+    Raises Damaged if its checksum does not match, RemoteProtocolError if it is intact and
+    still nonsense: then the peer speaks another protocol or means harm.
+    """
+    view = memoryview(meta)
+    if not HEADER_SIZE <= len(view) <= MAX_META:
+        raise Damaged(f"{len(view)} bytes are no frame")
+    fields = _HEADER.unpack_from(view)
+    magic, version, kind, codec, flags, block, round_, seq = fields[:8]
+    n_zero, n_raw, n_packed, size, payload_sum, meta_sum = fields[8:]
+    blank = bytes(view[: HEADER_SIZE - 8]) + bytes(8)
+    if xxhash.xxh3_64_intdigest(blank + bytes(view[HEADER_SIZE:])) != meta_sum:
+        raise Damaged("checksum of a frame header")
+    if magic != MAGIC or version != VERSION or flags:
+        raise RemoteProtocolError(f"frame of version {version}, not {VERSION}")
+    if kind != Kind.DATA:
+        return _decode_control(view, kind, round_, seq, meta_sum)
+    if max(n_zero, n_raw, n_packed) > MAX_RUNS or size > MAX_PAYLOAD:
+        raise RemoteProtocolError(f"frame of {size} bytes is above the bound of {MAX_PAYLOAD}")
+    if len(view) != HEADER_SIZE + 12 * (n_zero + n_raw + n_packed):
+        raise RemoteProtocolError("frame whose run tables do not match its length")
+    at, tables = HEADER_SIZE, []
+    for n in (n_zero, n_raw, n_packed):
+        tables.append(_unpack_runs(view, at, n))
+        at += 12 * n
+    frame = Frame(
+        Kind.DATA, seq, round_, block, codec, *tables,
+        payload_size=size, payload_sum=payload_sum, meta_sum=meta_sum,
+    )  # fmt: skip
+    return _check_sizes(frame)
+
+
+def _unpack_runs(view: memoryview, at: int, n: int) -> Runs:
+    if n == 0:
+        return NO_RUNS
+    starts = np.frombuffer(view, "<u8", n, at).astype(np.int64)
+    counts = np.frombuffer(view, "<u4", n, at + 8 * n).astype(np.int64)
+    return starts, counts
+
+
+def _check_sizes(frame: Frame) -> Frame:
+    content = total_pages(frame.raw) + total_pages(frame.packed)
+    if content > MAX_BATCH_PAGES:
+        raise RemoteProtocolError(f"frame of {content} pages is above {MAX_BATCH_PAGES}")
+    packed = len(frame.packed[0]) > 0
+    if frame.packed_size < 0 or (frame.packed_size > 0) != packed:
+        raise RemoteProtocolError("frame whose payload does not match its pages")
+    return frame
+
+
+def _decode_control(view: memoryview, kind: int, round_: int, seq: int, meta_sum: int) -> Frame:
+    if kind not in set(Kind) or len(view) != HEADER_SIZE + 24:
+        raise RemoteProtocolError(f"frame of unknown kind {kind}")
+    frames, pages, last = struct.unpack_from("<QQQ", view, HEADER_SIZE)
+    return Frame(
+        Kind(kind), seq, round_, meta_sum=meta_sum, frames=frames, pages=pages, last=last
+    )
+
+
+def payload_matches(meta: Buffer, frame: Frame, payload: Buffer) -> bool:
+    """True if `payload` is what the sender of `meta` announced."""
+    if len(payload) != frame.payload_size:
+        return False
+    if frame.payload_size == 0:
+        return True
+    head = bytearray(meta)
+    head[HEADER_SIZE - 16 : HEADER_SIZE] = bytes(16)
+    return payload_digest((payload,), xxhash.xxh3_64_intdigest(head)) == frame.payload_sum

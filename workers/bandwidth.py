@@ -1,0 +1,61 @@
+"""max-bandwidth: one virtual clock that all senders share.
+
+The generic cell rate algorithm (ITU-T I.371): the clock says when the link is free again;
+a frame moves it on by its size over the rate. Senders that have nothing to send take
+nothing, so the others get it all, and the sum is exact whatever their number.
+
+Shared memory, in order, under one lock held for microseconds: read rate, read clock, write
+clock. A sender killed inside the lock is a dead worker, and the migration ends with it; the
+others give up on the lock after a second and say so.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.context
+import time
+from typing import Any
+
+import numpy as np
+
+from ..transport.errors import WorkerDied
+from .segments import Segment
+
+# The clock may lag by this much: what a sender may send at once after a pause.
+BURST_NS = 5_000_000
+_LOCK_SECONDS = 1.0
+
+
+class Bandwidth:
+    """A rate in bytes a second; 0 means no limit."""
+
+    def __init__(self, context: multiprocessing.context.BaseContext, rate: int) -> None:
+        self._lock: Any = context.Lock()
+        self._segment = Segment(16, "bandwidth")
+        self.set_rate(rate)
+
+    def set_rate(self, rate: int) -> None:
+        """Coordinator only. Takes effect with the next frame."""
+        self._segment.array(np.uint64, 1)[0] = rate
+
+    @property
+    def rate(self) -> int:
+        return int(self._segment.array(np.uint64, 1)[0])
+
+    def reserve(self, size: int) -> int:
+        """Nanoseconds to wait before `size` bytes may be sent; they are booked already."""
+        rate = self.rate
+        if rate == 0:
+            return 0
+        if not self._lock.acquire(timeout=_LOCK_SECONDS):
+            raise WorkerDied("a sender died while it held the bandwidth lock")
+        try:
+            clock = self._segment.array(np.int64, 1, 8)
+            now = time.monotonic_ns()
+            begin = max(int(clock[0]), now - BURST_NS)
+            clock[0] = begin + size * 1_000_000_000 // rate
+        finally:
+            self._lock.release()
+        return max(0, begin - now)
+
+    def close(self) -> None:
+        self._segment.close()

@@ -1,0 +1,150 @@
+"""From page numbers to frames: copy, find zeros, choose a codec, compress, lay out.
+
+Works on whole batches with numpy; no Python per page. Knows memory and codecs, no socket.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ..transport.codecs import CODECS, Codec, make_codec
+from ..transport.codecs.choice import CodecChoice
+from ..transport.pages import NO_RUNS, PAGE_SIZE, WORDS, Pages, Runs, runs_of
+from ..transport.wire import Buffer
+from .counters import Row
+from .inspection import compressible_pages, zero_pages
+from .ram import RamBlock
+
+# A codec must save at least this share, or the pages travel raw.
+_MUST_SAVE = 0.03
+
+
+@dataclass(slots=True)
+class Batch:
+    """A batch as it will travel. `payload` may point into guest memory."""
+
+    codec: int
+    zero: Runs
+    raw: Runs
+    packed: Runs
+    payload: list[Buffer]
+
+    @property
+    def size(self) -> int:
+        return sum(len(part) for part in self.payload)
+
+
+class BlockReader:
+    """Reads pages of one block."""
+
+    def __init__(self, block: RamBlock) -> None:
+        self._pages = block.whole_pages()
+        self._words = block.words() if block.aligned else None
+        self._tail = block.tail() if block.size % PAGE_SIZE else b""
+        self._block = block
+
+    def read(self, pages: Pages, copy: bool) -> npt.NDArray[np.uint64]:
+        """The content of `pages`, shape (n, 512): in place if it may be and can be."""
+        first, n = int(pages[0]), len(pages)
+        together = int(pages[-1]) - first + 1 == n
+        whole = int(pages[-1]) < len(self._pages)
+        if together and whole and not copy and self._words is not None:
+            return self._words[first : first + n]
+        out = np.empty((n, PAGE_SIZE), np.uint8)
+        inside = pages if whole else pages[:-1]
+        if together:
+            out[: len(inside)] = self._pages[first : first + len(inside)]
+        else:
+            # mode="clip": "raise" would buffer the whole output once more
+            np.take(self._pages, inside, axis=0, out=out[: len(inside)], mode="clip")
+        if not whole:
+            out[-1] = np.frombuffer(self._block.tail(), np.uint8)
+        return out.view(np.uint64)
+
+
+class BatchMaker:
+    """Makes batches for one channel."""
+
+    def __init__(self, codec: str, level: int | None, row: Row) -> None:
+        self.choice = CodecChoice() if codec == "auto" else None
+        self._codecs: dict[str, Codec] = {}
+        self._name, self._level = codec, level
+        self._row = row
+        if codec != "auto":
+            self._codec(codec)
+
+    def _codec(self, name: str) -> Codec:
+        if name not in self._codecs:
+            self._codecs[name] = make_codec(name, self._level if name == self._name else None)
+        return self._codecs[name]
+
+    def make(self, pages: Pages, content: npt.NDArray[np.uint64]) -> Batch:
+        """The batch of `pages` (ascending) whose content has shape (n, 512)."""
+        zeros = zero_pages(content)
+        n_zero = int(np.count_nonzero(zeros))
+        if n_zero == len(pages):
+            return Batch(0, runs_of(pages), NO_RUNS, NO_RUNS, [])
+        zero_runs = NO_RUNS
+        if n_zero:
+            zero_runs = runs_of(pages[zeros])
+            pages, content = pages[~zeros], content[~zeros]
+        if self._name == "none":
+            return self._raw(zero_runs, pages, content)
+        return self._packed(zero_runs, pages, content)
+
+    def _raw(self, zero: Runs, pages: Pages, content: npt.NDArray[np.uint64]) -> Batch:
+        self._row.add("raw_pages", len(pages))
+        return Batch(0, zero, runs_of(pages), NO_RUNS, [flat(content)])
+
+    def _packed(self, zero: Runs, pages: Pages, content: npt.NDArray[np.uint64]) -> Batch:
+        good = compressible_pages(content.view(np.uint8).reshape(-1, PAGE_SIZE))
+        n_good = int(np.count_nonzero(good))
+        name = self._name
+        if self.choice is not None:
+            name = self.choice.choose(n_good / len(pages))
+        if n_good == 0 or name == "none":
+            return self._raw(zero, pages, content)
+        everything = n_good == len(pages)
+        plain = flat(content if everything else content[good])
+        codec = self._codec(name)
+        begin = time.perf_counter_ns()
+        packed = codec.compress(plain)
+        spent = time.perf_counter_ns() - begin
+        self._row.add("codec_ns", spent)
+        if self.choice is not None:
+            self.choice.learn(name, len(plain), len(packed), spent / 1e9)
+        if len(packed) > (1 - _MUST_SAVE) * len(plain):
+            return self._raw(zero, pages, content)
+        self._row.add(f"{name}_pages", n_good)
+        wire_id = CODECS[name].wire_id
+        if everything:
+            return Batch(wire_id, zero, NO_RUNS, runs_of(pages), [packed])
+        self._row.add("raw_pages", len(pages) - n_good)
+        raw, rest = pages[~good], flat(content[~good])
+        return Batch(wire_id, zero, runs_of(raw), runs_of(pages[good]), [rest, packed])
+
+
+def flat(content: npt.NDArray[np.uint64]) -> memoryview:
+    """The bytes of pages of shape (n, 512), as one flat buffer."""
+    return memoryview(content.reshape(len(content) * WORDS)).cast("B")
+
+
+def page_hashes(content: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """xxh3-64 of each page, 0 for a zero page (the table of what was sent begins as zeros).
+
+    The one loop over pages there is: 8 GB/s, and only where memory is tracked by content.
+    """
+    view, digest = flat(content), xxhash.xxh3_64_intdigest
+    out = np.array(
+        [digest(view[at : at + PAGE_SIZE]) for at in range(0, len(view), PAGE_SIZE)], np.uint64
+    )
+    out[zero_pages(content)] = 0
+    return out
+
+

@@ -1,0 +1,95 @@
+"""Numbers each worker writes and the coordinator reads, in shared memory.
+
+One row of 64-bit integers a worker, one writer a row, aligned, so that a read is never torn.
+Readers may see one field before another: these are statistics, not decisions.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import numpy as np
+
+from .segments import Segment
+
+FIELDS = (
+    "heartbeat_ns",  # CLOCK_MONOTONIC of the last sign of life
+    "normal",  # pages sent or placed with their content
+    "duplicate",  # zero pages
+    "wire_bytes",  # frames as handed to ZeroMQ, headers included
+    "frames",
+    "lost_frames",  # lost or damaged, sent again
+    "stray_frames",  # from a connection that is not ours
+    "raw_pages",  # of `normal`, those that travelled uncompressed
+    "lz4_pages",
+    "zstd_pages",
+    "zlib_pages",
+    "codec_ns",  # spent in the codec
+    "wait_ns",  # sender: waiting for credit, i.e. for the link or the destination
+    "paced_ns",  # sender: waiting for max-bandwidth
+    "cpu_ns",
+    "peak_rss",  # bytes
+    "first_ns",  # CLOCK_MONOTONIC of the first frame
+)
+_INDEX = {name: i for i, name in enumerate(FIELDS)}
+
+
+class Row:
+    """One worker's numbers, for that worker to write."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def add(self, field: str, amount: int) -> None:
+        self._array[_INDEX[field]] += amount
+
+    def set(self, field: str, value: int) -> None:
+        self._array[_INDEX[field]] = value
+
+    def beat(self) -> None:
+        """A sign of life, with what this process has cost so far."""
+        self.set("heartbeat_ns", time.monotonic_ns())
+        self.set("cpu_ns", time.process_time_ns())
+        self.set("peak_rss", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+class Counters:
+    """All rows. The coordinator owns the segment."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._segment = Segment(workers * len(FIELDS) * 8, "counters")
+
+    def row(self, worker: int) -> Row:
+        return Row(self._segment.array(np.uint64, len(FIELDS), worker * len(FIELDS) * 8))
+
+    def read(self, worker: int) -> dict[str, int]:
+        array = self._segment.array(np.uint64, len(FIELDS), worker * len(FIELDS) * 8)
+        return dict(zip(FIELDS, array.tolist(), strict=True))
+
+    def total(self, field: str) -> int:
+        array = self._segment.array(np.uint64, self.workers * len(FIELDS))
+        return int(array[_INDEX[field] :: len(FIELDS)].sum())
+
+    def freeze(self) -> FrozenCounters:
+        """The numbers as they are now, for when the shared memory is gone."""
+        return FrozenCounters([self.read(i) for i in range(self.workers)])
+
+    def close(self) -> None:
+        self._segment.close()
+
+
+class FrozenCounters:
+    """The last numbers of workers that are gone."""
+
+    def __init__(self, rows: list[dict[str, int]]) -> None:
+        self.workers = len(rows)
+        self._rows = rows
+
+    def read(self, worker: int) -> dict[str, int]:
+        return self._rows[worker]
+
+    def total(self, field: str) -> int:
+        return sum(row[field] for row in self._rows)

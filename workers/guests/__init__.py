@@ -1,0 +1,41 @@
+"""What can be migrated. One protocol (base.py); a new kind of guest is a file here and a row
+in `open_source` / `open_destination`.
+"""
+
+from __future__ import annotations
+
+from .base import DestinationGuest, SourceGuest
+from .uri import GuestUri, parse_guest
+
+__all__ = ["DestinationGuest", "GuestUri", "SourceGuest", "open_destination", "open_source",
+           "parse_guest"]  # fmt: skip
+
+
+def open_source(uri: GuestUri) -> SourceGuest:
+    """The guest at `uri`, ready to be read. May start a process (demo) and take a while."""
+    if uri.kind == "image":
+        from .image import ImageSource
+
+        return ImageSource(uri)
+    if uri.kind == "demo":
+        from .demo import DemoSource
+
+        return DemoSource(uri)
+    from .shared_memory import RamSource
+
+    return RamSource(uri)
+
+
+def open_destination(uri: GuestUri) -> DestinationGuest:
+    """A guest at `uri` that nothing has been done for yet: `lay_out` does."""
+    if uri.kind == "image":
+        from .image import ImageDestination
+
+        return ImageDestination(uri)
+    if uri.kind == "demo":
+        from .demo import DemoDestination
+
+        return DemoDestination(uri)
+    from .shared_memory import RamDestination
+
+    return RamDestination(uri)

@@ -1,0 +1,101 @@
+"""The one protocol behind which every guest stands. Coordinators know this and no more.
+
+A source guest lends its RAM blocks and says which pages were written; a destination guest
+lays out blocks for what was announced, and becomes whole or leaves no trace. Methods may
+block for a while: coordinators call them off their event loop.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from ...transport.messages import Block, Hello
+from ...transport.pages import Runs
+from ..ram import RamBlock
+
+# How writes are found, in order of preference.
+TRACKING_NONE = "none"  # nobody writes
+TRACKING_PAGEMAP = "pagemap-scan"  # userfaultfd WP_ASYNC + PAGEMAP_SCAN: exact, cheap
+TRACKING_HASH = "content-hash"  # reads everything each round
+
+
+class SourceGuest(ABC):
+    """A guest that is to leave.
+
+    `live`: somebody may be writing right now. `can_stop`: `stop` makes that end; a guest that
+    cannot be stopped is moved when a whole scan finds nothing changed.
+    """
+
+    kind: str
+    blocks: list[RamBlock]
+    tracking: str = TRACKING_NONE
+    live: bool = False
+    can_stop: bool = False
+    running: bool = False
+    image_size: int = 0
+
+    def start_tracking(self) -> None:
+        """From now on writes are seen. Called once, before `initial_pages`."""
+
+    def initial_pages(self, block: int) -> Runs:
+        """Pages of a block that hold anything; the others are known to be zero."""
+        return self.blocks[block].data_runs()
+
+    def dirty_pages(self, block: int) -> Runs:
+        """Pages written since the last call, or since `start_tracking` (get and clear)."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """No write happens after this returns. Idempotent."""
+
+    def resume(self) -> None:
+        """Undo `stop`. Idempotent; never called once the destination may be running."""
+
+    def save_state(self) -> bytes:
+        """Everything of the guest that is not RAM. Called when stopped."""
+        return b""
+
+    def describe(self) -> dict[str, Any]:
+        """What is left of it here, for the result."""
+        return {}
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it. Idempotent. A guest that was stopped stays stopped."""
+
+
+class DestinationGuest(ABC):
+    """A guest that is to arrive."""
+
+    kind: str
+    blocks: list[RamBlock]
+    fresh: list[bool]  # this block reads as zero everywhere
+
+    @abstractmethod
+    def lay_out(self, hello: Hello) -> None:
+        """Make RAM for `hello.blocks`, or raise: DestinationTooSmall, PeerRefused, …"""
+
+    def load_state(self, kind: str, state: bytes, running: bool) -> None:
+        """Take the device state and make everything durable. All pages have arrived."""
+
+    @abstractmethod
+    def run(self) -> str:
+        """Make it whole and let it run; says where it is. Quick: the source waits."""
+
+    def conclude(self) -> dict[str, Any]:
+        """After `run`: what can be said about it. May let the guest run on for a while."""
+        return {}
+
+    @abstractmethod
+    def discard(self) -> None:
+        """It will not arrive: leave nothing that looks whole. Idempotent."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it. Idempotent."""
+
+
+def layout_size(blocks: list[Block], image_size: int) -> int:
+    """Bytes of a file that holds `blocks` at their offsets."""
+    return max([image_size, *(block.offset + block.size for block in blocks)])

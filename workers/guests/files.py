@@ -1,0 +1,96 @@
+"""Files that become whole at once or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+
+from ...transport.errors import DestinationError, NoSpace, SourceError
+
+
+def open_to_read(path: str, what: str) -> tuple[int, int]:
+    """Descriptor and size of a regular file, or SourceError that says what is wrong."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as e:
+        raise SourceError(f"cannot open the {what} {path}: {e.strerror}") from e
+    status = os.fstat(fd)
+    problem = ""
+    if not stat.S_ISREG(status.st_mode):
+        problem = "it is no regular file"
+    elif status.st_size == 0:
+        problem = "it is empty"
+    if problem:
+        os.close(fd)
+        raise SourceError(f"cannot read the {what} {path}: {problem}")
+    return fd, status.st_size
+
+
+class NewFile:
+    """A file without a name until `publish`: a crash, even kill -9, leaves nothing.
+
+    O_TMPFILE where the file system has it, else a hidden temporary name beside the target.
+    """
+
+    def __init__(self, path: str, size: int) -> None:
+        self.path = os.path.abspath(path)
+        self.fd = -1
+        self._temporary = ""
+        directory = os.path.dirname(self.path)
+        if os.path.isdir(self.path):
+            raise DestinationError(f"cannot write {path}: it is a directory; name a file in it")
+        try:
+            self.fd = self._open(directory)
+            os.ftruncate(self.fd, size)
+        except OSError as e:
+            self.discard()
+            if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise NoSpace(f"no space for a file of {size} bytes at {path}") from e
+            raise DestinationError(f"cannot create {path}: {e.strerror}") from e
+
+    def _open(self, directory: str) -> int:
+        try:
+            return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            if e.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                raise
+        self._temporary = self._hidden_name()
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+        return os.open(self._temporary, flags, 0o600)
+
+    def _hidden_name(self) -> str:
+        directory, name = os.path.split(self.path)
+        return os.path.join(directory, f".{name[:200]}.{secrets.token_hex(4)}.pageferry")
+
+    def publish(self) -> None:
+        """Give it its name, in place of what had it. Its content must be synced already."""
+        directory = os.path.dirname(self.path)
+        where = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if not self._temporary:
+                self._temporary = self._hidden_name()
+                # linkat() follows the link in /proc only when it is given a directory
+                os.link(
+                    f"/proc/self/fd/{self.fd}", self._temporary,
+                    src_dir_fd=where, follow_symlinks=True,
+                )  # fmt: skip
+            os.rename(self._temporary, self.path)
+            self._temporary = ""
+            os.fsync(where)
+        except OSError as e:
+            raise DestinationError(f"cannot name {self.path}: {e.strerror}") from e
+        finally:
+            os.close(where)
+
+    def discard(self) -> None:
+        """Forget it; without effect on a published file. Idempotent."""
+        if self._temporary:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+            self._temporary = ""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

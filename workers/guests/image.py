@@ -1,0 +1,154 @@
+"""image:PATH, a memory image in a file that nobody writes: raw, or an ELF core.
+
+A raw image is one RAM block. In an ELF core (QEMU's dump-guest-memory, gcore) each PT_LOAD
+segment is one; the rest of the file (headers, notes) travels as device state, so that a core
+arrives byte for byte. Holes cost nothing on either side.
+"""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from ...transport.errors import DestinationError, RemoteProtocolError, SourceError
+from ...transport.messages import MAX_BLOCKS, Block, Hello
+from ..ram import RamBlock, RamFile
+from .base import DestinationGuest, SourceGuest, layout_size
+from .files import NewFile, open_to_read
+from .uri import GuestUri
+
+# What an ELF core holds beside memory: notes of some KiB a thread.
+_MAX_SKELETON = 64 << 20
+_ELF_MAGIC, _ET_CORE = b"\x7fELF", 4
+
+
+class ImageState(msgspec.Struct, frozen=True):
+    """The parts of an image that are no RAM: (offset, bytes)."""
+
+    pieces: list[tuple[int, bytes]]
+
+
+class ImageSource(SourceGuest):
+    """A memory image."""
+
+    kind = "image"
+
+    def __init__(self, uri: GuestUri) -> None:
+        fd, size = open_to_read(uri.rest, "memory image")
+        self._file = RamFile(fd, uri.rest)
+        self.image_size = size
+        try:
+            specs = _core_blocks(fd, size, uri.rest) or [Block("ram", size)]
+            self._skeleton = _skeleton(fd, size, specs, uri.rest)
+        except BaseException:
+            self.close()
+            raise
+        self.blocks = [RamBlock(spec, self._file, spec.offset) for spec in specs]
+
+    def save_state(self) -> bytes:
+        return msgspec.msgpack.encode(ImageState(self._skeleton))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _core_blocks(fd: int, size: int, path: str) -> list[Block]:
+    """The PT_LOAD segments of an ELF core; empty if the file is none."""
+    head = os.pread(fd, 18, 0)
+    if head[:4] != _ELF_MAGIC or int.from_bytes(head[16:18], "little") != _ET_CORE:
+        return []
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
+
+    blocks = []
+    try:
+        with os.fdopen(os.dup(fd), "rb") as stream:
+            for segment in ELFFile(stream).iter_segments("PT_LOAD"):
+                header = segment.header
+                if header.p_filesz:
+                    address = header.p_paddr or header.p_vaddr
+                    name = f"load{len(blocks)}@{address:#x}"
+                    blocks.append(Block(name, header.p_filesz, offset=header.p_offset))
+    except (ELFError, KeyError, ValueError) as e:
+        raise SourceError(f"{path} begins like an ELF core and is damaged: {e}") from e
+    if not blocks or len(blocks) > MAX_BLOCKS:
+        raise SourceError(f"{path} is an ELF core with {len(blocks)} memory segments")
+    blocks.sort(key=lambda block: block.offset)
+    at = 0
+    for block in blocks:
+        if block.offset < at:
+            raise SourceError(f"{path} is an ELF core whose memory segments overlap")
+        at = block.offset + block.size
+    if at > size:
+        raise SourceError(f"{path} is a truncated ELF core: {size} of {at} bytes are there")
+    return blocks
+
+
+def _skeleton(fd: int, size: int, blocks: list[Block], path: str) -> list[tuple[int, bytes]]:
+    """What lies between and around the blocks, zeros left out."""
+    pieces, at = [], 0
+    for begin, end in [*((b.offset, b.offset + b.size) for b in blocks), (size, size)]:
+        if begin - at > _MAX_SKELETON:
+            raise SourceError(f"{path}: {begin - at} bytes at {at} belong to no memory segment")
+        data = os.pread(fd, begin - at, at) if begin > at else b""
+        if data.strip(b"\0"):
+            pieces.append((at, data))
+        at = end
+    return pieces
+
+
+class ImageDestination(DestinationGuest):
+    """A new image file, or what replaces one."""
+
+    kind = "image"
+
+    def __init__(self, uri: GuestUri) -> None:
+        self._path = uri.rest
+        self._new: NewFile | None = None
+        self._file: RamFile | None = None
+        self._size = 0
+
+    def lay_out(self, hello: Hello) -> None:
+        self._size = layout_size(hello.blocks, hello.image_size)
+        self._new = NewFile(self._path, self._size)
+        self._file = RamFile(os.dup(self._new.fd), self._path)
+        self.blocks = [RamBlock(spec, self._file, spec.offset) for spec in hello.blocks]
+        self.fresh = [True] * len(hello.blocks)
+
+    def load_state(self, kind: str, state: bytes, running: bool) -> None:
+        assert self._new is not None
+        if kind == "image":
+            self._write_pieces(state)
+        try:
+            os.fsync(self._new.fd)
+        except OSError as e:
+            raise DestinationError(f"cannot write {self._path}: {e.strerror}") from e
+
+    def _write_pieces(self, state: bytes) -> None:
+        assert self._new is not None
+        try:
+            pieces = msgspec.msgpack.decode(state, type=ImageState).pieces
+        except msgspec.DecodeError as e:
+            raise RemoteProtocolError(f"image state that makes no sense: {e}") from e
+        for offset, data in pieces:
+            if offset < 0 or offset + len(data) > self._size:
+                raise RemoteProtocolError(f"image state outside of the image, at {offset}")
+            try:
+                os.pwrite(self._new.fd, data, offset)
+            except OSError as e:
+                raise DestinationError(f"cannot write {self._path}: {e.strerror}") from e
+
+    def run(self) -> str:
+        assert self._new is not None
+        self._new.publish()
+        return f"image:{self._path}"
+
+    def discard(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._new is not None:
+            self._new.discard()

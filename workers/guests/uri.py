@@ -1,0 +1,70 @@
+"""SOURCE and DESTINATION as users write them: KIND:REST?option=value&…  Pure.
+
+    image:PATH                a memory image in a file: raw, or an ELF core
+    ram:PATH[?pid=PID]        live memory in a shared-memory file
+    shm:NAME                  the same, by its POSIX shared-memory name
+    demo:[?size=&rate=&content=]   the bundled guest
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from ...transport.errors import UsageError
+
+_OPTIONS: dict[str, set[str]] = {
+    "image": set(),
+    "ram": {"pid"},
+    "shm": {"pid"},
+    "demo": {"size", "rate", "content", "seed"},
+}
+
+
+@dataclass(frozen=True)
+class GuestUri:
+    """A parsed URI. `rest` is a path, a name or nothing."""
+
+    kind: str
+    rest: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        query = "&".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{self.kind}:{self.rest}" + (f"?{query}" if query else "")
+
+    def integer(self, name: str, default: int) -> int:
+        """An option that must be a whole number."""
+        text = self.options.get(name)
+        if text is None:
+            return default
+        if not text.isdigit():
+            raise UsageError(f"{self}: {name} must be a whole number, not {text!r}")
+        return int(text)
+
+
+def parse_guest(text: str) -> GuestUri:
+    """`text` as a guest, or UsageError that says what was expected."""
+    kind, colon, rest = text.partition(":")
+    if not colon or kind not in _OPTIONS:
+        hint = f"; did you mean image:{text}?" if os.path.exists(text) else ""
+        raise UsageError(
+            f"{text!r} names no guest: write one of {', '.join(k + ':' for k in _OPTIONS)}{hint}"
+        )
+    options: dict[str, str] = {}
+    # A path may hold a question mark: only what looks like options behind the last one counts.
+    path, mark, query = rest.rpartition("?")
+    if mark and all("=" in part for part in query.split("&")):
+        rest = path
+        options = dict(part.split("=", 1) for part in query.split("&"))  # type: ignore[misc]
+    unknown = sorted(set(options) - _OPTIONS[kind])
+    if unknown:
+        known = ", ".join(sorted(_OPTIONS[kind])) or "none"
+        raise UsageError(f"{kind}: has no option {unknown[0]!r} (it has: {known})")
+    if kind == "demo" and rest:
+        raise UsageError(f"demo: takes options only: write demo:?{rest}")
+    if kind in ("image", "ram") and not rest:
+        raise UsageError(f"{kind}: needs a path: {kind}:PATH")
+    if kind == "shm" and (not rest.strip("/") or "/" in rest.strip("/")):
+        raise UsageError("shm: needs the name of a shared-memory segment: shm:NAME")
+    return GuestUri(kind, rest, options)

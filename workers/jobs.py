@@ -1,0 +1,124 @@
+"""What a coordinator and its workers say to each other over their pipe: msgpack, typed.
+
+The pipe is a socket pair inside one process group; it never carries memory, only names of
+pages. Every worker says Ready once, then answers each job once, or says Failed and ends.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..transport.errors import PageferryError, by_name
+
+
+class Job(msgspec.Struct, frozen=True, tag_field="type"):
+    """Base of everything on the pipe."""
+
+
+class Open(Job, frozen=True, tag="open"):
+    """Coordinator to sender: connect to your receiver."""
+
+    endpoint: str
+    token: bytes
+
+
+class Extent(Job, frozen=True, tag="extent"):
+    """Coordinator to sender: send the dirty pages of [first, first + count) of a block.
+
+    `live`: the guest may be writing; copy a batch before anything else looks at it.
+    """
+
+    block: int
+    first: int
+    count: int
+    live: bool
+
+
+class Barrier(Job, frozen=True, tag="barrier"):
+    """Coordinator to sender: agree with your receiver on what was placed in this round."""
+
+    round: int
+
+
+class Scan(Job, frozen=True, tag="scan"):
+    """Coordinator to sender: mark as dirty what is no longer what was sent."""
+
+    block: int
+    first: int
+    count: int
+
+
+class Digest(Job, frozen=True, tag="digest"):
+    """Coordinator to sender or receiver: the digest of part `part` of a block."""
+
+    block: int
+    part: int
+
+
+class Stop(Job, frozen=True, tag="stop"):
+    """Coordinator to any: end."""
+
+
+class Ready(Job, frozen=True, tag="ready"):
+    """Worker: up; a receiver says where it listens."""
+
+    endpoint: str = ""
+
+
+class ExtentDone(Job, frozen=True, tag="extent-done"):
+    """Sender: every page of the extent is acknowledged or dirty again."""
+
+    lost: int
+
+
+class BarrierDone(Job, frozen=True, tag="barrier-done"):
+    """Sender: the receiver placed what we sent."""
+
+    round: int
+
+
+class ScanDone(Job, frozen=True, tag="scan-done"):
+    """Sender: scanned."""
+
+
+class DigestDone(Job, frozen=True, tag="digest-done"):
+    """Any: the digest."""
+
+    block: int
+    part: int
+    digest: bytes
+
+
+class Failed(Job, frozen=True, tag="failed"):
+    """Any: it cannot go on, and why. The class travels by name, never as code."""
+
+    error: str
+    message: str
+
+
+AnyJob = (
+    Open | Extent | Barrier | Scan | Digest | Stop
+    | Ready | ExtentDone | BarrierDone | ScanDone | DigestDone | Failed
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyJob)
+
+
+def encode(job: AnyJob) -> bytes:
+    return _encoder.encode(job)
+
+
+def decode(data: bytes) -> AnyJob:
+    return _decoder.decode(data)
+
+
+def failed(error: BaseException) -> Failed:
+    """`error` for the pipe; what is not ours keeps its class in the text."""
+    if isinstance(error, PageferryError):
+        return Failed(type(error).__name__, error.message)
+    return Failed("PageferryError", f"{type(error).__name__}: {error}")
+
+
+def error_of(job: Failed) -> PageferryError:
+    return by_name(job.error, job.message)

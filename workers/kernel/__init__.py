@@ -1,0 +1,1 @@
+"""The kernel's edge: the only modules with ioctls and raw system calls."""

@@ -1,0 +1,63 @@
+"""Calls into the C library that Python's os module lacks. Thin, checked, nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+_libc.syscall.restype = ctypes.c_long
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+_FALLOC_PUNCH_HOLE = 0x02 | 0x01  # with KEEP_SIZE, as fallocate(2) demands
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
+# mallopt takes an int; buffers of this size or more still go back to the kernel.
+_KEEP_BELOW = 32 << 20
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return int(result)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Make `length` bytes of a file from `offset` read as zero and cost nothing (fallocate(2))."""
+    _check(_libc.fallocate(fd, _FALLOC_PUNCH_HOLE, offset, length), "fallocate")
+
+
+def die_with_parent(parent: int) -> None:
+    """SIGKILL for this process when the process `parent` ends, which started it (prctl(2))."""
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+    if os.getppid() != parent:  # it ended before the call
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def set_process_name(name: str) -> None:
+    """What ps and top show, 15 bytes at most (prctl(2))."""
+    raw = ctypes.create_string_buffer(name.encode()[:15])
+    _libc.prctl(_PR_SET_NAME, ctypes.addressof(raw), 0, 0, 0)
+
+
+def keep_buffers() -> None:
+    """Tell malloc to keep freed batch buffers instead of giving them back (mallopt(3)).
+
+    libzmq allocates each received frame; by default glibc maps and unmaps one that large,
+    and the kernel zeroes 128 fresh pages a frame. Receiving 2 GiB: 4.4 s of system time in
+    each of two receivers with the default, 1.4 s with this.
+    """
+    mallopt = getattr(_libc, "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEEP_BELOW)
+        mallopt(_M_TRIM_THRESHOLD, _KEEP_BELOW)
+        mallopt(_M_ARENA_MAX, 2)
+
+
+def syscall(number: int, *args: int) -> int:
+    """A raw system call with integer arguments; OSError if it fails (syscall(2))."""
+    return _check(_libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, args)), "syscall")

@@ -1,0 +1,233 @@
+"""The worker processes of one coordinator: start, talk, watch, stop, and the cause of death.
+
+They come from multiprocessing's fork server: one process imports what workers need and holds
+no socket, thread or guest memory; each worker is forked off it in about 10 ms. Spawning each
+from scratch costs 180 ms of CPU a worker (numpy, pyzmq), which on two cores delays the first
+page by half a second. Workers die with the fork server (PR_SET_PDEATHSIG), and that ends
+when the coordinator's side of its pipe closes, however the coordinator ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from ..transport.errors import WorkerDied
+from . import jobs
+from .counters import Counters
+
+# Silence of a worker for this long is a stall; workers beat every quarter of a second.
+STALL_SECONDS = 4.0
+# A worker told to stop has this long before it is killed.
+STOP_SECONDS = 2.0
+START_SECONDS = 20.0
+_PRELOAD = ["pageferry.workers.preload"]
+_main_lock = threading.Lock()
+
+
+def context() -> ForkServerContext:
+    """The one way in which pageferry starts processes."""
+    return multiprocessing.get_context("forkserver")
+
+
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Hide __main__ from multiprocessing while a process starts.
+
+    It would run the caller's script again in every worker. Our workers need none of it, and
+    a host tool without `if __name__ == "__main__"` must not fork itself.
+    """
+    with _main_lock:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
+def warm_up() -> None:
+    """Start the fork server, without waiting for it: it imports while we do."""
+    before = os.environ.get("OPENBLAS_NUM_THREADS")
+    # numpy's linear algebra is not used; its threads would be there at every fork
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    try:
+        with _hidden_main():
+            context().set_forkserver_preload(_PRELOAD)
+            resource_tracker.ensure_running()
+            forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["OPENBLAS_NUM_THREADS"]
+        else:
+            os.environ["OPENBLAS_NUM_THREADS"] = before
+
+
+def start_process(target: Callable[..., None], args: tuple[Any, ...], name: str) -> BaseProcess:
+    """A process that runs `target(*args)`. Blocks until it exists (10 ms when warm)."""
+    warm_up()
+    process = context().Process(target=target, args=args, name=name, daemon=True)
+    with _hidden_main():
+        process.start()
+    return process
+
+
+def cause_of_death(process: BaseProcess) -> str:
+    """What the exit code of a dead process says, in words."""
+    code = process.exitcode
+    if code is None or code >= 0:
+        return f"exited with status {code}"
+    if -code == signal.SIGBUS:
+        return "was killed by SIGBUS: a memory file became shorter, or its disk failed"
+    if -code == signal.SIGKILL:
+        return "was killed (SIGKILL: by somebody, or by the kernel when memory ran out)"
+    return f"was killed by {signal.Signals(-code).name}"
+
+
+class Worker:
+    """One worker process as the coordinator sees it."""
+
+    def __init__(
+        self, name: str, index: int, process: BaseProcess, pipe: Connection, counters: Counters
+    ) -> None:
+        self.name = name
+        self._counters = counters
+        self.index = index
+        self.process = process
+        self.pipe = pipe
+        self.cause = ""
+
+    def __repr__(self) -> str:
+        return f"<Worker {self.name} pid={self.process.pid}>"
+
+    def numbers(self) -> dict[str, int]:
+        """Its row of counters."""
+        return self._counters.read(self.index)
+
+    def say(self, job: jobs.AnyJob) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.pipe.send_bytes(jobs.encode(job))  # its death is told by its sentinel
+
+
+class Pool:
+    """The workers of one role in one migration.
+
+    `on_job(worker, job)` and `on_failure(error)` are called in the event loop.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        counters: Counters,
+        on_job: Callable[[Worker, jobs.AnyJob], None],
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        self.role = role
+        self.counters = counters
+        self.workers: list[Worker] = []
+        self._on_job = on_job
+        self._on_failure = on_failure
+        self._closing = False
+        self._started = time.monotonic()
+
+    def __repr__(self) -> str:
+        return f"<Pool {self.role} {self.workers}>"
+
+    async def start(self, target: Callable[..., None], payloads: list[Any]) -> None:
+        """Start one process a payload; each says Ready through `on_job`."""
+        loop = asyncio.get_running_loop()
+        self._started = time.monotonic()
+        for index, payload in enumerate(payloads):
+            ours, theirs = multiprocessing.Pipe()
+            name = f"{self.role}-{index}"
+            try:
+                process = await loop.run_in_executor(
+                    None, start_process, target, (theirs, index, payload), f"pageferry-{name}"
+                )
+            except BaseException:
+                ours.close()
+                raise
+            finally:
+                theirs.close()
+            worker = Worker(name, index, process, ours, self.counters)
+            self.workers.append(worker)
+            if self._closing:
+                return
+            loop.add_reader(ours.fileno(), self._readable, worker)
+            loop.add_reader(process.sentinel, self._ended, worker)
+
+    def _readable(self, worker: Worker) -> None:
+        try:
+            while worker.pipe.poll(0):
+                job = jobs.decode(worker.pipe.recv_bytes(1 << 20))
+                if isinstance(job, jobs.Failed):
+                    worker.cause = job.message
+                    self._fail(jobs.error_of(job))
+                    return
+                self._on_job(worker, job)
+        except (EOFError, OSError):
+            asyncio.get_running_loop().remove_reader(worker.pipe.fileno())
+
+    def _ended(self, worker: Worker) -> None:
+        asyncio.get_running_loop().remove_reader(worker.process.sentinel)
+        worker.process.join()
+        if worker.pipe.poll(0):  # its last words come first
+            self._readable(worker)
+        if not worker.cause:
+            worker.cause = cause_of_death(worker.process)
+            self._fail(WorkerDied(f"{worker.name} {worker.cause}", worker=worker.name))
+
+    def _fail(self, error: Exception) -> None:
+        if not self._closing:
+            self._on_failure(error)
+
+    def check(self) -> None:
+        """Raise WorkerDied if a worker has been silent for too long."""
+        now = time.monotonic_ns()
+        for worker in self.workers:
+            beat, limit = worker.numbers()["heartbeat_ns"], STALL_SECONDS
+            if beat == 0:
+                beat, limit = int(self._started * 1e9), START_SECONDS
+            if now - beat > limit * 1e9 and worker.process.is_alive():
+                raise WorkerDied(
+                    f"{worker.name} (process {worker.process.pid}) has not answered for "
+                    f"{limit:.0f} s",
+                    worker=worker.name,
+                )
+
+    def say_all(self, job: jobs.AnyJob) -> None:
+        for worker in self.workers:
+            worker.say(job)
+
+    async def close(self) -> None:
+        """Stop all workers, kill those that do not stop, reap them. Idempotent."""
+        self._closing = True
+        loop = asyncio.get_running_loop()
+        workers, self.workers = self.workers, []
+        for worker in workers:
+            if not worker.pipe.closed:
+                loop.remove_reader(worker.pipe.fileno())
+            loop.remove_reader(worker.process.sentinel)
+            worker.say(jobs.Stop())
+        until = time.monotonic() + STOP_SECONDS
+        for worker in workers:
+            left = max(0.0, until - time.monotonic())
+            await loop.run_in_executor(None, worker.process.join, left)
+            if worker.process.is_alive():
+                worker.process.kill()
+                await loop.run_in_executor(None, worker.process.join)
+            worker.pipe.close()
+            worker.process.close()

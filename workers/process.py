@@ -1,0 +1,71 @@
+"""What every worker process does before and after its own job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from . import jobs
+from .counters import Counters, Row
+from .kernel.libc import die_with_parent, keep_buffers, set_process_name
+
+# A worker says that it lives at least this often, whatever it does.
+HEARTBEAT_SECONDS = 0.25
+
+
+class Desk:
+    """A worker's side of its pipe, and its row of counters."""
+
+    def __init__(self, pipe: Connection, row: Row) -> None:
+        self.pipe = pipe
+        self.row = row
+        self._last_beat = 0.0
+        # Connection.poll builds a selector a call: 20 us, this one 1
+        self._poll = select.poll()
+        self._poll.register(pipe.fileno(), select.POLLIN)
+
+    def beat(self) -> None:
+        """Renew the heartbeat if it is due; cheap enough for every batch."""
+        now = time.monotonic()
+        if now - self._last_beat >= HEARTBEAT_SECONDS:
+            self._last_beat = now
+            self.row.beat()
+
+    def waiting(self) -> bool:
+        return bool(self._poll.poll(0))
+
+    def take(self) -> jobs.AnyJob:
+        return jobs.decode(self.pipe.recv_bytes(1 << 20))
+
+    def say(self, job: jobs.AnyJob) -> None:
+        self.pipe.send_bytes(jobs.encode(job))
+
+
+def run_worker(
+    name: str, pipe: Connection, counters: Counters, index: int, body: Callable[[Desk], None]
+) -> None:
+    """Run `body` as worker `index`: tied to its parent's life, deaf to Ctrl-C.
+
+    Ctrl-C reaches the whole process group; the coordinator alone acts on it. An error is
+    told over the pipe; a closed pipe means that the coordinator is gone, and so are we.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(os.getppid())
+    set_process_name(name)
+    keep_buffers()
+    desk = Desk(pipe, counters.row(index))
+    desk.row.beat()
+    try:
+        body(desk)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass
+    except Exception as e:
+        with contextlib.suppress(OSError):
+            desk.say(jobs.failed(e))
+    finally:
+        desk.row.beat()

@@ -1,0 +1,164 @@
+"""A multifd receiver: one process, one channel. Checks, decompresses, places, acknowledges.
+
+Treats every byte as hostile: the frame layer bounds sizes, this one checks blocks and pages
+against the layout before anything is decompressed or written. A message from an identity
+other than the channel's token is a stray; it is counted and dropped. Counterpart: sender.py;
+in QEMU, multifd_recv_thread in migration/multifd.c.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import zmq
+
+from ..transport.channel import ReceivingChannel
+from ..transport.codecs import Decoders
+from ..transport.errors import LocalProtocolError, RemoteProtocolError
+from ..transport.links import Endpoint, bind, parse_endpoint, unbind
+from ..transport.pages import PAGE_SIZE, Runs, check_runs, total_pages
+from ..transport.wire import Buffer, Frame
+from . import jobs
+from .counters import Counters
+from .digest import part_digest
+from .process import HEARTBEAT_SECONDS, Desk, run_worker
+from .ram import RamBlock
+
+_CODEC_FIELD = {1: "lz4_pages", 2: "zstd_pages", 3: "zlib_pages"}
+
+
+@dataclass
+class ReceiverJob:
+    """Everything a receiver needs, pickled into it once.
+
+    `listen`: where to listen; an ipc path is its own, a tcp port is 0.
+    `fresh[i]`: block i reads as zero, so round 1 need not clear anything.
+    """
+
+    blocks: list[RamBlock]
+    counters: Counters
+    listen: str
+    token: bytes
+    fresh: list[bool]
+
+
+def main(pipe: Connection, index: int, job: ReceiverJob) -> None:
+    run_worker(
+        f"pf-recv-{index}", pipe, job.counters, index, lambda desk: Receiver(desk, job).run()
+    )
+
+
+class Receiver:
+    """The process's one object."""
+
+    def __init__(self, desk: Desk, job: ReceiverJob) -> None:
+        self.desk, self.job, self.row = desk, job, desk.row
+        self.channel = ReceivingChannel()
+        self.decoders = Decoders()
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+
+    def run(self) -> None:
+        self.socket, endpoint = bind(self.context, parse_endpoint(self.job.listen), control=False)
+        try:
+            self.desk.say(jobs.Ready(_short(endpoint)))
+            poller = zmq.Poller()
+            poller.register(self.desk.pipe.fileno(), zmq.POLLIN)
+            poller.register(self.socket, zmq.POLLIN)
+            while self._commands():
+                while self._message():
+                    self.desk.beat()
+                poller.poll(int(HEARTBEAT_SECONDS * 1000))
+                self.desk.beat()
+        finally:
+            unbind(self.socket, endpoint)
+            self.context.term()
+
+    def _commands(self) -> bool:
+        """Jobs of the coordinator; False when told to stop."""
+        while self.desk.waiting():
+            job = self.desk.take()
+            match job:
+                case jobs.Stop():
+                    return False
+                case jobs.Digest():
+                    block = self.job.blocks[job.block]
+                    digest = part_digest(block, job.part, bytearray(1 << 20), self.desk.beat)
+                    self.desk.say(jobs.DigestDone(job.block, job.part, digest))
+                case _:
+                    raise LocalProtocolError(f"a receiver was told {type(job).__name__}")
+        return True
+
+    def _message(self) -> bool:
+        """Handle one message; False if none is waiting or it is time to look at the pipe."""
+        try:
+            parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            self._answer(idle=True)
+            return False
+        if parts[0].bytes != self.job.token or not 2 <= len(parts) <= 3:
+            self.row.add("stray_frames", 1)
+            return True
+        payload: Buffer = parts[2].buffer if len(parts) == 3 else b""
+        data = self.channel.receive(parts[1].buffer, payload)
+        self.row.set("lost_frames", self.channel.lost)
+        if data is not None:
+            self._place(data.frame, payload)
+            self.channel.placed(data.frame)
+            self.row.add("wire_bytes", sum(len(part.buffer) for part in parts[1:]))
+        self._answer(idle=False)
+        return not self.desk.waiting()
+
+    def _answer(self, *, idle: bool) -> None:
+        for answer in self.channel.answers(idle=idle):
+            try:
+                self.socket.send_multipart([self.job.token, answer])
+            except zmq.ZMQError as e:
+                if e.errno != zmq.EHOSTUNREACH:
+                    raise
+                # the sender is gone for the moment; what it does not hear it sends again
+
+    def _place(self, frame: Frame, payload: Buffer) -> None:
+        """Put the pages of a frame where they belong."""
+        if frame.block >= len(self.job.blocks):
+            raise RemoteProtocolError(f"frame for block {frame.block}, which was not announced")
+        block = self.job.blocks[frame.block]
+        for runs in (frame.zero, frame.raw, frame.packed):
+            if not check_runs(runs, block.pages):
+                raise RemoteProtocolError(f"frame with pages outside of block {block.name}")
+        if self.channel.round > 1 or not self.job.fresh[frame.block]:
+            block.clear(frame.zero)
+        view = memoryview(payload)
+        raw = frame.raw_size
+        _write_runs(block, frame.raw, view[:raw])
+        n_packed = total_pages(frame.packed)
+        if n_packed:
+            codec = self.decoders.get(frame.codec)
+            _write_runs(
+                block, frame.packed, codec.decompress(view[raw:], n_packed * PAGE_SIZE)
+            )
+        self._count(frame, n_packed)
+
+    def _count(self, frame: Frame, n_packed: int) -> None:
+        zero, raw = total_pages(frame.zero), total_pages(frame.raw)
+        self.row.add("duplicate", zero)
+        self.row.add("normal", raw + n_packed)
+        self.row.add("raw_pages", raw)
+        if n_packed and frame.codec in _CODEC_FIELD:
+            self.row.add(_CODEC_FIELD[frame.codec], n_packed)
+        self.row.add("frames", 1)
+
+
+def _write_runs(block: RamBlock, runs: Runs, content: Buffer) -> None:
+    view, at = memoryview(content), 0
+    for first, count in zip(runs[0].tolist(), runs[1].tolist(), strict=True):
+        block.write(first, view[at : at + count * PAGE_SIZE])
+        at += count * PAGE_SIZE
+
+
+def _short(endpoint: Endpoint) -> str:
+    """The endpoint as Welcome carries it: the source knows the host better than we do."""
+    if endpoint.scheme == "ipc":
+        return f"ipc:{os.path.abspath(endpoint.path)}"
+    return f"tcp:{endpoint.port}"

@@ -1,0 +1,69 @@
+"""Shared-memory segments between one coordinator and its workers.
+
+One owner creates and unlinks; the others attach. Names are unguessable, mode 0600 (the
+stdlib's default). Workers share the owner's resource tracker (multiprocessing starts them),
+so a segment goes even if the owner is killed; before Python 3.13 an attach registers once
+more, which in one tracker changes nothing (python/cpython issue 82300).
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+import numpy as np
+
+PREFIX = "pageferry-"
+
+
+def attach(name: str) -> SharedMemory:
+    """Map a segment somebody else owns, without becoming responsible for it."""
+    if sys.version_info >= (3, 13):
+        return SharedMemory(name, track=False)
+    return SharedMemory(name)
+
+
+class Segment:
+    """`size` bytes of shared memory. Pickles into workers as an attachment."""
+
+    def __init__(self, size: int, what: str) -> None:
+        self.size = size
+        self._owner = True
+        self._shm: SharedMemory | None = SharedMemory(
+            f"{PREFIX}{secrets.token_hex(8)}-{what}", create=True, size=size
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_attach_segment, (self.name, self.size))
+
+    def __repr__(self) -> str:
+        return f"<Segment {self.name if self._shm else 'closed'}>"
+
+    @property
+    def name(self) -> str:
+        assert self._shm is not None
+        return self._shm.name
+
+    def array(self, dtype: Any, count: int, offset: int = 0) -> Any:
+        """`count` numbers of `dtype` from byte `offset`, as a view."""
+        assert self._shm is not None
+        return np.frombuffer(self._shm.buf, dtype, count, offset)
+
+    def close(self) -> None:
+        """Unmap; the owner also unlinks. Idempotent. Drop every view first."""
+        if self._shm is None:
+            return
+        shm, self._shm = self._shm, None
+        if self._owner:
+            shm.unlink()
+        shm.close()
+
+
+def _attach_segment(name: str, size: int) -> Segment:
+    segment = Segment.__new__(Segment)
+    segment.size = size
+    segment._owner = False
+    segment._shm = attach(name)
+    return segment
