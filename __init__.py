@@ -3,12 +3,34 @@
     import pageferry
     report = pageferry.migrate("image:vm.mem", "image:copy.mem", codec="zstd", verify=True)
 
-Everything else is in the subpackages; see ARCHITECTURE.md.
+Everything else is in the subpackages; see ARCHITECTURE.md. Names are loaded when first
+used: the command line starts its workers before it imports the rest.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .pipeline.api import migrate, migrate_async
-from .pipeline.parameters import Parameters
-from .transport.errors import PageferryError
+
+if TYPE_CHECKING:
+    from .pipeline.api import migrate, migrate_async
+    from .pipeline.parameters import Parameters
+    from .transport.errors import PageferryError
 
 __all__ = ["PageferryError", "Parameters", "__version__", "migrate", "migrate_async"]
+
+_WHERE = {
+    "migrate": "pipeline.api",
+    "migrate_async": "pipeline.api",
+    "Parameters": "pipeline.parameters",
+    "PageferryError": "transport.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)

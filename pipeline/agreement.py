@@ -54,7 +54,7 @@ def _check_blocks(blocks: list[Block]) -> None:
         if page % PAGE_SIZE or page & (page - 1) or not PAGE_SIZE <= page <= _LARGEST_HOST_PAGE:
             raise _refusal(f"{where} page-size", page, "a power of two from 4096")
         if not end <= block.offset <= MAX_BLOCK_SIZE:
-            raise _refusal(f"{where} offset", block.offset, f"at least {end}: blocks may not overlap")
+            raise _refusal(f"{where} offset", block.offset, f"at least {end} (no overlap)")
         end = block.offset + block.size
 
 

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 from ..transport.errors import PageferryError
 from ..transport.links import Endpoint, parse_endpoint
 from ..transport.messages import Hello
+from ..workers.forking import warm_up
 from ..workers.guests import DestinationGuest, GuestUri, open_destination, open_source, parse_guest
-from ..workers.pool import warm_up
 from .destination import Destination
 from .monitor import Monitor, serve_monitor
 from .parameters import Parameters

@@ -22,9 +22,7 @@ LOST_SECONDS = 4.0
 class Control:
     """One end of a control session. `transmit` puts bytes on the wire."""
 
-    def __init__(
-        self, role: Role, transmit: Callable[[bytes], Awaitable[Any]], peer: str
-    ) -> None:
+    def __init__(self, role: Role, transmit: Callable[[bytes], Awaitable[Any]], peer: str) -> None:
         self.session = Session(role)
         self.peer = peer
         self._transmit = transmit

@@ -1,9 +1,9 @@
 """When to stop the guest: will what remains fit into the downtime limit? Pure.
 
-As in QEMU (migration_rate_limit, migrate_get_pending in migration/migration.c) the rate is measured in
-bytes of guest memory a second, so compression and zero pages are in it, and the threshold is
-rate x downtime limit. Beyond QEMU, what a switchover costs however little remains (stopping,
-the last scan, device state, the round trips) is taken off the limit first.
+As in QEMU (migration_iteration_run in migration/migration.c) the rate is measured in bytes of
+guest memory a second, so compression and zero pages are in it, and the threshold is rate x
+downtime limit. Beyond QEMU, what a switchover costs however little remains (stopping, the
+last scan, device state, the round trips) is taken off the limit first.
 """
 
 from __future__ import annotations

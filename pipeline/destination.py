@@ -34,6 +34,7 @@ from ..transport.session import Phase, Role
 from ..workers import jobs, receiver
 from ..workers.counters import Counters
 from ..workers.digest import block_digest, part_count
+from ..workers.forking import context
 from ..workers.guests.base import DestinationGuest
 from ..workers.pool import Pool, Worker
 from .agreement import check_hello
@@ -154,10 +155,11 @@ class Arrival:
         self._counters = self.statistics.counters = Counters(n)
         self._tokens = [secrets.token_bytes(16) for _ in range(n)]
         self._pool = Pool("receiver", self._counters, self._on_job, self.fail)
+        writing = context().Lock()
         payloads = [
             receiver.ReceiverJob(
                 self.guest.blocks, self._counters, self._listen_at(i), self._tokens[i],
-                self.guest.fresh,
+                self.guest.fresh, writing,
             )
             for i in range(n)
         ]  # fmt: skip
@@ -299,7 +301,7 @@ class Destination:
     ) -> None:
         self._context = zmq.asyncio.Context()
         try:
-            sock, self.endpoint = bind(self._context, endpoint, control=True)  # type: ignore[arg-type]
+            sock, self.endpoint = bind(self._context, endpoint, control=True)
         except BaseException:
             self._context.term()
             raise
@@ -389,7 +391,7 @@ class Destination:
             return None
         return Arrival(
             hello, control, self.endpoint, self._open_guest,
-            self._progress, lambda name, data: self.on_event(name, data),
+            self._progress, self._event,
         )  # fmt: skip
 
     def _refuse(self, control: Control, error: PeerRefused) -> None:
@@ -401,6 +403,9 @@ class Destination:
     def _progress(self, report: dict[str, Any]) -> None:
         if self.on_progress is not None:
             self.on_progress(report)
+
+    def _event(self, name: str, data: dict[str, Any]) -> None:
+        self.on_event(name, data)
 
     async def _dispatch(self) -> None:
         """Give the source's messages to the arrival, turn others away."""
@@ -421,5 +426,3 @@ class Destination:
             unbind(self._socket, self.endpoint)
             self._context.term()
             self._socket = None
-
-

@@ -256,7 +256,8 @@ class Migration:
             self._resends += 1
             if self._resends > _RESENDS:
                 return self._failed(Failed(PeerLost(
-                    f"frames were lost in each of {_RESENDS} rounds: the link damages what it carries"
+                    f"frames were lost in each of {_RESENDS} rounds: the link damages what it "
+                    "carries"
                 )))  # fmt: skip
             return self._next_round()
         if self.status is Status.ACTIVE:  # nothing to stop
@@ -278,7 +279,8 @@ class Migration:
         c = self.convergence
         needed = c.expected_downtime(self.remaining)
         return NotConverging(
-            f"not converging after {c.rounds} rounds: the guest writes {format_rate(c.dirty_rate)}, "
+            f"not converging after {c.rounds} rounds: the guest writes "
+            f"{format_rate(c.dirty_rate)}, "
             f"{format_rate(c.rate)} are moved, {self.remaining * PAGE_SIZE >> 20} MiB are left; "
             f"a switchover now would take {format_seconds(needed)} and the limit is "
             f"{format_seconds(c.downtime_limit)}: raise --downtime-limit or --max-bandwidth, or "
@@ -297,9 +299,7 @@ class Migration:
             )
             self._become(Status.FAILED)
             return [Finish(error, resume=False)]
-        self._become(
-            Status.CANCELLED if self.status is Status.CANCELLING else Status.FAILED
-        )
+        self._become(Status.CANCELLED if self.status is Status.CANCELLING else Status.FAILED)
         return [Finish(error, resume=True)]
 
     def _cancel(self) -> list[Instruction]:

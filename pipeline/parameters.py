@@ -37,7 +37,7 @@ class Parameters:
     downtime_limit: float = 0.3
     max_rounds: int = 30
     verify: bool = False
-    batch_pages: int = 128
+    batch_pages: int = 256
 
     def checked(self) -> Parameters:
         """With defaults filled in, or UsageError that names the parameter."""

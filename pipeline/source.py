@@ -33,9 +33,10 @@ from ..workers import jobs, sender
 from ..workers.bandwidth import Bandwidth
 from ..workers.counters import Counters
 from ..workers.digest import block_digest, part_count
+from ..workers.forking import context
 from ..workers.guests.base import TRACKING_HASH, SourceGuest
 from ..workers.page_table import GROUP, PageTable
-from ..workers.pool import Pool, Worker, context
+from ..workers.pool import Pool, Worker
 from ..workers.segments import Segment
 from . import migration as core
 from .control import Control
@@ -72,9 +73,7 @@ class Source:
         self.endpoint = endpoint
         self.parameters = parameters
         self.convergence = Convergence(parameters.downtime_limit, parameters.max_rounds)
-        self.core = core.Migration(
-            guest.live, guest.can_stop, parameters.verify, self.convergence
-        )
+        self.core = core.Migration(guest.live, guest.can_stop, parameters.verify, self.convergence)
         self.statistics = Statistics("source")
         self.uuid = str(uuid.uuid4())
         self.on_progress = on_progress
@@ -272,9 +271,7 @@ class Source:
 
     async def _greet(self) -> messages.Welcome:
         self._context = zmq.asyncio.Context()
-        self._socket = connect(
-            self._context, self.endpoint, secrets.token_bytes(16), control=True
-        )  # type: ignore[arg-type]
+        self._socket = connect(self._context, self.endpoint, secrets.token_bytes(16), control=True)
         self._control = Control(Role.SOURCE, self._socket.send, f"the receiver at {self.endpoint}")
         self._task(self._read_control())
         hello = messages.Hello(
@@ -487,4 +484,3 @@ class Source:
             if part is not None:
                 part.close()
         self._counters = self._table = self._bandwidth = self._hashes = None
-

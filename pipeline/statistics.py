@@ -130,9 +130,7 @@ class Statistics:
             "ram": self.ram(convergence),
             "wire-bytes": self.wire_bytes,
             "workers": self.counters.workers if self.counters is not None else 0,
-            "codec-pages": {
-                name: self._total(field) for name, field in CODEC_FIELDS.items()
-            },
+            "codec-pages": {name: self._total(field) for name, field in CODEC_FIELDS.items()},
             "lost-frames": self._total("lost_frames"),
         }
         if self.set_up is not None:

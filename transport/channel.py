@@ -17,8 +17,9 @@ from typing import Generic, TypeVar
 from .errors import LocalProtocolError, RemoteProtocolError
 from .wire import Buffer, Damaged, Frame, Kind, decode, encode_control, payload_matches
 
-# Acknowledge at the latest after this many frames, or when nothing more is waiting.
-ACK_EVERY = 4
+# Acknowledge at the latest after this many frames, or when nothing more is waiting: half of
+# the usual credit, so that the sender never runs dry.
+ACK_EVERY = 2
 # More frames than this in flight would mean that credit does not work.
 MAX_IN_FLIGHT = 4096
 

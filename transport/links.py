@@ -15,6 +15,7 @@ import re
 import socket
 import stat
 from dataclasses import dataclass
+from typing import Any
 
 import zmq
 
@@ -87,7 +88,8 @@ def probe(endpoint: Endpoint) -> None:
         raise ConnectError(f"{endpoint} does not answer: check the address and firewalls") from e
     except OSError as e:
         raise ConnectError(
-            f"cannot connect to {endpoint} ({e.strerror or e}): is `pageferry receive` running there?"
+            f"cannot connect to {endpoint} ({e.strerror or e}): is `pageferry receive` running "
+            f"there?"
         ) from e
 
 
@@ -100,9 +102,7 @@ def _prepare(sock: zmq.Socket[bytes], max_message: int, endpoint: Endpoint | Non
         sock.setsockopt(zmq.IPV6, 1)
 
 
-def bind(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, *, control: bool) -> (
-    tuple[zmq.Socket[bytes], Endpoint]
-):  # fmt: skip
+def bind(context: Any, endpoint: Endpoint, *, control: bool) -> tuple[Any, Endpoint]:
     """A listening ROUTER at `endpoint`, and where it really listens (port 0: the kernel's pick)."""
     sock = context.socket(zmq.ROUTER)
     _prepare(sock, MAX_MESSAGE if control else MAX_PAYLOAD + 65536, endpoint)
@@ -157,9 +157,7 @@ def unbind(sock: zmq.Socket[bytes], endpoint: Endpoint) -> None:
             os.unlink(endpoint.path)
 
 
-def connect(
-    context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, token: bytes, *, control: bool
-) -> zmq.Socket[bytes]:
+def connect(context: Any, endpoint: Endpoint, token: bytes, *, control: bool) -> Any:
     """A DEALER whose identity is `token`, connecting to `endpoint`."""
     sock = context.socket(zmq.DEALER)
     _prepare(sock, MAX_MESSAGE if control else 65536, endpoint)

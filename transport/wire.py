@@ -54,6 +54,9 @@ class Kind(enum.IntEnum):
     SYNC_ACK = 5
 
 
+_KINDS = {int(kind): kind for kind in Kind}
+
+
 class Damaged(Exception):
     """A frame whose checksum does not match: it is lost, the connection is not."""
 
@@ -164,12 +167,12 @@ def decode(meta: Buffer) -> Frame:
         raise RemoteProtocolError(f"frame of {size} bytes is above the bound of {MAX_PAYLOAD}")
     if len(view) != HEADER_SIZE + 12 * (n_zero + n_raw + n_packed):
         raise RemoteProtocolError("frame whose run tables do not match its length")
-    at, tables = HEADER_SIZE, []
-    for n in (n_zero, n_raw, n_packed):
-        tables.append(_unpack_runs(view, at, n))
-        at += 12 * n
+    raw_at = HEADER_SIZE + 12 * n_zero
     frame = Frame(
-        Kind.DATA, seq, round_, block, codec, *tables,
+        Kind.DATA, seq, round_, block, codec,
+        _unpack_runs(view, HEADER_SIZE, n_zero),
+        _unpack_runs(view, raw_at, n_raw),
+        _unpack_runs(view, raw_at + 12 * n_raw, n_packed),
         payload_size=size, payload_sum=payload_sum, meta_sum=meta_sum,
     )  # fmt: skip
     return _check_sizes(frame)
@@ -194,11 +197,11 @@ def _check_sizes(frame: Frame) -> Frame:
 
 
 def _decode_control(view: memoryview, kind: int, round_: int, seq: int, meta_sum: int) -> Frame:
-    if kind not in set(Kind) or len(view) != HEADER_SIZE + 24:
+    if kind not in _KINDS or len(view) != HEADER_SIZE + 24:
         raise RemoteProtocolError(f"frame of unknown kind {kind}")
     frames, pages, last = struct.unpack_from("<QQQ", view, HEADER_SIZE)
     return Frame(
-        Kind(kind), seq, round_, meta_sum=meta_sum, frames=frames, pages=pages, last=last
+        _KINDS[kind], seq, round_, meta_sum=meta_sum, frames=frames, pages=pages, last=last
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -132,7 +131,7 @@ class BatchMaker:
 
 def flat(content: npt.NDArray[np.uint64]) -> memoryview:
     """The bytes of pages of shape (n, 512), as one flat buffer."""
-    return memoryview(content.reshape(len(content) * WORDS)).cast("B")
+    return content.reshape(len(content) * WORDS).data.cast("B")
 
 
 def page_hashes(content: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -146,5 +145,3 @@ def page_hashes(content: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     )
     out[zero_pages(content)] = 0
     return out
-
-

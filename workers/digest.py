@@ -34,9 +34,7 @@ def _zero_digest(length: int) -> bytes:
     return state.digest()
 
 
-def part_digest(
-    block: RamBlock, part: int, buffer: bytearray, alive: Callable[[], None]
-) -> bytes:
+def part_digest(block: RamBlock, part: int, buffer: bytearray, alive: Callable[[], None]) -> bytes:
     """Digest of one part of `block`; `buffer` is scratch space, `alive` is called as it goes."""
     first = part * PART_PAGES
     offset = first * PAGE_SIZE

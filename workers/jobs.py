@@ -102,7 +102,7 @@ AnyJob = (
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(AnyJob)
+_decoder: msgspec.msgpack.Decoder[AnyJob] = msgspec.msgpack.Decoder(AnyJob)
 
 
 def encode(job: AnyJob) -> bytes:

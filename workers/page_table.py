@@ -16,6 +16,7 @@ to the sender. Extents begin and end at host-page boundaries: a host page has on
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from ..transport.pages import Bytes8, Runs, mark
 from .segments import Segment
@@ -36,9 +37,7 @@ class PageTable:
 
     def view(self, block: int) -> Bytes8:
         """The bytes of one block, writable. Mind the rules above."""
-        view: Bytes8 = self._segment.array(
-            np.uint8, self.pages[block], sum(self.pages[:block])
-        )
+        view: Bytes8 = self._segment.array(np.uint8, self.pages[block], sum(self.pages[:block]))
         return view
 
     def mark_dirty(self, block: int, runs: Runs) -> None:
@@ -49,7 +48,7 @@ class PageTable:
         """Pages of a block that still have to travel."""
         return int(np.count_nonzero(self.view(block)))
 
-    def group_counts(self, block: int, group: int = GROUP) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def group_counts(self, block: int, group: int = GROUP) -> npt.NDArray[np.int64]:
         """Dirty pages in each group of `group` pages of a block."""
         table = self.view(block)
         counts = []

@@ -9,6 +9,7 @@ reports a full disk as an error where a store would be SIGBUS.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -51,10 +52,9 @@ class RamFile:
     def close(self) -> None:
         """Idempotent. Views of the mapping keep it alive until they are gone."""
         if self._map is not None:
-            try:
+            # where somebody still looks at it, it goes with the last view
+            with contextlib.suppress(BufferError):
                 self._map.close()
-            except BufferError:
-                pass  # somebody still looks at it; it goes with the last view
             self._map = None
         if self.fd >= 0:
             os.close(self.fd)

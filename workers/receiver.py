@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import zmq
 
 from ..transport.channel import ReceivingChannel
 from ..transport.codecs import Decoders
-from ..transport.errors import LocalProtocolError, RemoteProtocolError
+from ..transport.errors import LocalProtocolError, RemoteProtocolError, WorkerDied
 from ..transport.links import Endpoint, bind, parse_endpoint, unbind
 from ..transport.pages import PAGE_SIZE, Runs, check_runs, total_pages
 from ..transport.wire import Buffer, Frame
@@ -35,6 +36,9 @@ class ReceiverJob:
 
     `listen`: where to listen; an ipc path is its own, a tcp port is 0.
     `fresh[i]`: block i reads as zero, so round 1 need not clear anything.
+    `writing`: held while pages are written. The kernel lets one writer into a file at a time
+    and has the others spin; waiting here instead leaves the processor to the senders (two
+    receivers, one fresh file: half the processor time a byte, same rate).
     """
 
     blocks: list[RamBlock]
@@ -42,6 +46,11 @@ class ReceiverJob:
     listen: str
     token: bytes
     fresh: list[bool]
+    writing: Any
+
+
+# Nobody writes a frame for this long: whoever holds the lock is dead or stopped.
+_LOCK_SECONDS = 30.0
 
 
 def main(pipe: Connection, index: int, job: ReceiverJob) -> None:
@@ -131,13 +140,18 @@ class Receiver:
             block.clear(frame.zero)
         view = memoryview(payload)
         raw = frame.raw_size
-        _write_runs(block, frame.raw, view[:raw])
         n_packed = total_pages(frame.packed)
+        unpacked: Buffer = b""
         if n_packed:
             codec = self.decoders.get(frame.codec)
-            _write_runs(
-                block, frame.packed, codec.decompress(view[raw:], n_packed * PAGE_SIZE)
-            )
+            unpacked = codec.decompress(view[raw:], n_packed * PAGE_SIZE)
+        if not self.job.writing.acquire(timeout=_LOCK_SECONDS):
+            raise WorkerDied("another receiver does not finish a write")
+        try:
+            _write_runs(block, frame.raw, view[:raw])
+            _write_runs(block, frame.packed, unpacked)
+        finally:
+            self.job.writing.release()
         self._count(frame, n_packed)
 
     def _count(self, frame: Frame, n_packed: int) -> None:

@@ -48,7 +48,7 @@ class Segment:
 
     def array(self, dtype: Any, count: int, offset: int = 0) -> Any:
         """`count` numbers of `dtype` from byte `offset`, as a view."""
-        assert self._shm is not None
+        assert self._shm is not None and self._shm.buf is not None
         return np.frombuffer(self._shm.buf, dtype, count, offset)
 
     def close(self) -> None:

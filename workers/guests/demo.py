@@ -19,8 +19,8 @@ from ...transport.errors import PeerRefused, RemoteProtocolError, SourceError, U
 from ...transport.messages import Block, Hello
 from ...transport.pages import PAGE_SIZE, Runs
 from ...transport.quantities import parse_size
+from ..forking import start_process
 from ..kernel.pagemap import PagemapScanner
-from ..pool import start_process
 from ..ram import RamBlock, RamFile
 from ..segments import Segment
 from .base import TRACKING_HASH, TRACKING_PAGEMAP, DestinationGuest, SourceGuest

@@ -61,7 +61,7 @@ def _core_blocks(fd: int, size: int, path: str) -> list[Block]:
     from elftools.common.exceptions import ELFError
     from elftools.elf.elffile import ELFFile
 
-    blocks = []
+    blocks: list[Block] = []
     try:
         with os.fdopen(os.dup(fd), "rb") as stream:
             for segment in ELFFile(stream).iter_segments("PT_LOAD"):

@@ -8,6 +8,7 @@ and the memory has moved when a whole scan finds it as it was sent.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -74,10 +75,8 @@ class WriterProcess:
     def resume(self) -> None:
         if self.stopped:
             self.stopped = False
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 self._process.send_signal(signal.SIGCONT)
-            except psutil.NoSuchProcess:
-                pass
 
 
 class RamSource(SourceGuest):

@@ -1,9 +1,9 @@
 """SOURCE and DESTINATION as users write them: KIND:REST?option=value&…  Pure.
 
-    image:PATH                a memory image in a file: raw, or an ELF core
-    ram:PATH[?pid=PID]        live memory in a shared-memory file
-    shm:NAME                  the same, by its POSIX shared-memory name
-    demo:[?size=&rate=&content=]   the bundled guest
+image:PATH                a memory image in a file: raw, or an ELF core
+ram:PATH[?pid=PID]        live memory in a shared-memory file
+shm:NAME                  the same, by its POSIX shared-memory name
+demo:[?size=&rate=&content=]   the bundled guest
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def parse_guest(text: str) -> GuestUri:
     path, mark, query = rest.rpartition("?")
     if mark and all("=" in part for part in query.split("&")):
         rest = path
-        options = dict(part.split("=", 1) for part in query.split("&"))  # type: ignore[misc]
+        options = dict(part.split("=", 1) for part in query.split("&"))
     unknown = sorted(set(options) - _OPTIONS[kind])
     if unknown:
         known = ", ".join(sorted(_OPTIONS[kind])) or "none"

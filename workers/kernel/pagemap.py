@@ -13,6 +13,7 @@ import os
 import struct
 
 import numpy as np
+import numpy.typing as npt
 
 from ...transport.errors import HostLacks, SourceError
 from ...transport.pages import NO_RUNS, PAGE_SIZE, Runs
@@ -53,7 +54,7 @@ class PagemapScanner:
         runs = [part[0] for part in parts]
         return np.concatenate([r[0] for r in runs]), np.concatenate([r[1] for r in runs])
 
-    def _scan(self, at: int, end: int) -> tuple[np.ndarray, int]:  # type: ignore[type-arg]
+    def _scan(self, at: int, end: int) -> tuple[npt.NDArray[np.uint64], int]:
         # SAFETY: the kernel writes at most _REGIONS entries into self._vector, which outlives
         # the call; the argument is the 96-byte struct it declares.
         argument = bytearray(
@@ -69,8 +70,8 @@ class PagemapScanner:
                 raise HostLacks("this kernel has no PAGEMAP_SCAN (Linux 6.7)") from e
             raise SourceError(f"scan of process {self.pid} failed: {e.strerror}") from e
         walked = struct.unpack_from("Q", argument, 32)[0]
-        found = np.ctypeslib.as_array(self._vector)[: 3 * n].reshape(-1, 3).copy()
-        return found, int(walked) or end
+        found: npt.NDArray[np.uint64] = np.ctypeslib.as_array(self._vector)[: 3 * n]
+        return found.reshape(-1, 3).copy(), int(walked) or end
 
     def close(self) -> None:
         if self._fd >= 0:

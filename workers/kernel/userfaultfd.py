@@ -39,7 +39,8 @@ def create() -> int:
         return syscall(number, flags | _USER_MODE_ONLY)
     except OSError as e:
         raise HostLacks(
-            "userfaultfd is forbidden here: set vm.unprivileged_userfaultfd=1 or grant CAP_SYS_PTRACE"
+            "userfaultfd is forbidden here: set vm.unprivileged_userfaultfd=1 or grant "
+            "CAP_SYS_PTRACE"
         ) from e
 
 

@@ -1,0 +1,75 @@
+"""`pageferry status | set | cancel MONITOR`: talks QMP to a running migration."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import click
+from qemu.qmp import ConnectError as QmpConnectError
+from qemu.qmp import ExecuteError, QMPClient, QMPError
+
+from ...pipeline.monitor import monitor_path
+from ...transport.errors import ConnectError, PeerLost, UsageError
+from .view import phase_line, phase_of, summary
+
+
+async def _ask(where: str, command: str, arguments: dict[str, Any] | None = None) -> Any:
+    client = QMPClient("pageferry")
+    client.logger.disabled = True
+    try:
+        await client.connect(monitor_path(where))
+    except QmpConnectError as e:
+        raise ConnectError(
+            f"no migration answers at {where}: it ended, or was started without --monitor"
+        ) from e
+    try:
+        return await client.execute(command, arguments)
+    except ExecuteError as e:
+        raise UsageError(str(e)) from e
+    except QMPError as e:
+        raise PeerLost(f"the migration at {where} ended meanwhile") from e
+    finally:
+        await client.disconnect()
+
+
+@click.command("status")
+@click.argument("monitor")
+@click.option("--json", "as_json", is_flag=True, help="query-migrate as it is.")
+def status_command(monitor: str, as_json: bool) -> None:
+    """Show the migration at MONITOR (unix:PATH)."""
+    report = asyncio.run(_ask(monitor, "query-migrate"))
+    if as_json:
+        print(json.dumps(report))
+    elif "ram" not in report:
+        print(report["status"])
+    elif report["status"] in ("completed", "failed", "cancelled"):
+        print(summary(report))
+    else:
+        print(f"{phase_of(report)}: {phase_line(report)}")
+
+
+@click.command("cancel")
+@click.argument("monitor")
+def cancel_command(monitor: str) -> None:
+    """Cancel the migration at MONITOR; its source goes on as if nothing had been."""
+    asyncio.run(_ask(monitor, "migrate_cancel"))
+
+
+@click.command("set")
+@click.argument("monitor")
+@click.argument("parameters", nargs=-1, required=True, metavar="NAME=VALUE...")
+def set_command(monitor: str, parameters: tuple[str, ...]) -> None:
+    """Change max-bandwidth, downtime-limit or max-rounds of the migration at MONITOR.
+
+    \b
+    pageferry set unix:/run/mig.sock max-bandwidth=2Gbit downtime-limit=500ms
+    """
+    arguments = {}
+    for parameter in parameters:
+        name, mark, value = parameter.partition("=")
+        if not mark:
+            raise UsageError(f"{parameter!r} sets nothing: write NAME=VALUE")
+        arguments[name] = value
+    asyncio.run(_ask(monitor, "migrate-set-parameters", arguments))

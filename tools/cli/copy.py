@@ -1,0 +1,49 @@
+"""`pageferry copy SOURCE DESTINATION`: both ends on this host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ...pipeline import api
+from ...transport.errors import VerificationFailed
+from ...workers.guests import parse_guest
+from .options import migration_options, parameters
+from .running import Interrupts, run
+from .view import View
+
+
+@click.command("copy")
+@click.argument("source")
+@click.argument("destination")
+@migration_options
+def copy_command(source: str, destination: str, **options: Any) -> None:
+    """Move the guest SOURCE to DESTINATION, both on this host.
+
+    \b
+    pageferry copy image:vm.mem image:/backup/vm.mem --codec zstd --verify
+    pageferry copy 'demo:?size=512M&content=text' demo:
+    """
+    checked = parameters(options)
+    where, into = parse_guest(source), parse_guest(destination)
+
+    async def start(view: View, interrupts: Interrupts) -> dict[str, Any]:
+        report = await api.copy(
+            where, into, checked,
+            on_progress=view, on_started=interrupts.attach, monitor=options["monitor"],
+        )  # fmt: skip
+        return checked_oracle(report)
+
+    run(start, as_json=options["as_json"], quiet=options["quiet"])
+
+
+def checked_oracle(report: dict[str, Any]) -> dict[str, Any]:
+    """The report, unless the demo guest's oracle found a wrong byte."""
+    oracle = report.get("oracle")
+    if oracle is not None and not oracle["ok"]:
+        raise VerificationFailed(
+            f"the oracle found {oracle['wrong-pages']} wrong pages of {oracle['pages']}",
+            report=report,
+        )
+    return report

@@ -1,0 +1,80 @@
+"""Options that several commands share, and how they become Parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from ...pipeline.parameters import Parameters
+from ...transport.codecs import CODECS
+from ...transport.errors import UsageError
+from ...transport.quantities import parse_duration, parse_rate
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def migration_options(function: F) -> F:
+    """What copy and send take."""
+    for option in reversed(
+        [
+            click.option("--workers", metavar="N", help="Channels, each with a process at both "
+                         "ends (QEMU: multifd-channels). Default: one a CPU."),
+            click.option("--codec", metavar="NAME", default="auto", show_default=True,
+                         help=f"auto, {', '.join(CODECS)}. auto takes what moves most."),
+            click.option("--level", metavar="N", help="The codec's level."),
+            click.option("--max-bandwidth", metavar="RATE", default="0",
+                         help="Such as 10Gbit or 500MB. Default: no limit."),
+            click.option("--downtime-limit", metavar="TIME", default="300ms", show_default=True,
+                         help="How long the guest may stand still."),
+            click.option("--max-rounds", metavar="N", default="30", show_default=True,
+                         help="Give up after this many rounds that did not converge."),
+            click.option("--batch-pages", metavar="N", default="256", show_default=True,
+                         help="4 KiB pages in a frame."),
+            click.option("--verify", is_flag=True,
+                         help="Compare digests of all memory before the guest runs."),
+        ]
+    ):  # fmt: skip
+        function = option(function)
+    return output_options(function)
+
+
+def output_options(function: F) -> F:
+    """What copy, send and receive take."""
+    for option in reversed(
+        [
+            click.option("--monitor", metavar="unix:PATH", help="Serve QMP there meanwhile."),
+            click.option("--json", "as_json", is_flag=True,
+                         help="One JSON object on stdout, messages on stderr."),
+            click.option("--quiet", is_flag=True, help="No progress, no summary."),
+        ]
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def parameters(options: dict[str, Any]) -> Parameters:
+    """The options as Parameters; UsageError that names the option."""
+    return Parameters(
+        workers=_integer("workers", options["workers"]) or 0,
+        codec=options["codec"],
+        level=_integer("level", options["level"]),
+        max_bandwidth=parse_rate(options["max_bandwidth"]),
+        downtime_limit=parse_duration(options["downtime_limit"]),
+        max_rounds=_integer("max-rounds", options["max_rounds"]) or 0,
+        batch_pages=_integer("batch-pages", options["batch_pages"]) or 0,
+        verify=options["verify"],
+    ).checked()
+
+
+def _integer(name: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        value = int(text)
+    except ValueError:
+        raise UsageError(f"--{name} must be a whole number, not {text!r}") from None
+    if name == "workers" and value < 1:
+        raise UsageError("--workers must be at least 1")
+    return value

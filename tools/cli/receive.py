@@ -1,0 +1,86 @@
+"""`pageferry receive`: the destination's end of migrations."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from ...pipeline import api
+from ...pipeline.destination import Destination
+from ...transport.errors import PageferryError
+from ...transport.links import parse_endpoint
+from ...workers.guests import parse_guest
+from .copy import checked_oracle
+from .main import error_object
+from .options import output_options
+from .running import Interrupts, run, show
+from .view import View
+
+
+@click.command("receive")
+@click.option("--listen", required=True, metavar="ENDPOINT", help="tcp://HOST:PORT (port 0: any) "
+              "or ipc://PATH. Channels listen beside it, on ports of their own.")  # fmt: skip
+@click.option("--into", metavar="DESTINATION", help="Where guests go. Default: a demo: guest as "
+              "such, memory into a new segment in /dev/shm.")  # fmt: skip
+@click.option("--once", is_flag=True, help="End after one migration, with its exit code.")
+@output_options
+def receive_command(listen: str, into: str | None, once: bool, **options: Any) -> None:
+    """Wait for `pageferry send` and receive what it sends.
+
+    \b
+    pageferry receive --listen tcp://192.0.2.7:4444 --into image:/var/lib/vm.mem --once
+    """
+    endpoint = parse_endpoint(listen)
+    guest = None if into is None else parse_guest(into)
+    expected = "demo" if guest is not None and guest.kind == "demo" else None
+    as_json, quiet = options["as_json"], options["quiet"]
+
+    async def start(view: View, interrupts: Interrupts) -> None:
+        destination = Destination(endpoint, api.opener(guest), expected, view)
+        try:
+            if once:
+                interrupts.attach(_OneArrival(destination, interrupts))
+            _say_listening(destination, view, as_json)
+            await api.receive(
+                destination, lambda report, error: _tell(report, error, view, once),
+                once=once, monitor=options["monitor"],
+            )  # fmt: skip
+        finally:
+            destination.close()
+
+    def _tell(
+        report: dict[str, Any] | None, error: PageferryError | None, view: View, once: bool
+    ) -> None:
+        if report is not None:
+            show(report, as_json=as_json, quiet=quiet)
+            if once:
+                checked_oracle(report)
+        elif error is not None and not once:
+            if as_json:
+                print(json.dumps(error_object(error), default=str), flush=True)
+            view.say(f"failed: {error.message}")
+
+    run(start, as_json=as_json, quiet=quiet)
+
+
+class _OneArrival:
+    """Ctrl-C in `receive --once`: cancels the migration, or stops listening."""
+
+    def __init__(self, destination: Destination, interrupts: Interrupts) -> None:
+        self._destination = destination
+        self._interrupts = interrupts
+
+    def cancel(self) -> None:
+        if self._destination.arrival is not None:
+            self._destination.cancel()
+        else:
+            self._interrupts()
+
+
+def _say_listening(destination: Destination, view: View, as_json: bool) -> None:
+    if as_json:
+        line = {"event": "listening", "endpoint": str(destination.endpoint)}
+        print(json.dumps(line), flush=True)
+    view.say(f"listening at {destination.endpoint}")

@@ -1,0 +1,83 @@
+"""Running a migration from the command line: signals, display, result.
+
+Ctrl-C (or SIGTERM) cancels; a second one gives up waiting for the peer. Everything a person
+reads goes to stderr while it runs; the result goes to stdout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Protocol
+
+from ...transport.errors import Cancelled
+from .view import View, make_view, summary
+
+
+class Cancellable(Protocol):
+    def cancel(self) -> None: ...
+
+
+class Interrupts:
+    """Turns signals into cancellation."""
+
+    def __init__(self) -> None:
+        self._migration: Cancellable | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._asked = False
+
+    def attach(self, migration: Cancellable) -> None:
+        self._migration = migration
+
+    def __call__(self) -> None:
+        if self._migration is not None and not self._asked:
+            self._asked = True
+            self._migration.cancel()
+        elif self._task is not None:
+            self._task.cancel()
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+def run(
+    start: Callable[[View, Interrupts], Awaitable[dict[str, Any] | None]],
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run `start(view, interrupts)` to its end and print its report."""
+    view = make_view(quiet)
+
+    async def main() -> dict[str, Any] | None:
+        interrupts = Interrupts()
+        with interrupts.installed():
+            try:
+                return await start(view, interrupts)
+            except asyncio.CancelledError:
+                raise Cancelled("interrupted; the source is as it was") from None
+
+    with view:
+        report = asyncio.run(main())
+    if report is not None:
+        show(report, as_json=as_json, quiet=quiet)
+
+
+def show(report: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
+    """Print a report on stdout."""
+    if as_json:
+        print(json.dumps(report, default=str), flush=True)
+    elif not quiet:
+        print(summary(report), flush=True)

@@ -1,0 +1,36 @@
+"""`pageferry send SOURCE ENDPOINT`: the source's end of a migration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ...pipeline import api
+from ...transport.links import parse_endpoint
+from ...workers.guests import parse_guest
+from .options import migration_options, parameters
+from .running import Interrupts, run
+from .view import View
+
+
+@click.command("send")
+@click.argument("source")
+@click.argument("endpoint")
+@migration_options
+def send_command(source: str, endpoint: str, **options: Any) -> None:
+    """Move the guest SOURCE to the `pageferry receive` at ENDPOINT (tcp://HOST:PORT, ipc://PATH).
+
+    \b
+    pageferry send ram:/dev/shm/vm?pid=4711 tcp://192.0.2.7:4444 --downtime-limit 100ms
+    """
+    checked = parameters(options)
+    where, there = parse_guest(source), parse_endpoint(endpoint)
+
+    async def start(view: View, interrupts: Interrupts) -> dict[str, Any]:
+        return await api.send(
+            where, there, checked,
+            on_progress=view, on_started=interrupts.attach, monitor=options["monitor"],
+        )  # fmt: skip
+
+    run(start, as_json=options["as_json"], quiet=options["quiet"])

@@ -1,0 +1,200 @@
+"""What a person sees: one live line a phase, then a summary. Plain lines without a terminal.
+
+Reads reports (query-migrate's names); knows nothing of how they come about.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from ...transport.quantities import format_bytes, format_rate, format_seconds
+
+_BAR = 24
+# Without a terminal: a line when the phase changes, and at most this often in between.
+_PLAIN_SECONDS = 2.0
+
+
+def phase_of(report: dict[str, Any]) -> str:
+    """What is going on, in a few words."""
+    match report["status"]:
+        case "none" | "setup":
+            return "setting up"
+        case "active":
+            return f"round {max(1, report['ram']['dirty-sync-count'])}"
+        case "device":
+            return "switchover"
+        case other:
+            return str(other)
+
+
+def phase_line(report: dict[str, Any]) -> str:
+    """Bytes, rate, dirty rate, ETA of the phase."""
+    ram, progress = report["ram"], report.get("progress", {})
+    parts = []
+    if report["status"] in ("active", "device"):
+        parts.append(f"{format_bytes(ram['remaining'])} left of {format_bytes(ram['total'])}")
+        parts.append(format_rate(progress.get("rate", 0)))
+        if progress.get("dirty-rate"):
+            parts.append(f"guest writes {format_rate(progress['dirty-rate'])}")
+        eta = progress.get("eta")
+        if eta is not None:
+            parts.append(f"ETA {format_seconds(eta)}")
+        elif progress.get("dirty-rate"):
+            parts.append("no ETA: the guest writes faster than its memory moves")
+    else:
+        parts.append(format_seconds(report["total-time"] / 1000))
+    return "  ".join(parts)
+
+
+class View:
+    """Shows nothing: --quiet."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+    def __call__(self, report: dict[str, Any]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+
+
+class PlainView(View):
+    """Lines on stderr, for logs."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._last = 0.0
+
+    def __call__(self, report: dict[str, Any]) -> None:
+        phase, now = phase_of(report), time.monotonic()
+        if phase == self._phase and now - self._last < _PLAIN_SECONDS:
+            return
+        self._phase, self._last = phase, now
+        self.say(f"{phase}: {phase_line(report)}")
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+class LiveView(View):
+    """One live line a phase, drawn by rich; a phase that is over keeps its last line."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = Console(stderr=True)
+        self._live = Live(console=self._console, refresh_per_second=8, transient=True)
+        self._phase = ""
+        self._line: Any = None
+        self._begin = 0.0
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *rest: Any) -> None:
+        self._finish_phase()
+        self._live.stop()
+
+    def _finish_phase(self) -> None:
+        if self._line is not None:
+            self._console.print(self._line)
+            self._line = None
+
+    def __call__(self, report: dict[str, Any]) -> None:
+        from rich.text import Text
+
+        phase = phase_of(report)
+        if phase != self._phase:
+            self._finish_phase()
+            self._phase, self._begin = phase, time.monotonic()
+        ram = report["ram"]
+        share = 1.0 if not ram["total"] else 1 - ram["remaining"] / ram["total"]
+        done = round(_BAR * share)
+        self._line = Text.assemble(
+            (f"{phase:<12}", "bold"),
+            ("━" * done, "green"),
+            ("━" * (_BAR - done), "bright_black"),
+            "  ",
+            phase_line(report),
+            overflow="ellipsis",
+            no_wrap=True,
+        )
+        self._live.update(self._line)
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False)
+
+
+def make_view(quiet: bool) -> View:
+    if quiet:
+        return View()
+    return LiveView() if sys.stderr.isatty() else PlainView()
+
+
+def summary(report: dict[str, Any]) -> str:
+    """A report as a person reads it."""
+    ram = report["ram"]
+    seconds = report["total-time"] / 1000
+    rows = [
+        ("result", _verdict(report)),
+        ("time", _times(report)),
+        ("memory", f"{format_bytes(ram['total'])}, {ram['dirty-sync-count']} round(s), "
+                   f"{ram['normal']} pages sent, {ram['duplicate']} zero"),
+        ("wire", f"{format_bytes(report['wire-bytes'])}, "
+                 f"{format_rate(report['wire-bytes'] / max(seconds, 1e-3))} on average"),
+        ("codec", _codecs(report)),
+        ("processes", _processes(report)),
+    ]  # fmt: skip
+    if report.get("dirty-tracking", "none") != "none":
+        rows.insert(3, ("tracking", str(report["dirty-tracking"])))
+    for name in ("destination", "source-process"):
+        if report.get(name):
+            rows.append((name, str(report[name])))
+    return "\n".join(f"{name:<15}{text}" for name, text in rows)
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    text = str(report["status"])
+    if "verified" in report:
+        text += ", digests equal"
+    if "oracle" in report:
+        oracle = report["oracle"]
+        text += (
+            f", oracle: {oracle['pages'] - oracle['wrong-pages']} of {oracle['pages']} pages right"
+        )
+    return text
+
+
+def _times(report: dict[str, Any]) -> str:
+    text = format_seconds(report["total-time"] / 1000)
+    if "setup-time" in report:
+        text += f", of which setup {format_seconds(report['setup-time'] / 1000)}"
+    if "downtime" in report:
+        text += f", downtime {format_seconds(report['downtime'] / 1000)}"
+    return text
+
+
+def _codecs(report: dict[str, Any]) -> str:
+    used = {name: n for name, n in report["codec-pages"].items() if n}
+    return ", ".join(f"{name}: {n} pages" for name, n in used.items()) or "nothing but zeros"
+
+
+def _processes(report: dict[str, Any]) -> str:
+    processes = report.get("processes", [])
+    cpu = sum(process["cpu-time"] for process in processes) / 1000
+    peak = max((process["peak-memory"] for process in processes), default=0)
+    return f"{len(processes)}, {cpu:.2f} s of CPU in all, {format_bytes(peak)} the largest"
