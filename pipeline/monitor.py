@@ -66,7 +66,7 @@ class Conversation:
         try:
             try:
                 command = msgspec.json.decode(line)
-            except msgspec.DecodeError as e:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
                 raise QmpError("GenericError", f"invalid JSON: {e}") from e
             if not isinstance(command, dict) or not isinstance(command.get("execute"), str):
                 raise QmpError("GenericError", "a command is an object with 'execute'")

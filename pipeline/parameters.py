@@ -81,7 +81,8 @@ def changed(parameters: Parameters, arguments: dict[str, Any]) -> Parameters:
             case "downtime-limit":
                 fields["downtime_limit"] = parse_duration(str(value))
             case "max-rounds":
-                if not str(value).isdigit():
+                # isdigit() takes "²" too, and int() does not
+                if not (str(value).isdecimal() and len(str(value)) < 10):
                     raise UsageError(f"max-rounds must be a whole number, not {value!r}")
                 fields["max_rounds"] = int(value)
             case _:

@@ -6,13 +6,13 @@ One object a migration. Reads counters; decides nothing.
 from __future__ import annotations
 
 import os
-import resource
 import time
 from typing import Any
 
 from ..transport.pages import PAGE_SIZE
 from ..workers.counters import Counters, FrozenCounters
 from ..workers.pool import Pool
+from ..workers.usage import cpu_ns, own_memory
 from .convergence import Convergence
 from .state import Status
 
@@ -40,6 +40,7 @@ class Statistics:
         self.extra: dict[str, Any] = {}
         self.counters: Counters | FrozenCounters | None = None
         self.processes: list[dict[str, Any]] = []
+        self._peak = 0
         self._samples: list[tuple[float, int, int]] = []
 
     def begin_round(self, number: int, pages: int) -> None:
@@ -67,6 +68,7 @@ class Statistics:
     def rates(self) -> tuple[float, float]:
         """Guest bytes and wire bytes a second, over the last seconds."""
         now = time.monotonic()
+        self._peak = max(self._peak, own_memory())
         self._samples.append((now, self.pages_done, self.wire_bytes))
         while len(self._samples) > 2 and now - self._samples[0][0] > _WINDOW_SECONDS:
             self._samples.pop(0)
@@ -78,13 +80,13 @@ class Statistics:
 
     def remember_processes(self, pool: Pool | None) -> None:
         """Keep what the workers cost, before their counters go."""
-        usage = resource.getrusage(resource.RUSAGE_SELF)
+        self._peak = max(self._peak, own_memory())
         self.processes = [
             {
                 "name": f"{self.role} coordinator",
                 "pid": os.getpid(),
-                "cpu-time": round((usage.ru_utime + usage.ru_stime) * 1000),
-                "peak-memory": usage.ru_maxrss * 1024,
+                "cpu-time": cpu_ns() // 1_000_000,
+                "peak-memory": self._peak,
             }
         ]
         for worker in pool.workers if pool is not None else []:
@@ -94,7 +96,7 @@ class Statistics:
                     "name": worker.name,
                     "pid": worker.process.pid,
                     "cpu-time": row["cpu_ns"] // 1_000_000,
-                    "peak-memory": row["peak_rss"],
+                    "peak-memory": row["peak_memory"],
                     "wait-time": row["wait_ns"] // 1_000_000,
                     "codec-time": row["codec_ns"] // 1_000_000,
                 }

@@ -77,7 +77,10 @@ class SendingChannel(Generic[T]):
 
     def may_send(self, size: int) -> bool:
         """True if credit allows `size` more bytes in flight; one frame is always allowed."""
-        return not self._waiting or self.in_flight + size <= self.credit
+        if not self._waiting:
+            return True
+        # zero pages cost no payload: their frames meet this bound long before the credit
+        return len(self._waiting) < MAX_IN_FLIGHT and self.in_flight + size <= self.credit
 
     def next_seq(self) -> int:
         return self._next
@@ -101,7 +104,10 @@ class SendingChannel(Generic[T]):
 
     def receive(self, meta: Buffer) -> list[Acked[T] | Lost[T] | Synced]:
         """What the receiver's answer means. An illegal answer raises and changes nothing."""
-        frame = decode(meta)
+        try:
+            frame = decode(meta)
+        except Damaged as e:  # what it settled will never be settled
+            raise RemoteProtocolError(f"damaged answer on a channel: {e}") from e
         if frame.kind in (Kind.ACK, Kind.NACK):
             return self._settle(frame)
         if frame.kind != Kind.SYNC_ACK or not self._syncing or frame.round != self.round:

@@ -50,7 +50,8 @@ class Endpoint:
     def sibling(self, where: str) -> Endpoint:
         """The channel endpoint `where` ("tcp:PORT", "ipc:PATH") beside this control endpoint."""
         scheme, _, rest = where.partition(":")
-        if scheme == "tcp" and self.scheme == "tcp" and rest.isdigit() and int(rest) < 65536:
+        port = re.fullmatch(r"\d{1,5}", rest)
+        if scheme == "tcp" and self.scheme == "tcp" and port and int(rest) < 65536:
             return Endpoint("tcp", self.host, int(rest))
         if scheme == "ipc" and self.scheme == "ipc":
             return Endpoint("ipc", path=rest)

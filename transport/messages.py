@@ -151,7 +151,7 @@ def decode(data: bytes | memoryview) -> AnyMessage:
         raise RemoteProtocolError(f"control message of {len(data)} bytes")
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise RemoteProtocolError(f"control message that makes no sense: {e}") from e
 
 

@@ -10,6 +10,8 @@ import re
 
 from .errors import UsageError
 
+# 18 digits: no float of them is infinite
+_NUMBER = r"(\d{1,18}(?:\.\d+)?)"
 _BINARY = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
@@ -17,7 +19,7 @@ _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 def parse_size(text: str) -> int:
     """Bytes: 4096, 64K, 512M, 2G, 512MiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    match = re.fullmatch(_NUMBER + r"\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if not match:
         raise UsageError(f"{text!r} is no size: write 512M or 2G")
     return int(float(match[1]) * _BINARY[match[2]])
@@ -26,7 +28,7 @@ def parse_size(text: str) -> int:
 def parse_rate(text: str) -> int:
     """Bytes a second: 10Gbit, 500MB, 1.5GB/s; 0 means no limit. A bare number is bytes."""
     match = re.fullmatch(
-        r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(bit|b|byte|bytes|)(?:/s|ps)?", text.strip().lower()
+        _NUMBER + r"\s*([kmgt]?)(i?)(bit|b|byte|bytes|)(?:/s|ps)?", text.strip().lower()
     )
     if not match:
         raise UsageError(f"{text!r} is no rate: write 10Gbit or 500MB")
@@ -36,7 +38,7 @@ def parse_rate(text: str) -> int:
 
 def parse_duration(text: str) -> float:
     """Seconds: 300ms, 2s, 1min. A bare number is milliseconds, as QEMU's downtime-limit."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|h|)", text.strip().lower())
+    match = re.fullmatch(_NUMBER + r"\s*(us|ms|s|min|h|)", text.strip().lower())
     if not match:
         raise UsageError(f"{text!r} is no duration: write 300ms or 2s")
     return float(match[1]) * _SECONDS[match[2] or "ms"]

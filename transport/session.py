@@ -89,8 +89,9 @@ class Session:
         following = TRANSITIONS.get((self.phase, self.role, type(message)))
         if following is None:
             raise LocalProtocolError(f"{type(message).__name__} is not ours to say in {self!r}")
+        data = encode(message)
         self.phase = following
-        return encode(message)
+        return data
 
     def receive(self, data: bytes | memoryview) -> AnyMessage:
         """The message in `data`, if it is the peer's turn to say it."""

@@ -6,13 +6,13 @@ Readers may see one field before another: these are statistics, not decisions.
 
 from __future__ import annotations
 
-import resource
 import time
 from typing import Any
 
 import numpy as np
 
 from .segments import Segment
+from .usage import cpu_ns, own_memory
 
 FIELDS = (
     "heartbeat_ns",  # CLOCK_MONOTONIC of the last sign of life
@@ -30,7 +30,7 @@ FIELDS = (
     "wait_ns",  # sender: waiting for credit, i.e. for the link or the destination
     "paced_ns",  # sender: waiting for max-bandwidth
     "cpu_ns",
-    "peak_rss",  # bytes
+    "peak_memory",  # bytes of its own, guest memory not counted
     "first_ns",  # CLOCK_MONOTONIC of the first frame
 )
 _INDEX = {name: i for i, name in enumerate(FIELDS)}
@@ -41,6 +41,7 @@ class Row:
 
     def __init__(self, array: Any) -> None:
         self._array = array
+        self._peak = 0
 
     def add(self, field: str, amount: int) -> None:
         self._array[_INDEX[field]] += amount
@@ -51,8 +52,9 @@ class Row:
     def beat(self) -> None:
         """A sign of life, with what this process has cost so far."""
         self.set("heartbeat_ns", time.monotonic_ns())
-        self.set("cpu_ns", time.process_time_ns())
-        self.set("peak_rss", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        self.set("cpu_ns", cpu_ns())
+        self._peak = max(self._peak, own_memory())
+        self.set("peak_memory", self._peak)
 
 
 class Counters:

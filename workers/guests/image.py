@@ -70,7 +70,7 @@ def _core_blocks(fd: int, size: int, path: str) -> list[Block]:
                     address = header.p_paddr or header.p_vaddr
                     name = f"load{len(blocks)}@{address:#x}"
                     blocks.append(Block(name, header.p_filesz, offset=header.p_offset))
-    except (ELFError, KeyError, ValueError) as e:
+    except (ELFError, KeyError, ValueError, OSError) as e:
         raise SourceError(f"{path} begins like an ELF core and is damaged: {e}") from e
     if not blocks or len(blocks) > MAX_BLOCKS:
         raise SourceError(f"{path} is an ELF core with {len(blocks)} memory segments")

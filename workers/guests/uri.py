@@ -38,7 +38,8 @@ class GuestUri:
         text = self.options.get(name)
         if text is None:
             return default
-        if not text.isdigit():
+        # isdigit() takes "²" too, and int() does not
+        if not (text.isdecimal() and len(text) < 20):
             raise UsageError(f"{self}: {name} must be a whole number, not {text!r}")
         return int(text)
 

@@ -1,0 +1,70 @@
+"""Every test leaves nothing behind: no child, thread, descriptor, shared-memory name."""
+
+import gc
+import os
+import threading
+from multiprocessing import forkserver, resource_tracker
+
+import psutil
+import pytest
+from pageferry.workers.forking import start_process, warm_up
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm():
+    """Start the fork server once: it stays, by design, until pytest ends."""
+    warm_up()
+    process = start_process(os.getpid, (), "warm-up")
+    process.join()
+    process.close()
+
+
+def _own_helpers():
+    return {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
+
+
+def _children():
+    mine = _own_helpers()
+    found = {}
+    for child in psutil.Process().children(recursive=True):
+        if child.pid not in mine and child.is_running():
+            found[child.pid] = child.name()
+    return found
+
+
+def _descriptors():
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+    return found
+
+
+def _names():
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("pageferry", "psm_"))}
+
+
+def _sockets():
+    return {name for name in os.listdir("/tmp") if name.startswith("pageferry-")}
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks(_warm):
+    """Compare what there is before and after."""
+    before = (_descriptors(), _names(), _sockets(), set(threading.enumerate()))
+    yield
+    gc.collect()
+    children = _children()
+    descriptors = {
+        fd: target
+        for fd, target in _descriptors().items()
+        if fd not in before[0] and not target.startswith("/proc/")
+    }
+    threads = set(threading.enumerate()) - before[3]
+    assert not children, f"processes left: {children}"
+    assert not descriptors, f"descriptors left: {descriptors}"
+    assert not _names() - before[1], "shared-memory names left"
+    assert not _sockets() - before[2], "temporary folders left"
+    assert not threads, f"threads left: {threads}"

@@ -1,0 +1,23 @@
+"""What a process costs: its own memory, its processor time."""
+
+from __future__ import annotations
+
+import time
+
+
+def own_memory() -> int:
+    """Anonymous memory of this process, bytes (RssAnon in /proc/self/status).
+
+    Guest memory that a process maps is not its own: the resident set would count it again
+    in every worker.
+    """
+    with open("/proc/self/status", "rb") as f:
+        for line in f:
+            if line.startswith(b"RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def cpu_ns() -> int:
+    """Processor time of this process, its threads included."""
+    return time.process_time_ns()
