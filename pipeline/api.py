@@ -131,7 +131,7 @@ async def copy(
     """Both ends on this host, each with its own coordinator and workers, over ipc."""
     parameters.checked()
     warm_up()
-    directory = tempfile.mkdtemp(prefix="pageferry-")
+    directory = tempfile.mkdtemp(prefix=f"pageferry-{os.getpid()}-")
     try:
         endpoint = Endpoint("ipc", path=os.path.join(directory, "c"))
         listening = Destination(endpoint, opener(destination))

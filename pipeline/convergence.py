@@ -17,6 +17,8 @@ from ..transport.pages import PAGE_SIZE
 _MEASURABLE_PAGES = 1024
 # Switchover without a page left, before it was ever measured: stop, barrier, state, run.
 FIXED_SECONDS = 0.03
+# A guest that writes at this share of the rate leaves nothing to predict from.
+_HOPELESS = 0.95
 
 
 class Decision(enum.Enum):
@@ -54,7 +56,8 @@ class Convergence:
 
     def decide(self, pages: int) -> Decision:
         """With `pages` left to send."""
-        if self.expected_downtime(pages) <= self.downtime_limit or pages == 0:
+        # without a rate (nothing moved yet) nobody knows how long the rest takes
+        if pages == 0 or (self.rate and self.expected_downtime(pages) <= self.downtime_limit):
             return Decision.SWITCH_OVER
         if self.rounds >= self.max_rounds:
             return Decision.GIVE_UP
@@ -62,6 +65,6 @@ class Convergence:
 
     def eta(self, pages: int) -> float | None:
         """Seconds until the switchover, or None while the guest writes faster than we send."""
-        if self.rate == 0 or self.dirty_rate >= self.rate:
+        if self.rate == 0 or self.dirty_rate >= _HOPELESS * self.rate:
             return None
         return pages * PAGE_SIZE / (self.rate - self.dirty_rate)

@@ -288,7 +288,8 @@ class Arrival:
 class Destination:
     """Listens at an endpoint; one migration at a time.
 
-    `on_arrival(result, error)` is called after each; `open_guest(hello)` says into what.
+    `open_guest(hello)` says into what; with `only` nobody but the source whose identity that
+    is (a shared secret) is welcome.
     """
 
     def __init__(
@@ -298,7 +299,9 @@ class Destination:
         expected_kind: str | None = None,
         on_progress: Progress | None = None,
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
+        only: bytes | None = None,
     ) -> None:
+        self._only = only
         self._context = zmq.asyncio.Context()
         try:
             sock, self.endpoint = bind(self._context, endpoint, control=True)
@@ -364,7 +367,7 @@ class Destination:
     async def _next_message(self) -> tuple[bytes, bytes]:
         while True:
             parts = await self._socket.recv_multipart()
-            if len(parts) == 2:
+            if len(parts) == 2 and self._only in (None, parts[0]):
                 return parts[0], parts[1]
 
     def _greet(self, identity: bytes, data: bytes) -> Arrival | None:

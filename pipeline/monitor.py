@@ -1,6 +1,6 @@
 """The monitor: a unix socket that speaks QMP, as QEMU's does (docs/interop/qmp-spec.txt).
 
-Greeting, qmp_capabilities, then commands, one JSON object a line; events in between. Any QMP
+Greeting, qmp_capabilities, then commands, JSON object after JSON object; events in between. Any QMP
 client works. Knows commands and errors, not how a migration is done.
 """
 
@@ -19,12 +19,49 @@ from .._version import __version__
 from ..transport.errors import DestinationError, PageferryError, UsageError
 from ..transport.links import clear_dead_socket
 
-# A command is short; a line that does not end is not one.
-_MAX_LINE = 1 << 20
+# A command is short; one that does not end is none.
+_MAX_COMMAND = 1 << 16
 _COMMANDS = (
     "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
     "migrate-set-parameters", "migrate_cancel", "query-version",
 )  # fmt: skip
+
+
+class Splitter:
+    """Cuts a byte stream into JSON objects. QMP has no line ends: clients may leave them out."""
+
+    def __init__(self) -> None:
+        self._part = bytearray()
+        self._depth = 0
+        self._in_string = self._escaped = False
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The objects that `data` completes. What begins with anything but a brace is one
+        piece up to the end of its line. ValueError above the bound."""
+        pieces = []
+        for byte in data:
+            if self._take(byte):
+                pieces.append(bytes(self._part))
+                self._part.clear()
+        if len(self._part) > _MAX_COMMAND:
+            raise ValueError("a command that does not end")
+        return pieces
+
+    def _take(self, byte: int) -> bool:
+        """Add one byte; True if it ends a piece."""
+        if not self._part and byte in b" \t\r\n":
+            return False
+        self._part.append(byte)
+        if self._part[0] != ord("{"):
+            return byte == ord("\n")
+        if self._in_string:
+            self._in_string = self._escaped or byte != ord('"')
+            self._escaped = byte == ord("\\") and not self._escaped
+        elif byte == ord('"'):
+            self._in_string = True
+        else:
+            self._depth += (byte == ord("{")) - (byte == ord("}"))
+        return self._depth == 0
 
 
 class Migrating(Protocol):
@@ -128,12 +165,13 @@ class Monitor:
         conversation = self._clients[writer] = Conversation(self._migration)
         try:
             writer.write(_line(conversation.greeting()))
-            while line := await reader.readline():
-                if line.strip():
-                    writer.write(_line(conversation.answer(line)))
-                    await writer.drain()
+            splitter = Splitter()
+            while data := await reader.read(_MAX_COMMAND):
+                for command in splitter.feed(data):
+                    writer.write(_line(conversation.answer(command)))
+                await writer.drain()
         except (OSError, ValueError, asyncio.CancelledError):
-            pass  # gone, a line above the bound, or the end
+            pass  # gone, a command above the bound, or the end
         finally:
             del self._clients[writer]
             writer.close()
@@ -166,7 +204,7 @@ async def serve_monitor(where: str, migration: Migrating) -> AsyncIterator[Monit
     monitor = Monitor(migration)
     before = os.umask(0o177)
     try:
-        server = await asyncio.start_unix_server(monitor.serve, path, limit=_MAX_LINE)
+        server = await asyncio.start_unix_server(monitor.serve, path)
     except OSError as e:
         raise DestinationError(f"cannot open the monitor {where}: {e.strerror}") from e
     finally:

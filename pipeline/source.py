@@ -28,7 +28,7 @@ from ..transport.errors import (
 )
 from ..transport.links import Endpoint, connect, probe
 from ..transport.pages import PAGE_SIZE, complement, total_pages
-from ..transport.session import Role
+from ..transport.session import Phase, Role
 from ..workers import jobs, sender
 from ..workers.bandwidth import Bandwidth
 from ..workers.counters import Counters
@@ -282,10 +282,7 @@ class Source:
         try:
             answer = await asyncio.wait_for(self._control.ask(hello), HELLO_SECONDS)
         except TimeoutError as e:
-            raise ConnectError(
-                f"something accepts connections at {self.endpoint} and does not answer as "
-                f"`pageferry receive` does: check the address"
-            ) from e
+            raise self._no_pageferry() from e
         if isinstance(answer, messages.Refused):
             raise messages.error_of(answer)
         assert isinstance(answer, messages.Welcome)
@@ -296,10 +293,21 @@ class Source:
             raise RemoteProtocolError("Welcome does not match what was asked for")
         return answer
 
+    def _no_pageferry(self) -> ConnectError:
+        return ConnectError(
+            f"something accepts connections at {self.endpoint} and does not answer as "
+            f"`pageferry receive` does: check the address"
+        )
+
     async def _read_control(self) -> None:
         while True:
             data = await self._socket.recv()
-            message = self._control.heard(data)
+            try:
+                message = self._control.heard(data)
+            except RemoteProtocolError as e:
+                if self._control.session.phase is Phase.GREETING:
+                    raise self._no_pageferry() from e
+                raise
             if isinstance(message, messages.Abort):
                 self._failed(messages.error_of(message), by_peer=True)
                 return

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 import threading
 from multiprocessing import forkserver, resource_tracker
 
@@ -42,18 +43,24 @@ def _descriptors():
     return found
 
 
+def _left(folder):
+    """pageferry's names in a folder, but for those of other runs that are alive."""
+    found = set()
+    for name in os.listdir(folder):
+        owner = name.split("-")[1] if name.startswith("pageferry-") else ""
+        if owner == str(os.getpid()) or (owner.isdigit() and not psutil.pid_exists(int(owner))):
+            found.add(f"{folder}/{name}")
+    return found
+
+
 def _names():
-    return {name for name in os.listdir("/dev/shm") if name.startswith(("pageferry", "psm_"))}
-
-
-def _sockets():
-    return {name for name in os.listdir("/tmp") if name.startswith("pageferry-")}
+    return _left("/dev/shm") | _left(tempfile.gettempdir())
 
 
 @pytest.fixture(autouse=True)
 def _no_leaks(_warm):
     """Compare what there is before and after."""
-    before = (_descriptors(), _names(), _sockets(), set(threading.enumerate()))
+    before = (_descriptors(), _names(), set(threading.enumerate()))
     yield
     gc.collect()
     children = _children()
@@ -62,9 +69,9 @@ def _no_leaks(_warm):
         for fd, target in _descriptors().items()
         if fd not in before[0] and not target.startswith("/proc/")
     }
-    threads = set(threading.enumerate()) - before[3]
+    threads = set(threading.enumerate()) - before[2]
     assert not children, f"processes left: {children}"
     assert not descriptors, f"descriptors left: {descriptors}"
-    assert not _names() - before[1], "shared-memory names left"
-    assert not _sockets() - before[2], "temporary folders left"
+    left = _names() - before[1]
+    assert not left, f"names left: {left}"
     assert not threads, f"threads left: {threads}"

@@ -60,9 +60,14 @@ class Endpoint:
 
 def parse_endpoint(text: str) -> Endpoint:
     """`text` as an endpoint, or UsageError that shows the form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:  # libzmq and messages carry it as UTF-8
+        raise UsageError(f"{text!r} is no address: it must be UTF-8") from e
     if text.startswith("ipc://") and len(text) > 6:
-        path = os.path.abspath(text[6:])
-        if len(path) > _MAX_IPC_PATH:
+        # "@name" is Linux's abstract namespace: a socket without a file (unix(7))
+        path = text[6:] if text[6] == "@" else os.path.abspath(text[6:])
+        if len(path.encode()) > _MAX_IPC_PATH:
             raise UsageError(f"the path of {text} is too long for a unix socket: keep it below 100")
         return Endpoint("ipc", path=path)
     match = re.fullmatch(r"tcp://(?:\[([0-9a-fA-F:]+)\]|([^:/\[\]]+)):(\d{1,5})", text)
@@ -80,7 +85,8 @@ def probe(endpoint: Endpoint) -> None:
         if endpoint.scheme == "ipc":
             with socket.socket(socket.AF_UNIX) as s:
                 s.settimeout(CONNECT_SECONDS)
-                s.connect(endpoint.path)
+                path = endpoint.path
+                s.connect(f"\0{path[1:]}" if path.startswith("@") else path)
         else:
             address = (endpoint.host, endpoint.port)
             with socket.create_connection(address, timeout=CONNECT_SECONDS):
@@ -112,7 +118,8 @@ def bind(context: Any, endpoint: Endpoint, *, control: bool) -> tuple[Any, Endpo
     sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
     try:
         if endpoint.scheme == "ipc":
-            clear_dead_socket(endpoint.path, str(endpoint))
+            if not endpoint.path.startswith("@"):
+                clear_dead_socket(endpoint.path, str(endpoint))
             # the umask makes the socket ours alone before anybody can connect
             before = os.umask(0o177)
             try:
@@ -153,7 +160,7 @@ def clear_dead_socket(path: str, what: str) -> None:
 def unbind(sock: zmq.Socket[bytes], endpoint: Endpoint) -> None:
     """Close a listening socket and remove its path. Idempotent."""
     sock.close()
-    if endpoint.scheme == "ipc":
+    if endpoint.scheme == "ipc" and not endpoint.path.startswith("@"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(endpoint.path)
 

@@ -83,6 +83,7 @@ class Pool:
         self._on_job = on_job
         self._on_failure = on_failure
         self._closing = False
+        self._starting: asyncio.Future[None] | None = None
         self._started = time.monotonic()
 
     def __repr__(self) -> str:
@@ -93,23 +94,24 @@ class Pool:
         loop = asyncio.get_running_loop()
         self._started = time.monotonic()
         for index, payload in enumerate(payloads):
-            ours, theirs = multiprocessing.Pipe()
-            name = f"{self.role}-{index}"
-            try:
-                process = await loop.run_in_executor(
-                    None, start_process, target, (theirs, index, payload), f"pageferry-{name}"
-                )
-            except BaseException:
-                ours.close()
-                raise
-            finally:
-                theirs.close()
-            worker = Worker(name, index, process, ours, self.counters)
-            self.workers.append(worker)
-            if self._closing:
-                return
-            loop.add_reader(ours.fileno(), self._readable, worker)
-            loop.add_reader(process.sentinel, self._ended, worker)
+            # Not to be cancelled half-way: `close` waits for it and ends what it started.
+            self._starting = loop.run_in_executor(None, self._start_one, target, index, payload)
+            await asyncio.shield(self._starting)
+            worker = self.workers[-1]
+            loop.add_reader(worker.pipe.fileno(), self._readable, worker)
+            loop.add_reader(worker.process.sentinel, self._ended, worker)
+
+    def _start_one(self, target: Callable[..., None], index: int, payload: Any) -> None:
+        ours, theirs = multiprocessing.Pipe()
+        name = f"{self.role}-{index}"
+        try:
+            process = start_process(target, (theirs, index, payload), f"pageferry-{name}")
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.workers.append(Worker(name, index, process, ours, self.counters))
 
     def _readable(self, worker: Worker) -> None:
         try:
@@ -158,6 +160,8 @@ class Pool:
         """Stop all workers, kill those that do not stop, reap them. Idempotent."""
         self._closing = True
         loop = asyncio.get_running_loop()
+        if self._starting is not None:
+            await asyncio.gather(self._starting, return_exceptions=True)
         workers, self.workers = self.workers, []
         for worker in workers:
             if not worker.pipe.closed:

@@ -8,7 +8,6 @@ in QEMU, multifd_recv_thread in migration/multifd.c.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -174,5 +173,5 @@ def _write_runs(block: RamBlock, runs: Runs, content: Buffer) -> None:
 def _short(endpoint: Endpoint) -> str:
     """The endpoint as Welcome carries it: the source knows the host better than we do."""
     if endpoint.scheme == "ipc":
-        return f"ipc:{os.path.abspath(endpoint.path)}"
+        return f"ipc:{endpoint.path}"
     return f"tcp:{endpoint.port}"

@@ -1,13 +1,14 @@
 """Shared-memory segments between one coordinator and its workers.
 
-One owner creates and unlinks; the others attach. Names are unguessable, mode 0600 (the
-stdlib's default). Workers share the owner's resource tracker (multiprocessing starts them),
+One owner creates and unlinks; the others attach. Names are unguessable and begin with the
+owner's process, mode 0600 (the stdlib's default). Workers share the owner's resource tracker (multiprocessing starts them),
 so a segment goes even if the owner is killed; before Python 3.13 an attach registers once
 more, which in one tracker changes nothing (python/cpython issue 82300).
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 import sys
 from multiprocessing.shared_memory import SharedMemory
@@ -32,7 +33,7 @@ class Segment:
         self.size = size
         self._owner = True
         self._shm: SharedMemory | None = SharedMemory(
-            f"{PREFIX}{secrets.token_hex(8)}-{what}", create=True, size=size
+            f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}-{what}", create=True, size=size
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

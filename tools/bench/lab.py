@@ -85,21 +85,25 @@ def listens(port: int) -> bool:
     return any(row[3] == "0A" and row[1].endswith(f":{port:04X}") for row in rows)
 
 
-def wait_for(what: str, condition: Callable[[], T], seconds: float = 20.0) -> T:
-    """What `condition` returns as soon as it is true."""
+def wait_for(
+    what: str, condition: Callable[[], T | None], seconds: float = 20.0, every: float = 0.005
+) -> T:
+    """What `condition` returns, as soon as it is true."""
     until = time.monotonic() + seconds
     while not (result := condition()):
         if time.monotonic() > until:
             raise BenchError(f"waited {seconds:.0f} s for {what}")
-        time.sleep(0.005)
+        time.sleep(every)
     return result
 
 
-def processor_seconds(pid: int) -> float:
-    """Processor time of a running process so far, its reaped children not counted."""
-    with open(f"/proc/{pid}/stat") as f:
-        fields = f.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _HZ
+def processor_seconds(child: Child) -> float:
+    """Processor time that a running process and its descendants have used so far."""
+    ticks = 0
+    for pid in _session_members({child.pid}):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as f:
+            ticks += sum(map(int, f.read().rpartition(")")[2].split()[11:15]))
+    return ticks / _HZ
 
 
 class Child:
@@ -118,7 +122,6 @@ class Child:
                 stdout=out if stdout is None else stdout, stderr=err, start_new_session=True,
             )  # fmt: skip
         self.pid = self._popen.pid
-        self.pipe = self._popen.stdout
         self.code: int | None = None
         self.cpu = 0.0  # seconds, of it and all its descendants, once it has ended
 
@@ -154,8 +157,6 @@ class Child:
         self.cpu += usage.ru_utime + usage.ru_stime
         if pid == self.pid:
             self.code = self._popen.returncode = os.waitstatus_to_exitcode(status)
-            if self.pipe is not None:
-                self.pipe.close()
 
     def _adopt(self, patience: float) -> None:
         """Reap the descendants that outlive it; kill those that do not end soon."""
@@ -283,7 +284,14 @@ class Lab:
     def __exit__(self, *_: object) -> None:
         with _undisturbed():
             for child in self._children:
-                child.kill()
+                # gone already if the interruption came between its end and our noting it
+                with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                    child.kill()
+            for process in psutil.Process().children():
+                # started, or adopted, and not yet noted
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+                    process.wait(5)
             for path in self._files:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
@@ -302,7 +310,10 @@ class Lab:
     ) -> Child:  # fmt: skip
         """Start a process; it ends with the lab if it does not before."""
         self._started += 1
-        child = Child(argv, self.directory, self._started, stdin, stdout)
+        try:
+            child = Child(argv, self.directory, self._started, stdin, stdout)
+        except OSError as e:
+            raise BenchError(f"cannot run {argv[0]}: {e.strerror}") from e
         self._children = [c for c in self._children if c.code is None]
         self._children.append(child)
         return child

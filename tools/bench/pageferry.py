@@ -9,10 +9,11 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .lab import BenchError, Child, Lab, PeakMemory, loopback_bytes, wait_for
+from .lab import BenchError, Child, Lab, PeakMemory, loopback_bytes, processor_seconds, wait_for
 
 _LISTEN = "tcp://127.0.0.1:0"
 
@@ -33,6 +34,7 @@ class Outcome:
     message: str = ""
     wire: int = 0  # what the loopback interface counted
     cpu: dict[str, float] = field(default_factory=dict)
+    cpu_before: float = 0.0  # of `cpu`, what the receiver had used when it listened
     peak: dict[str, int] = field(default_factory=dict)
     groups: dict[str, float] = field(default_factory=dict)
 
@@ -42,7 +44,10 @@ class Outcome:
         return float(self.report["total-time"]) / 1000
 
 
-def send(lab: Lab, source: str, into: str, options: list[str]) -> Outcome:
+def send(
+    lab: Lab, source: str, into: str, options: list[str],
+    while_sending: Callable[[Child], None] = lambda child: None,
+) -> Outcome:  # fmt: skip
     """`pageferry send` to a `pageferry receive`, over TCP."""
     with PeakMemory() as memory:
         receive = lab.start(
@@ -52,11 +57,13 @@ def send(lab: Lab, source: str, into: str, options: list[str]) -> Outcome:
         memory.watch("destination", receive)
         try:
             endpoint = wait_for("the receiver to listen", lambda: _endpoint(receive))
+            cpu_before = processor_seconds(receive)
             before, begin = loopback_bytes(), time.monotonic()
             sending = lab.start(
                 [*lab.pageferry, "send", source, endpoint, *options, "--json", "--quiet"]
             )
             memory.watch("source", sending)
+            while_sending(sending)
             source_cpu = sending.join()
             wall = time.monotonic() - begin
             destination_cpu = receive.join(20)
@@ -66,7 +73,7 @@ def send(lab: Lab, source: str, into: str, options: list[str]) -> Outcome:
     report, received = _last_object(sending), _last_object(receive)
     cpu = {"source": source_cpu, "destination": destination_cpu}
     return Outcome(
-        wall, report, received, wire=wire, cpu=cpu, peak=memory.peak,
+        wall, report, received, wire=wire, cpu=cpu, cpu_before=cpu_before, peak=memory.peak,
         groups=_groups(report, received, sum(cpu.values())),
     )  # fmt: skip
 
@@ -86,9 +93,7 @@ def copy(lab: Lab, source: str, destination: str, options: list[str]) -> Outcome
     with contextlib.suppress(BenchError):
         report = _last_object(child)
     message = " ".join(child.errors().splitlines()[-1:])
-    return Outcome(
-        wall, report, {}, child.code, message, cpu={"both": child.cpu}, peak=memory.peak
-    )
+    return Outcome(wall, report, {}, child.code, message, cpu={"both": child.cpu}, peak=memory.peak)
 
 
 def _endpoint(receive: Child) -> str:
@@ -113,7 +118,9 @@ def _last_object(child: Child) -> dict[str, Any]:
     return report
 
 
-def _groups(report: dict[str, Any], received: dict[str, Any], everything: float) -> dict[str, float]:
+def _groups(
+    report: dict[str, Any], received: dict[str, Any], everything: float
+) -> dict[str, float]:
     """Processor seconds by group of processes. `other`: what no process of the reports has
     used, that is the fork servers, resource trackers, and the ends of the coordinators."""
     groups: dict[str, float] = {}

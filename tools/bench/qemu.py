@@ -201,13 +201,13 @@ class Qemu:
                 machine.set_up(channels, compression)
             uri = f"tcp:127.0.0.1:{free_port()}"
             there.qmp.ask("migrate-incoming", uri=uri)
-            pids = {"source": here.process.pid, "destination": there.process.pid}
-            used = {side: processor_seconds(pid) for side, pid in pids.items()}
+            sides = {"source": here.process, "destination": there.process}
+            used = {side: processor_seconds(child) for side, child in sides.items()}
             before, begin = loopback_bytes(), time.monotonic()
             here.qmp.ask("migrate", uri=uri)
-            report = wait_for("QEMU's migration", here.ended, 300)
+            report = wait_for("QEMU's migration", here.ended, 300, every=0.01)
             wait_for("QEMU's destination", there.ready, 60)
             until_ready = time.monotonic() - begin
             wire = loopback_bytes() - before
-            cpu = {side: processor_seconds(pid) - used[side] for side, pid in pids.items()}
+            cpu = {s: processor_seconds(child) - used[s] for s, child in sides.items()}
         return Moved(report["total-time"] / 1000, until_ready, wire, cpu, memory.peak, report)

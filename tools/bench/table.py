@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
-__all__ = ["megabytes", "mebibytes", "median", "number", "ratio", "ratio_text", "render"]
+__all__ = ["mebibytes", "median", "megabytes", "number", "ratio", "ratio_text", "render"]
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -30,12 +30,13 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float] | None:
-    """How many times faster `ours` is: median of the ratios in the same round, ratio of the
-    shortest times. Both have one time a round."""
-    if not ours or len(ours) != len(theirs):
+def ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float] | None:
+    """How many times faster `ours` is: median of the ratios within a round, ratio of the
+    shortest times. Both: round -> time."""
+    rounds = ours.keys() & theirs.keys()
+    if not rounds:
         return None
-    return median(t / o for o, t in zip(ours, theirs, strict=True)), min(theirs) / min(ours)
+    return median([theirs[i] / ours[i] for i in rounds]), min(theirs.values()) / min(ours.values())
 
 
 def ratio_text(pair: tuple[float, float] | None) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from ...transport.quantities import format_bytes
 from . import content, pageferry, peers, qemu
 from .lab import BenchError, Lab, remove, say
-from .table import mebibytes, megabytes, median, number, ratio, ratio_text, render
+from .table import mebibytes, median, megabytes, number, ratio, ratio_text, render
 
 DESTINATIONS = ("fresh", "touched")
 
@@ -101,9 +101,7 @@ class _Qemu:
         moved = self._host.migrate(
             source, destination, self._size, touched, self._channels, self._compression
         )
-        return Run(
-            moved.total, moved.until_ready, moved.wire, moved.cpu, moved.peak, moved.report
-        )
+        return Run(moved.total, moved.until_ready, moved.wire, moved.cpu, moved.peak, moved.report)
 
 
 class _Peer:
@@ -144,7 +142,7 @@ _METHODS: dict[str, tuple[Maker, tuple[str, str]]] = {
     "pageferry none": (_ferry("image", "--codec", "none"), _PLAIN),
     "pageferry zstd-1": (_ferry("image", "--codec", "zstd", "--level", "1"), _ZSTD),
     "pageferry auto": (_ferry("image", "--codec", "auto"), _PLAIN),
-    "pageferry none, live": (_ferry("ram", "--codec", "none"), _PLAIN),
+    "pageferry none live": (_ferry("ram", "--codec", "none"), _PLAIN),
     "qemu precopy": (_machine(0), _PLAIN),
     "qemu multifd-4 none": (_machine(4, "none"), _PLAIN),
     "qemu multifd-4 zstd": (_machine(4, "zstd"), _ZSTD),
@@ -219,7 +217,8 @@ _LEGEND = """\
 s         seconds; pageferry and QEMU: total-time as each reports it; else the whole command
 wait      seconds a person waits: until the command ended; QEMU: until the destination is ready
 GB/s      guest memory by the median of s
-CPU       seconds of all processes of that side, medians; QEMU: during the migration only
+CPU       seconds of all processes of that side, from start to end (pageferry: the start of
+          Python included); QEMU, which runs anyway: during the migration only; medians
 MiB       most anonymous memory of that side; guest memory is in shared files and not in it
 vs QEMU   times faster than multifd-4 with the same codec, by s: median of the rounds (minima)
 vs pipe   times faster than cat, or zstd -1, over socat, by wait: median of the rounds (minima)
@@ -241,10 +240,10 @@ def _tables(plan: Plan, rows: list[Row]) -> str:
 
 
 def _lines(plan: Plan, rows: list[Row]) -> list[list[str]]:
-    good: dict[str, list[Run]] = {
-        name: [row.run for row in rows if row.method == name and row.run is not None]
-        for name in plan.methods
-    }
+    good: dict[str, dict[int, Run]] = {name: {} for name in plan.methods}
+    for row in rows:
+        if row.run is not None:
+            good[row.method][row.rep] = row.run
     lines = []
     for name in plan.methods:
         mine = [row for row in rows if row.method == name]
@@ -259,13 +258,19 @@ def _lines(plan: Plan, rows: list[Row]) -> list[list[str]]:
     return lines
 
 
-def _line(plan: Plan, name: str, good: dict[str, list[Run]]) -> list[str]:
-    runs = good[name]
+def _line(plan: Plan, name: str, good: dict[str, dict[int, Run]]) -> list[str]:
+    runs = list(good[name].values())
     by_qemu, by_pipe = _METHODS[name][1]
     seconds, wait = [r.seconds for r in runs], [r.until_ready for r in runs]
 
     def side(values: Callable[[Run], dict[str, Any]], which: str) -> float:
         return float(median([values(r).get(which, 0) for r in runs]))
+
+    def total(method: str) -> dict[int, float]:
+        return {rep: run.seconds for rep, run in good.get(method, {}).items()}
+
+    def waited(method: str) -> dict[int, float]:
+        return {rep: run.until_ready for rep, run in good.get(method, {}).items()}
 
     return [
         name,
@@ -274,7 +279,7 @@ def _line(plan: Plan, name: str, good: dict[str, list[Run]]) -> list[str]:
         number(side(lambda r: r.cpu, "source")), number(side(lambda r: r.cpu, "destination")),
         mebibytes(side(lambda r: r.peak, "source")),
         mebibytes(side(lambda r: r.peak, "destination")),
-        ratio_text(ratio(seconds, [r.seconds for r in good.get(by_qemu, [])])),
-        ratio_text(ratio(wait, [r.until_ready for r in good.get(by_pipe, [])])),
+        ratio_text(ratio(total(name), total(by_qemu))),
+        ratio_text(ratio(waited(name), waited(by_pipe))),
         "",
     ]  # fmt: skip

@@ -68,7 +68,10 @@ class NewFile:
     def publish(self) -> None:
         """Give it its name, in place of what had it. Its content must be synced already."""
         directory = os.path.dirname(self.path)
-        where = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            where = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as e:
+            raise DestinationError(f"cannot name {self.path}: {e.strerror}") from e
         try:
             if not self._temporary:
                 self._temporary = self._hidden_name()

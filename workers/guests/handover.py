@@ -41,7 +41,7 @@ class HandoverSocket:
     """Coordinator: where one guest hands over. The path is private and short-lived."""
 
     def __init__(self) -> None:
-        self._directory = tempfile.mkdtemp(prefix="pageferry-")
+        self._directory = tempfile.mkdtemp(prefix=f"pageferry-{os.getpid()}-")
         self.path = os.path.join(self._directory, "uffd.sock")
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(self.path)

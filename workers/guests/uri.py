@@ -46,6 +46,10 @@ class GuestUri:
 
 def parse_guest(text: str) -> GuestUri:
     """`text` as a guest, or UsageError that says what was expected."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:  # messages carry paths, and are UTF-8
+        raise UsageError(f"{text!r} names no guest: a path must be UTF-8") from e
     kind, colon, rest = text.partition(":")
     if not colon or kind not in _OPTIONS:
         hint = f"; did you mean image:{text}?" if os.path.exists(text) else ""

@@ -1,0 +1,141 @@
+"""Digests of RAM blocks: the content counts, not the file behind it."""
+
+import os
+
+import pytest
+import xxhash
+
+from pageferry.transport.errors import SourceError
+from pageferry.transport.messages import Block
+from pageferry.transport.pages import PAGE_SIZE
+from pageferry.workers.digest import PART_PAGES, block_digest, part_count, part_digest
+from pageferry.workers.ram import RamBlock, RamFile
+
+PART = PART_PAGES * PAGE_SIZE
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes blocks; `holes`: whatever is zero is not written."""
+    files = []
+
+    def make_block(content, *, start=0, holes=False):
+        path = tmp_path / f"ram{len(files)}"
+        with open(path, "wb") as f:
+            f.truncate(start + len(content))
+            for at in range(0, len(content), PAGE_SIZE):
+                page = content[at : at + PAGE_SIZE]
+                if not holes or any(page):
+                    f.seek(start + at)
+                    f.write(page)
+        files.append(RamFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path)))
+        return RamBlock(Block("ram", len(content)), files[-1], start)
+
+    yield make_block
+    for file in files:
+        file.close()
+
+
+def digest(block, buffer=1 << 16):
+    parts = [
+        part_digest(block, part, bytearray(buffer), lambda: None)
+        for part in range(part_count(block.pages))
+    ]
+    return block_digest(parts)
+
+
+def text(pages, tail=0):
+    """Pages with content, every other one zero."""
+    content = bytearray()
+    for i in range(pages):
+        content += bytes(PAGE_SIZE) if i % 2 else bytes([i % 255 + 1]) * PAGE_SIZE
+    return bytes(content + b"t" * tail)
+
+
+def test_it_is_what_the_module_says_it_is(make):
+    """xxh3-128 of the parts' xxh3-128."""
+    content = text(7, tail=99)
+    expected = xxhash.xxh3_128_digest(xxhash.xxh3_128_digest(content))
+    assert digest(make(content)) == expected
+
+
+@pytest.mark.parametrize("tail", [0, 1, PAGE_SIZE - 1])
+def test_holes_and_zeros_are_the_same(make, tail):
+    """And so are files in which a block lies elsewhere, and buffers of any size."""
+    content = text(20, tail)
+    dense, sparse = make(content), make(content, holes=True)
+    assert digest(dense) == digest(sparse)
+    assert digest(dense) == digest(make(content, start=5)) == digest(make(content, start=8192))
+    assert digest(dense) == digest(dense, buffer=1000) == digest(dense, buffer=1 << 22)
+
+
+@pytest.mark.parametrize("size", [1, PAGE_SIZE, 2 * PAGE_SIZE + 5, (1 << 20) + 3])
+def test_a_block_without_data_is_known_without_reading(make, size):
+    """The same as if it had been read; nobody is told that it goes on."""
+    dense, sparse = make(bytes(size)), make(bytes(size), holes=True)
+    told = []
+    assert part_digest(sparse, 0, bytearray(10), lambda: told.append(1)) == part_digest(
+        dense, 0, bytearray(1 << 16), lambda: None
+    )
+    assert told == []
+
+
+@pytest.mark.parametrize("at", [0, 1, PAGE_SIZE - 1, PAGE_SIZE, 4 * PAGE_SIZE + 7, -1])
+def test_any_byte_counts(make, at):
+    """The first, the last, one in a page that was zero."""
+    content = bytearray(text(8, tail=50))
+    before = digest(make(bytes(content)))
+    content[at] ^= 1
+    assert digest(make(bytes(content))) != before
+    assert digest(make(bytes(content), holes=True)) != before
+
+
+def test_the_place_and_the_length_count(make):
+    """The same bytes elsewhere, or with zeros behind them, are something else."""
+    a, b = b"a" * PAGE_SIZE, b"b" * PAGE_SIZE
+    contents = [a + b, b + a, a, a + b + bytes(PAGE_SIZE), a + b + b"\0", bytes(PAGE_SIZE) + a + b]
+    digests = [digest(make(content)) for content in contents]
+    assert len(set(digests)) == len(contents)
+
+
+def test_parts(make, tmp_path):
+    """64 MiB each: one byte changes one part, and the order of the parts counts."""
+    assert [part_count(pages) for pages in (1, PART_PAGES, PART_PAGES + 1)] == [1, 1, 2]
+    path = tmp_path / "large"
+    size = 2 * PART + 10
+    with open(path, "wb") as f:
+        f.truncate(size)
+        f.seek(PART)
+        f.write(b"x")
+    file = RamFile(os.open(path, os.O_RDWR | os.O_CLOEXEC), str(path))
+    try:
+        block = RamBlock(Block("ram", size), file, 0)
+
+        def parts():
+            return [part_digest(block, i, bytearray(1 << 20), lambda: None) for i in range(3)]
+
+        before = parts()
+        assert len(set(before)) == 3
+        os.pwrite(file.fd, b"y", size - 1)
+        after = parts()
+        assert before[:2] == after[:2] and before[2] != after[2]
+        assert after[2] == xxhash.xxh3_128_digest(bytes(9) + b"y")
+    finally:
+        file.close()
+    assert block_digest(before) != block_digest(after)
+    assert block_digest(after) != block_digest(after[::-1])
+
+
+def test_whoever_waits_is_told_that_it_goes_on(make):
+    """Once a buffer."""
+    told = []
+    part_digest(make(text(10)), 0, bytearray(PAGE_SIZE), lambda: told.append(1))
+    assert len(told) == 10
+
+
+def test_a_file_that_became_shorter(make):
+    """It is not what was announced: an error, no digest of less."""
+    block = make(text(4))
+    os.truncate(block.file.name, 2 * PAGE_SIZE)
+    with pytest.raises(SourceError, match="shorter"):
+        digest(block)

@@ -1,0 +1,119 @@
+"""What the destination checks in a Hello: every field that does not fit is named."""
+
+import uuid
+
+import msgspec
+import pytest
+
+from pageferry.pipeline.agreement import check_hello
+from pageferry.transport.errors import PeerRefused
+from pageferry.transport.messages import (
+    MAX_BLOCK_SIZE,
+    MAX_BLOCKS,
+    MAX_WORKERS,
+    PROTOCOL,
+    Block,
+    Hello,
+)
+from pageferry.transport.wire import MAX_BATCH_PAGES
+
+GOOD = Hello(
+    PROTOCOL, "0.1.0", str(uuid.UUID(int=5)), "demo",
+    [Block("low", 8192), Block("high", 5000, 4096, 8192)], 2, 128,
+)  # fmt: skip
+
+
+def refusal(hello, expected_kind=None):
+    """The field that `check_hello` names and the text it says."""
+    with pytest.raises(PeerRefused) as caught:
+        check_hello(hello, expected_kind)
+    field = caught.value.data["field"]
+    assert field in caught.value.message
+    return field
+
+
+def with_blocks(*blocks):
+    return msgspec.structs.replace(GOOD, blocks=list(blocks))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"workers": 1},
+        {"workers": MAX_WORKERS},
+        {"batch_pages": 1},
+        {"batch_pages": MAX_BATCH_PAGES},
+        {"version": "99.0"},
+        {"image_size": MAX_BLOCK_SIZE},
+        {"blocks": [Block("one", 1)]},
+        {"blocks": [Block("one", MAX_BLOCK_SIZE)]},
+        {"blocks": [Block("far", 4096, 4096, MAX_BLOCK_SIZE)]},
+        {"blocks": [Block("huge pages", 1 << 30, 1 << 30)]},
+        {"blocks": [Block(str(i), 1, 4096, i) for i in range(MAX_BLOCKS)]},
+    ],
+    ids=lambda change: ",".join(change) or "nothing",
+)
+def test_what_fits_is_accepted(change):
+    """The bounds themselves as well; another version speaks the same protocol."""
+    check_hello(msgspec.structs.replace(GOOD, **change), None)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"protocol": PROTOCOL + 1}, "protocol"),
+        ({"protocol": 0}, "protocol"),
+        ({"uuid": "not-a-uuid"}, "uuid"),
+        ({"uuid": ""}, "uuid"),
+        ({"uuid": "../../etc/passwd"}, "uuid"),
+        ({"workers": 0}, "workers"),
+        ({"workers": -1}, "workers"),
+        ({"workers": MAX_WORKERS + 1}, "workers"),
+        ({"batch_pages": 0}, "batch-pages"),
+        ({"batch_pages": MAX_BATCH_PAGES + 1}, "batch-pages"),
+        ({"capabilities": ["postcopy"]}, "capabilities"),
+        ({"blocks": []}, "blocks"),
+        ({"blocks": [Block(str(i), 1, 4096, i) for i in range(MAX_BLOCKS + 1)]}, "blocks"),
+        ({"image_size": -1}, "image-size"),
+        ({"image_size": MAX_BLOCK_SIZE + 1}, "image-size"),
+    ],
+)
+def test_each_field_that_does_not_fit_is_named(change, field):
+    """In the error's data for the peer, and in its text for the operator."""
+    assert refusal(msgspec.structs.replace(GOOD, **change)) == field
+
+
+@pytest.mark.parametrize(
+    ("block", "field"),
+    [
+        (Block("low", 4096, 4096, 8192), "block 'low'"),
+        (Block("b", 0, 4096, 8192), "block 'b' size"),
+        (Block("b", -4096, 4096, 8192), "block 'b' size"),
+        (Block("b", MAX_BLOCK_SIZE + 1, 4096, 8192), "block 'b' size"),
+        (Block("b", 4096, 0, 8192), "block 'b' page-size"),
+        (Block("b", 4096, -4096, 8192), "block 'b' page-size"),
+        (Block("b", 4096, 2048, 8192), "block 'b' page-size"),
+        (Block("b", 4096, 3 * 4096, 8192), "block 'b' page-size"),
+        (Block("b", 4096, 1 << 31, 8192), "block 'b' page-size"),
+        (Block("b", 4096, 4096, 8191), "block 'b' offset"),
+        (Block("b", 4096, 4096, 0), "block 'b' offset"),
+        (Block("b", 4096, 4096, -1), "block 'b' offset"),
+        (Block("b", 4096, 4096, MAX_BLOCK_SIZE + 1), "block 'b' offset"),
+    ],
+)
+def test_each_part_of_a_block_that_does_not_fit_is_named(block, field):
+    """By the block's name; overlapping blocks are refused by the second one's offset."""
+    assert refusal(with_blocks(Block("low", 8192), block)) == field
+
+
+def test_a_long_name_does_not_fill_the_screen():
+    """64 characters of it are enough to find it."""
+    field = refusal(with_blocks(Block("x" * 10_000, 0)))
+    assert field == f"block {'x' * 64!r} size"
+
+
+def test_the_kind_matters_only_if_one_is_expected():
+    """A receiver may be there for one kind of guest."""
+    check_hello(GOOD, "demo")
+    assert refusal(GOOD, "image") == "kind"

@@ -1,0 +1,139 @@
+"""When the guest is stopped: rate, downtime, the number of rounds."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pageferry.pipeline.convergence import FIXED_SECONDS, Convergence, Decision
+from pageferry.transport.pages import PAGE_SIZE
+
+examples = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+
+MIB = 1 << 20
+PAGES_IN_A_MIB = MIB // PAGE_SIZE
+
+
+def measured(limit=0.3, max_rounds=30, pages=25_600, seconds=1.0):
+    """After one round of 100 MiB in a second."""
+    convergence = Convergence(limit, max_rounds)
+    convergence.round_done(pages, seconds)
+    return convergence
+
+
+def test_the_rate_is_that_of_the_last_round():
+    """Bytes of guest memory a second."""
+    convergence = measured()
+    assert convergence.rate == 100 * MIB
+    convergence.round_done(25_600, 0.5)
+    assert convergence.rate == 200 * MIB
+    assert convergence.rounds == 2
+
+
+def test_a_short_round_does_not_change_the_rate():
+    """It says more about latency; only without any rate it is better than nothing."""
+    convergence = measured()
+    convergence.round_done(1023, 10.0)
+    assert convergence.rate == 100 * MIB
+    convergence.round_done(1024, 1.0)
+    assert convergence.rate == 4 * MIB
+    fresh = Convergence(0.3, 30)
+    fresh.round_done(256, 1.0)
+    assert fresh.rate == MIB
+
+
+def test_what_a_switchover_costs():
+    """What is left at the measured rate, taking the last set, and the fixed part."""
+    convergence = measured()
+    convergence.dirty_taken(1000, since=2.0, took=0.05)
+    assert convergence.dirty_rate == 500 * PAGE_SIZE
+    expected = FIXED_SECONDS + 0.05 + 0.1
+    assert convergence.expected_downtime(10 * PAGES_IN_A_MIB) == pytest.approx(expected)
+
+
+def test_the_guest_is_stopped_as_soon_as_the_rest_fits():
+    """Into the limit, the fixed cost taken off: 27 MiB at 100 MiB/s and 300 ms."""
+    convergence = measured(limit=0.3)
+    fits = int((0.3 - FIXED_SECONDS) * 100 * PAGES_IN_A_MIB)
+    assert convergence.decide(fits - 1) is Decision.SWITCH_OVER
+    assert convergence.decide(fits + 1) is Decision.NEXT_ROUND
+    convergence.dirty_taken(0, 1.0, took=0.1)
+    assert convergence.decide(fits - 1) is Decision.NEXT_ROUND
+
+
+def test_nothing_left_is_always_a_switchover():
+    """Even if the fixed cost alone is above the limit: it will not get better."""
+    convergence = measured(limit=0.001, max_rounds=1)
+    assert convergence.decide(0) is Decision.SWITCH_OVER
+    assert convergence.decide(1) is Decision.GIVE_UP
+
+
+def test_without_a_rate_nothing_is_known():
+    """A first round that moved nothing: a switchover with all that is left would be a guess."""
+    convergence = Convergence(0.3, 2)
+    convergence.round_done(0, 1.0)
+    assert convergence.decide(10**6) is Decision.NEXT_ROUND
+    assert convergence.decide(0) is Decision.SWITCH_OVER
+    convergence.round_done(0, 1.0)
+    assert convergence.decide(10**6) is Decision.GIVE_UP
+
+
+def test_it_gives_up_after_the_last_round():
+    """Not before, and not if the rest fits after all."""
+    convergence = measured(max_rounds=3)
+    assert convergence.decide(10**6) is Decision.NEXT_ROUND
+    convergence.round_done(25_600, 1.0)
+    assert convergence.decide(10**6) is Decision.NEXT_ROUND
+    convergence.round_done(25_600, 1.0)
+    assert convergence.decide(10**6) is Decision.GIVE_UP
+    assert convergence.decide(1) is Decision.SWITCH_OVER
+    convergence.max_rounds = 4
+    assert convergence.decide(10**6) is Decision.NEXT_ROUND
+
+
+def test_a_higher_limit_lets_a_guest_go():
+    """The monitor may raise it while it runs."""
+    convergence = measured(limit=0.1)
+    assert convergence.decide(100 * PAGES_IN_A_MIB) is Decision.NEXT_ROUND
+    convergence.downtime_limit = 2.0
+    assert convergence.decide(100 * PAGES_IN_A_MIB) is Decision.SWITCH_OVER
+
+
+def test_the_time_that_is_left():
+    """At the rate by which we are faster than the guest; unknown if we are not."""
+    convergence = measured()
+    assert convergence.eta(200 * PAGES_IN_A_MIB) == pytest.approx(2.0)
+    convergence.dirty_taken(50 * PAGES_IN_A_MIB, 1.0, 0.0)
+    assert convergence.eta(200 * PAGES_IN_A_MIB) == pytest.approx(4.0)
+    convergence.dirty_taken(100 * PAGES_IN_A_MIB, 1.0, 0.0)
+    assert convergence.eta(1) is None
+    assert Convergence(0.3, 30).eta(1) is None
+
+
+amounts = st.integers(0, 2**40)
+times = st.floats(0, 1e6)
+observations = st.one_of(
+    st.tuples(st.just("round"), amounts, times, times),
+    st.tuples(st.just("taken"), amounts, times, times),
+)
+
+
+@given(st.lists(observations, max_size=8), amounts, amounts, st.floats(1e-3, 2000))
+@examples
+def test_more_pages_never_switch_over_sooner(history, a, b, limit):
+    """Whatever was measured, zero pages and zero seconds included."""
+    convergence = Convergence(limit, 5)
+    for what, pages, since, took in history:
+        if what == "round":
+            convergence.round_done(pages, since)
+        else:
+            convergence.dirty_taken(pages, since, took)
+    less, more = sorted((a, b))
+    assert 0 < convergence.expected_downtime(less) <= convergence.expected_downtime(more)
+    if convergence.decide(more) is Decision.SWITCH_OVER:
+        assert convergence.decide(less) is Decision.SWITCH_OVER
+    decision = convergence.decide(more)
+    assert (decision is Decision.GIVE_UP) == (
+        convergence.rounds >= 5 and decision is not Decision.SWITCH_OVER
+    )
+    eta = convergence.eta(less)
+    assert eta is None or eta >= 0

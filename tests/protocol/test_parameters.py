@@ -1,0 +1,128 @@
+"""Parameters: defaults, bounds with the parameter's name in the error, changes while it runs."""
+
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pageferry.pipeline.parameters import Parameters, changed, default_workers
+from pageferry.transport.errors import UsageError
+from pageferry.transport.messages import MAX_WORKERS
+from pageferry.transport.wire import MAX_BATCH_PAGES
+
+examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+
+
+def test_defaults_are_legal_and_workers_follow_the_cpus():
+    """At most 8, as many as this process may use."""
+    checked = Parameters().checked()
+    assert checked.workers == default_workers()
+    assert 1 <= checked.workers <= min(8, len(os.sched_getaffinity(0)))
+    assert checked.checked() == checked
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("workers", [1, MAX_WORKERS], [-1, MAX_WORKERS + 1, 10**9]),
+        ("batch-pages", [16, MAX_BATCH_PAGES], [0, 15, MAX_BATCH_PAGES + 1, -1]),
+        ("max-rounds", [1, 100_000], [0, -1, 100_001]),
+        ("downtime-limit", [0.001, 2000.0], [0.0, 0.0009, 2000.1, -1.0, float("nan")]),
+        ("max-bandwidth", [0, 100_000, 10**12], [1, 99_999, -1]),
+    ],
+)
+def test_bounds(name, good, bad):
+    """The bounds themselves are legal; beyond them the error names the parameter."""
+    field = name.replace("-", "_")
+    for value in good:
+        assert getattr(Parameters(**{field: value}).checked(), field) == value
+    for value in bad:
+        with pytest.raises(UsageError, match=name):
+            Parameters(**{field: value}).checked()
+
+
+def test_codecs_and_levels():
+    """A level belongs to a codec; auto has none."""
+    for codec, level in (("none", None), ("lz4", 12), ("zstd", -7), ("zlib", 9), ("auto", None)):
+        assert Parameters(codec=codec, level=level).checked().level == level
+    for codec, level, why in (
+        ("brotli", None, "brotli"),
+        ("zstd", 20, "zstd has levels -7 to 19, not 20"),
+        ("auto", 1, "level needs a codec"),
+        ("none", 1, "none has levels"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            Parameters(codec=codec, level=level).checked()
+
+
+def test_what_the_monitor_says():
+    """QEMU's names and units: milliseconds, bytes a second."""
+    said = Parameters(2, "zstd", 3, 10**6, 0.25, 7, True, 64).checked().qmp()
+    assert said == {
+        "multifd-channels": 2,
+        "multifd-compression": "zstd",
+        "max-bandwidth": 10**6,
+        "downtime-limit": 250,
+        "max-rounds": 7,
+        "batch-pages": 64,
+    }
+
+
+def test_changes_while_it_runs():
+    """As text or as JSON numbers; what is not named stays; the old ones do not change."""
+    before = Parameters(workers=2).checked()
+    after = changed(before, {"max-bandwidth": "1Gbit", "downtime-limit": 500, "max-rounds": "9"})
+    assert (after.max_bandwidth, after.downtime_limit, after.max_rounds) == (125_000_000, 0.5, 9)
+    assert (after.workers, after.codec) == (2, "auto")
+    assert before == Parameters(workers=2).checked()
+    assert changed(before, {}) == before
+    assert changed(before, {"max-bandwidth": 0}).max_bandwidth == 0
+    assert changed(before, {"downtime-limit": 33.333333333333336}).downtime_limit < 0.04
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"multifd-channels": 3}, "multifd-channels"),
+        ({"codec": "zstd"}, "codec"),
+        ({"max-rounds": "many"}, "max-rounds"),
+        ({"max-rounds": 1.5}, "max-rounds"),
+        ({"max-rounds": -1}, "max-rounds"),
+        ({"max-rounds": 0}, "max-rounds"),
+        ({"max-rounds": "²"}, "max-rounds"),
+        ({"max-rounds": "9" * 5000}, "max-rounds"),
+        ({"max-rounds": None}, "max-rounds"),
+        ({"max-bandwidth": "fast"}, "rate"),
+        ({"max-bandwidth": 5}, "max-bandwidth"),
+        ({"max-bandwidth": "9" * 400}, "rate"),
+        ({"downtime-limit": "soon"}, "duration"),
+        ({"downtime-limit": [1]}, "duration"),
+        ({"downtime-limit": 0}, "downtime-limit"),
+        ({"max-rounds": 5, "colour": "red"}, "colour"),
+    ],
+)
+def test_changes_that_make_no_sense(arguments, named):
+    """The error names what is wrong."""
+    with pytest.raises(UsageError, match=named):
+        changed(Parameters(workers=1), arguments)
+
+
+json_values = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just([1])
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["max-bandwidth", "downtime-limit", "max-rounds", "verify"]), json_values
+    )
+)
+@examples
+def test_any_change_is_legal_or_refused(arguments):
+    """A monitor's client may send any JSON."""
+    try:
+        after = changed(Parameters(workers=1), arguments)
+    except UsageError:
+        return
+    assert after.checked() == after

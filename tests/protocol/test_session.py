@@ -1,0 +1,296 @@
+"""The control session: every message in every phase from either end, and every kind of garbage."""
+
+import types
+import typing
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pageferry.transport import messages
+from pageferry.transport.errors import (
+    LocalProtocolError,
+    PageferryError,
+    PeerRefused,
+    RemoteProtocolError,
+    all_errors,
+)
+from pageferry.transport.messages import (
+    Abort,
+    AnyMessage,
+    Block,
+    DeviceState,
+    DigestRequest,
+    Digests,
+    Discard,
+    Discarded,
+    Hello,
+    Ping,
+    Refused,
+    Round,
+    Run,
+    Running,
+    StateLoaded,
+    Welcome,
+    decode,
+    encode,
+)
+from pageferry.transport.session import TRANSITIONS, Phase, Role, Session, diagram
+
+examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+
+S, D = Role.SOURCE, Role.DESTINATION
+EXAMPLES = {
+    Hello: Hello(1, "0.1.0", "id", "demo", [Block("ram", 4096)], 2, 128),
+    Welcome: Welcome("0.1.0", ["tcp:1", "tcp:2"], [b"a", b"b"], [True]),
+    Refused: Refused("PeerRefused", "kind", "no"),
+    Discard: Discard(0, [1, 5], [2, 3]),
+    Discarded: Discarded(),
+    Round: Round(1, 100),
+    DigestRequest: DigestRequest(),
+    Digests: Digests([b"x" * 16]),
+    DeviceState: DeviceState("demo", b"state"),
+    StateLoaded: StateLoaded(),
+    Run: Run(),
+    Running: Running("demo"),
+    Abort: Abort("PeerLost", "silence"),
+    Ping: Ping(),
+}
+
+# Who may say what when, and what follows: written down once more, so that a change is meant.
+CONVERSATION = {
+    (Phase.IDLE, S, Hello): Phase.GREETING,
+    (Phase.GREETING, D, Welcome): Phase.MOVING,
+    (Phase.GREETING, D, Refused): Phase.CLOSED,
+    (Phase.MOVING, S, Discard): Phase.DISCARDING,
+    (Phase.DISCARDING, D, Discarded): Phase.MOVING,
+    (Phase.MOVING, S, Round): Phase.MOVING,
+    (Phase.MOVING, S, DigestRequest): Phase.DIGESTING,
+    (Phase.DIGESTING, D, Digests): Phase.MOVING,
+    (Phase.MOVING, S, DeviceState): Phase.LOADING,
+    (Phase.LOADING, D, StateLoaded): Phase.LOADED,
+    (Phase.LOADED, S, Run): Phase.STARTING,
+    (Phase.STARTING, D, Running): Phase.RUNNING,
+}
+TALKING = set(Phase) - {Phase.IDLE, Phase.RUNNING, Phase.CLOSED}
+
+
+def expected(phase, role, message):
+    """The phase after `role` said `message` in `phase`, or None if it may not."""
+    if message is Abort:
+        return Phase.CLOSED if phase in TALKING else None
+    if message is Ping:
+        return phase if phase in TALKING else None
+    return CONVERSATION.get((phase, role, message))
+
+
+def ends(phase, speaker):
+    """Both ends in `phase`: the one that speaks, the one that hears."""
+    speaking, hearing = Session(speaker), Session(D if speaker is S else S)
+    speaking.phase = hearing.phase = phase
+    return speaking, hearing
+
+
+def test_there_is_an_example_of_every_message():
+    """Or the tests below would not look at all of them."""
+    assert set(EXAMPLES) == set(typing.get_args(AnyMessage))
+
+
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("phase", Phase)
+def test_every_message_in_every_phase(phase, role):
+    """Legal: both ends move to the same phase. Illegal: either end refuses and stays."""
+    for kind, message in EXAMPLES.items():
+        following = expected(phase, role, kind)
+        speaking, hearing = ends(phase, role)
+        assert TRANSITIONS.get((phase, role, kind)) == following, kind
+        if following is not None:
+            assert hearing.receive(speaking.send(message)) == message
+            assert speaking.phase is hearing.phase is following
+            continue
+        with pytest.raises(LocalProtocolError, match=kind.__name__):
+            speaking.send(message)
+        with pytest.raises(RemoteProtocolError, match=kind.__name__):
+            hearing.receive(encode(message))
+        assert speaking.phase is hearing.phase is phase
+
+
+@pytest.mark.parametrize("role", Role)
+def test_may_abort_says_whether_abort_is_legal(role):
+    """In every phase, at either end."""
+    for phase in Phase:
+        session, _ = ends(phase, role)
+        assert session.may_abort == (phase in TALKING)
+
+
+def test_nobody_hears_what_only_he_may_say():
+    """A message of ours that comes back is the peer's fault."""
+    for (phase, role, kind), _ in CONVERSATION.items():
+        speaking, _ = ends(phase, role)
+        with pytest.raises(RemoteProtocolError):
+            speaking.receive(encode(EXAMPLES[kind]))
+        assert speaking.phase is phase
+
+
+def test_a_whole_migration():
+    """From Hello to Running with every message that may come between; then nothing."""
+    source, destination = Session(S), Session(D)
+    for role, kind in (
+        (S, Hello), (D, Ping), (D, Welcome), (S, Ping), (S, Discard), (D, Discarded), (S, Round),
+        (D, Ping), (S, Round), (S, DigestRequest), (D, Digests), (S, DeviceState), (D, StateLoaded),
+        (S, Run), (D, Running),
+    ):  # fmt: skip
+        speaking, hearing = (source, destination) if role is S else (destination, source)
+        assert hearing.receive(speaking.send(EXAMPLES[kind])) == EXAMPLES[kind]
+    assert source.phase is destination.phase is Phase.RUNNING
+    assert not source.may_abort and not destination.may_abort
+
+
+def test_every_phase_can_be_reached_and_two_are_the_end():
+    """No phase is dead, no phase but RUNNING and CLOSED is a trap."""
+    reached, todo = set(), [Phase.IDLE]
+    while todo:
+        phase = todo.pop()
+        if phase not in reached:
+            reached.add(phase)
+            todo += [after for (before, _, _), after in TRANSITIONS.items() if before is phase]
+    assert reached == set(Phase)
+    assert set(Phase) - {before for before, _, _ in TRANSITIONS} == {Phase.RUNNING, Phase.CLOSED}
+
+
+def test_the_picture_shows_the_whole_conversation():
+    """One arrow for every row of the table but Abort and Ping."""
+    lines = diagram().splitlines()
+    arrows = {line.strip() for line in lines[2:]}
+    assert arrows == {
+        f"{before.value} --> {after.value}: {role.value}: {kind.__name__}"
+        for (before, role, kind), after in CONVERSATION.items()
+    }
+    assert len(lines) == 2 + len(CONVERSATION)
+
+
+def test_a_message_that_cannot_be_encoded_changes_nothing():
+    """A lone surrogate, as in a path that is not UTF-8."""
+    session, _ = ends(Phase.GREETING, D)
+    with pytest.raises(UnicodeEncodeError):
+        session.send(Refused("DestinationError", "destination", "cannot write \udcff"))
+    assert session.phase is Phase.GREETING
+
+
+# ---- messages ------------------------------------------------------------------------------
+
+
+def values_of(annotation):
+    """Values for a field of a message."""
+    origin = typing.get_origin(annotation)
+    if origin is list:
+        return st.lists(values_of(typing.get_args(annotation)[0]), max_size=3)
+    assert not isinstance(annotation, types.UnionType)
+    if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
+        return messages_of(annotation)
+    plain = {
+        int: st.integers(-(2**63), 2**64 - 1),
+        str: st.text(max_size=20),
+        bytes: st.binary(max_size=20),
+        bool: st.booleans(),
+    }
+    return plain[annotation]
+
+
+def messages_of(kind):
+    hints = typing.get_type_hints(kind)
+    fields = [field.name for field in msgspec.structs.fields(kind)]
+    return st.builds(kind, **{name: values_of(hints[name]) for name in fields})
+
+
+any_message = st.one_of(*(messages_of(kind) for kind in EXAMPLES))
+
+
+@given(any_message)
+@examples
+def test_messages_round_trip(message):
+    """Every message with any value in its fields."""
+    data = encode(message)
+    assert decode(data) == message
+    assert decode(memoryview(data)) == message
+
+
+def understood(data):
+    """The message in `data`, None if it was refused. Nothing else may be raised."""
+    try:
+        message = decode(data)
+    except RemoteProtocolError:
+        return None
+    assert type(message) in EXAMPLES
+    return message
+
+
+@given(st.binary(max_size=100))
+@settings(examples, max_examples=300)
+def test_garbage_is_refused(data):
+    """Bytes at random are never a message: too much has to fit."""
+    assert understood(data) is None
+
+
+@given(any_message, st.data())
+@settings(examples, max_examples=300)
+def test_damaged_messages_are_refused_or_are_messages(message, data):
+    """A changed, missing or additional byte never raises anything else."""
+    whole = bytearray(encode(message))
+    at = data.draw(st.integers(0, len(whole) - 1))
+    assert understood(bytes(whole[:at])) is None
+    assert understood(bytes(whole) + b"\0") is None
+    whole[at] ^= data.draw(st.integers(1, 255))
+    understood(bytes(whole))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"type": "round", "number": "1", "pages": 0}, "number"),
+        ({"type": "round", "pages": 0}, "number"),
+        ({"type": "round", "number": 1, "pages": 0, "colour": "red"}, "colour"),
+        ({"type": "hello", "protocol": 1, "blocks": [{"name": "a", "size": None}]}, "size"),
+        ({"type": "surprise"}, "surprise"),
+        ({"number": 1}, "type"),
+        ([1, 2], "object"),
+    ],
+)
+def test_a_wrong_message_is_refused_by_the_name_of_what_is_wrong(fields, named):
+    """The operator reads it."""
+    with pytest.raises(RemoteProtocolError, match=named):
+        decode(msgspec.msgpack.encode(fields))
+
+
+def test_a_message_nested_deeper_than_the_stack_is_refused():
+    """A few hundred kilobytes from a stranger must not end the receiver."""
+    nested = b"\x91" * 200_000 + b"\xc0"
+    for data in (nested, b"\x82\xa1x" + nested + b"\xa4type\xa4ping"):
+        with pytest.raises(RemoteProtocolError):
+            decode(data)
+
+
+def test_a_message_above_the_bound_is_refused_unread():
+    """Before anything looks into it."""
+    with pytest.raises(RemoteProtocolError, match="bytes"):
+        decode(bytes(messages.MAX_MESSAGE + 1))
+
+
+def test_a_text_that_is_not_utf8_is_refused():
+    """In a field and in a field's name."""
+    good = encode(Running("abc"))
+    for old, new in ((b"abc", b"a\xffc"), (b"detail", b"deta\xffl")):
+        assert old in good
+        assert understood(good.replace(old, new)) is None
+
+
+def test_errors_travel_by_name():
+    """Abort and Refused carry the class and the message; Refused the field as well."""
+    for cls in all_errors():
+        sent = cls("it broke")
+        got = messages.error_of(decode(encode(messages.abort_for(sent))))
+        assert type(got) is cls and got.message == "it broke" and got.data == {}
+    got = messages.error_of(Refused("PeerRefused", "kind", "no"))
+    assert type(got) is PeerRefused and got.data == {"field": "kind"}
+    assert type(messages.error_of(Abort("NoSuchError", "hm"))) is PageferryError
