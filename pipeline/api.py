@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
@@ -44,13 +44,14 @@ async def send(
     on_progress: Progress | None = None,
     on_started: Started | None = None,
     monitor: str | None = None,
+    identity: bytes | None = None,
 ) -> dict[str, Any]:
     """Migrate `source` to the receiver at `endpoint`. Returns the report, raises the error."""
     parameters = parameters.checked()
     warm_up()
     guest = await asyncio.to_thread(open_source, source)
     try:
-        migration = Source(guest, endpoint, parameters, on_progress)
+        migration = Source(guest, endpoint, parameters, on_progress, identity=identity)
         async with AsyncExitStack() as stack:
             await _attach_monitor(stack, monitor, migration)
             if on_started is not None:
@@ -128,31 +129,32 @@ async def copy(
     on_started: Started | None = None,
     monitor: str | None = None,
 ) -> dict[str, Any]:
-    """Both ends on this host, each with its own coordinator and workers, over ipc."""
+    """Both ends on this host, each with its own coordinator and workers, over ipc.
+
+    The sockets are in the abstract namespace: a crash leaves no file. Anybody on this host
+    could connect to one, so the destination listens to nobody but our own source.
+    """
     parameters.checked()
     warm_up()
-    directory = tempfile.mkdtemp(prefix=f"pageferry-{os.getpid()}-")
+    endpoint = Endpoint("ipc", path=f"@pageferry-{os.getpid()}-{secrets.token_hex(8)}")
+    identity = secrets.token_bytes(16)
+    listening = Destination(endpoint, opener(destination), only=identity)
     try:
-        endpoint = Endpoint("ipc", path=os.path.join(directory, "c"))
-        listening = Destination(endpoint, opener(destination))
+        arriving = asyncio.ensure_future(receive_one(listening))
         try:
-            arriving = asyncio.ensure_future(receive_one(listening))
-            try:
-                report = await send(
-                    source, endpoint, parameters,
-                    on_progress=on_progress, on_started=on_started, monitor=monitor,
-                )  # fmt: skip
-                return _merge(report, await arriving)
-            except BaseException:
-                if listening.arrival is None:
-                    arriving.cancel()
-                # let the destination clean up: it was told
-                await asyncio.gather(arriving, return_exceptions=True)
-                raise
-        finally:
-            listening.close()
+            report = await send(
+                source, endpoint, parameters, on_progress=on_progress, on_started=on_started,
+                monitor=monitor, identity=identity,
+            )  # fmt: skip
+            return _merge(report, await arriving)
+        except BaseException:
+            if listening.arrival is None:
+                arriving.cancel()
+            # let the destination clean up: it was told
+            await asyncio.gather(arriving, return_exceptions=True)
+            raise
     finally:
-        os.rmdir(directory)
+        listening.close()
 
 
 def _merge(report: dict[str, Any], arrived: dict[str, Any]) -> dict[str, Any]:

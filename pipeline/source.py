@@ -68,7 +68,9 @@ class Source:
         parameters: Parameters,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
+        identity: bytes | None = None,
     ) -> None:
+        self._identity = identity or secrets.token_bytes(16)
         self.guest = guest
         self.endpoint = endpoint
         self.parameters = parameters
@@ -271,7 +273,7 @@ class Source:
 
     async def _greet(self) -> messages.Welcome:
         self._context = zmq.asyncio.Context()
-        self._socket = connect(self._context, self.endpoint, secrets.token_bytes(16), control=True)
+        self._socket = connect(self._context, self.endpoint, self._identity, control=True)
         self._control = Control(Role.SOURCE, self._socket.send, f"the receiver at {self.endpoint}")
         self._task(self._read_control())
         hello = messages.Hello(

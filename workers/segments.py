@@ -1,9 +1,10 @@
 """Shared-memory segments between one coordinator and its workers.
 
 One owner creates and unlinks; the others attach. Names are unguessable and begin with the
-owner's process, mode 0600 (the stdlib's default). Workers share the owner's resource tracker (multiprocessing starts them),
-so a segment goes even if the owner is killed; before Python 3.13 an attach registers once
-more, which in one tracker changes nothing (python/cpython issue 82300).
+owner's process, mode 0600 (the stdlib's default). Workers share the owner's resource
+tracker (multiprocessing starts them), so a segment goes even if the owner is killed; before
+Python 3.13 an attach registers once more, which in one tracker changes nothing
+(python/cpython issue 82300).
 """
 
 from __future__ import annotations

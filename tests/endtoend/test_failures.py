@@ -11,7 +11,7 @@ import threading
 import psutil
 import pytest
 import zmq
-from helpers import Running, pageferry as run, pattern, receiver, until
+from helpers import Running, pageferry as run, pattern, receiver, sweep, until
 from pageferry.transport import messages
 
 
@@ -223,6 +223,7 @@ def test_a_peer_that_dies_or_stalls(how):
             if psutil.pid_exists(process.pid):
                 process.send_signal(signal.SIGCONT)
                 process.kill()
+        sweep(there.process.pid)  # all of it was killed: nobody could clean up
 
 
 def test_the_source_dies_and_the_destination_discards(tmp_path):

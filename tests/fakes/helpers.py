@@ -105,3 +105,10 @@ def same_file(a: Path | str, b: Path | str) -> bool:
 
 def blocks_on_disk(path: Path | str) -> int:
     return os.stat(path).st_blocks * 512
+
+
+def sweep(pid: int) -> None:
+    """Remove the shared memory of a pageferry that was killed with all its helpers."""
+    for name in os.listdir("/dev/shm"):
+        if name.startswith(f"pageferry-{pid}-"):
+            os.unlink(f"/dev/shm/{name}")

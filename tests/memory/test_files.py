@@ -103,14 +103,23 @@ def test_a_path_that_is_relative_means_where_we_were(tmp_path, new, monkeypatch)
     assert (tmp_path / "vm.mem").exists()
 
 
-def test_a_long_name_has_room_for_a_temporary_one(tmp_path, new):
+@pytest.mark.parametrize("name", ["x" * 255, "ä" * 127, "😀" * 63])
+def test_a_long_name_has_room_for_a_temporary_one(tmp_path, new, name):
     """255 bytes are what a directory takes."""
-    path = tmp_path / ("x" * 255)
-    new(path).publish()
-    assert path.exists()
+    new(tmp_path / name).publish()
+    assert os.listdir(tmp_path) == [name]
 
 
-@pytest.mark.parametrize("where", ["no/such/folder/vm.mem", "file/vm.mem", "folder", "x" * 256])
+def test_a_name_that_is_too_long(tmp_path, new):
+    """Publishing fails as DestinationError; nothing is left once it is discarded."""
+    file = new(tmp_path / ("x" * 256))
+    with pytest.raises(DestinationError, match="cannot name .*too long"):
+        file.publish()
+    file.discard()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("where", ["no/such/folder/vm.mem", "file/vm.mem", "folder"])
 def test_places_where_no_file_can_be(tmp_path, new, where):
     """DestinationError at once, and nothing left behind."""
     (tmp_path / "file").write_bytes(b"")

@@ -63,7 +63,7 @@ class NewFile:
 
     def _hidden_name(self) -> str:
         directory, name = os.path.split(self.path)
-        return os.path.join(directory, f".{name[:200]}.{secrets.token_hex(4)}.pageferry")
+        return os.path.join(directory, f".{name[:50]}.{secrets.token_hex(4)}.pageferry")
 
     def publish(self) -> None:
         """Give it its name, in place of what had it. Its content must be synced already."""
