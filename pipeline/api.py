@@ -11,17 +11,19 @@ SOURCE and DESTINATION are the URIs of the command line; a destination may also 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
-from ..transport.errors import PageferryError
+from ..transport.errors import PageferryError, UsageError
 from ..transport.links import Endpoint, parse_endpoint
 from ..transport.messages import Hello
 from ..workers.forking import warm_up
 from ..workers.guests import DestinationGuest, GuestUri, open_destination, open_source, parse_guest
+from ..workers.guests.shared_memory import path_of
 from .destination import Destination
 from .monitor import Monitor, serve_monitor
 from .parameters import Parameters
@@ -135,6 +137,7 @@ async def copy(
     could connect to one, so the destination listens to nobody but our own source.
     """
     parameters.checked()
+    _not_the_same(source, destination)
     warm_up()
     endpoint = Endpoint("ipc", path=f"@pageferry-{os.getpid()}-{secrets.token_hex(8)}")
     identity = secrets.token_bytes(16)
@@ -155,6 +158,15 @@ async def copy(
             raise
     finally:
         listening.close()
+
+
+def _not_the_same(source: GuestUri, destination: GuestUri) -> None:
+    """Memory moved onto itself would be cleared before it is read."""
+    kinds = ("ram", "shm")
+    if source.kind in kinds and destination.kind in kinds:
+        with contextlib.suppress(OSError):
+            if os.path.samefile(path_of(source), path_of(destination)):
+                raise UsageError(f"{source} and {destination} are the same memory")
 
 
 def _merge(report: dict[str, Any], arrived: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ..transport.errors import (
 )
 from ..transport.links import Endpoint, bind, unbind
 from ..transport.pages import Runs, check_runs
-from ..transport.session import Phase, Role
+from ..transport.session import Role
 from ..workers import jobs, receiver
 from ..workers.counters import Counters
 from ..workers.digest import block_digest, part_count
@@ -76,6 +76,8 @@ class Arrival:
         self._ready: asyncio.Queue[str] = asyncio.Queue()
         self._digests: asyncio.Queue[jobs.DigestDone] = asyncio.Queue()
         self._tasks: list[asyncio.Task[Any]] = []
+        self._committed = False
+        self._starting: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Arrival {self.hello.uuid} {self.status.value}>"
@@ -92,8 +94,13 @@ class Arrival:
         self._on_event("MIGRATION", {"status": status.value})
 
     def fail(self, error: BaseException) -> None:
-        """End it. After the guest runs here nothing can fail any more."""
-        if self.finished.done() or self.control.session.phase is Phase.RUNNING:
+        """End it. Once Run has come only the guest itself can still fail: it may be running,
+        and the source has been told nothing to the contrary."""
+        if not self._committed:
+            self._end(error)
+
+    def _end(self, error: BaseException) -> None:
+        if self.finished.done():
             return
         if not isinstance(error, PageferryError):
             error = PageferryError(f"{type(error).__name__}: {error}")
@@ -203,6 +210,9 @@ class Arrival:
             return
         if isinstance(message, messages.Abort):
             self.fail(messages.error_of(message))
+        elif isinstance(message, messages.Run):
+            self._committed = True  # before anything else can happen
+            self._starting = asyncio.get_running_loop().create_task(self._start_guest())
         elif message is not None:
             self._task(self._handle(message))
 
@@ -222,17 +232,25 @@ class Arrival:
                     self.guest.load_state, message.kind, message.state, message.running
                 )
                 await self.control.say(messages.StateLoaded())
-            case messages.Run():
-                detail = await asyncio.to_thread(self.guest.run)
-                # Said only now: the guest is whole here, whatever happens to this message.
-                await self.control.say(messages.Running(detail))
-                self.statistics.extra["destination"] = detail
-                self._become(Status.COMPLETED)
-                self.statistics.ended = time.monotonic()
-                if not self.finished.done():
-                    self.finished.set_result(None)
             case _:
                 raise RemoteProtocolError(f"unexpected {type(message).__name__}")
+
+    async def _start_guest(self) -> None:
+        """Run the guest. It runs or it does not: nothing interrupts this."""
+        assert self.guest is not None
+        try:
+            detail = await asyncio.to_thread(self.guest.run)
+        except Exception as e:
+            self._end(e)
+            return
+        # Said only now: the guest is whole here, whatever happens to this message.
+        with contextlib.suppress(PageferryError, zmq.ZMQError):
+            await self.control.say(messages.Running(detail))
+        self.statistics.extra["destination"] = detail
+        self._become(Status.COMPLETED)
+        self.statistics.ended = time.monotonic()
+        if not self.finished.done():
+            self.finished.set_result(None)
 
     async def _discard(self, message: messages.Discard) -> None:
         assert self.guest is not None
@@ -267,6 +285,8 @@ class Arrival:
     # ---- the end -------------------------------------------------------------------------
 
     async def _close(self) -> None:
+        if self._starting is not None:
+            await asyncio.shield(self._starting)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -24,6 +24,7 @@ from ..transport.errors import (
     ConnectError,
     LocalProtocolError,
     PageferryError,
+    PeerLost,
     RemoteProtocolError,
 )
 from ..transport.links import Endpoint, connect, probe
@@ -47,6 +48,8 @@ from .state import Status
 from .statistics import Statistics
 
 HELLO_SECONDS = 5.0
+# A destination that has everything needs this long at the most to say that it runs.
+CONFIRM_SECONDS = 30.0
 WATCH_SECONDS = 0.5
 # Extents a sender has at a time: one under way, one waiting, so that it never idles.
 _AHEAD = 2
@@ -178,6 +181,8 @@ class Source:
         return task
 
     def _failed(self, error: BaseException, by_peer: bool = False) -> None:
+        if isinstance(error, TimeoutError):
+            error = PeerLost("the destination does not answer")
         if not isinstance(error, PageferryError):
             wrapped = PageferryError(f"{type(error).__name__}: {error}")
             wrapped.__cause__ = error
@@ -216,7 +221,9 @@ class Source:
                 self.statistics.control_bytes += len(state)
                 event = core.StateLoaded()
             case core.SendRun():
-                running = await self._control.ask(messages.Run())
+                running = await asyncio.wait_for(
+                    self._control.ask(messages.Run()), CONFIRM_SECONDS
+                )
                 self.statistics.running = time.monotonic()
                 assert isinstance(running, messages.Running)
                 self.statistics.extra["destination"] = running.detail

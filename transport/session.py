@@ -66,11 +66,13 @@ TRANSITIONS: dict[tuple[Phase, Role, type[AnyMessage]], Phase] = {
     (Phase.LOADED, S, Run): Phase.STARTING,
     (Phase.STARTING, D, Running): Phase.RUNNING,
 }
-# Abort ends every phase but the one in which the guest runs at the destination.
+# Abort ends every phase but the one in which the guest runs at the destination; once the source
+# has said Run, only the destination may still say that it does not.
 for _phase in Phase:
     if _phase not in (Phase.IDLE, Phase.RUNNING, Phase.CLOSED):
         for _role in Role:
-            TRANSITIONS[_phase, _role, Abort] = Phase.CLOSED
+            if (_phase, _role) != (Phase.STARTING, S):
+                TRANSITIONS[_phase, _role, Abort] = Phase.CLOSED
             TRANSITIONS[_phase, _role, Ping] = _phase
 
 

@@ -113,7 +113,7 @@ def test_a_long_name_has_room_for_a_temporary_one(tmp_path, new, name):
 def test_a_name_that_is_too_long(tmp_path, new):
     """Publishing fails as DestinationError; nothing is left once it is discarded."""
     file = new(tmp_path / ("x" * 256))
-    with pytest.raises(DestinationError, match="cannot name .*too long"):
+    with pytest.raises(DestinationError, match=r"cannot name .*too long"):
         file.publish()
     file.discard()
     assert os.listdir(tmp_path) == []

@@ -3,6 +3,7 @@
 import errno
 import os
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +12,6 @@ from pageferry.transport.errors import DestinationError, NoSpace
 from pageferry.transport.messages import Block
 from pageferry.transport.pages import PAGE_SIZE, pages_of, runs_of, total_pages
 from pageferry.workers.ram import RamBlock, RamFile
-
-import numpy as np  # isort: skip
 
 examples = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 

@@ -62,6 +62,7 @@ class NewFile:
         return os.open(self._temporary, flags, 0o600)
 
     def _hidden_name(self) -> str:
+        # a name takes 255 bytes, a character up to four
         directory, name = os.path.split(self.path)
         return os.path.join(directory, f".{name[:50]}.{secrets.token_hex(4)}.pageferry")
 
@@ -91,7 +92,7 @@ class NewFile:
     def discard(self) -> None:
         """Forget it; without effect on a published file. Idempotent."""
         if self._temporary:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(self._temporary)
             self._temporary = ""
         if self.fd >= 0:
