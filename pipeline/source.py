@@ -110,6 +110,7 @@ class Source:
             "rate": round(guest_rate),
             "wire-rate": round(wire_rate),
             "dirty-rate": round(self.convergence.dirty_rate),
+            "round-bytes": self.statistics.round_pages * PAGE_SIZE,
             "eta": self._eta(guest_rate),
         }
         return report
@@ -262,6 +263,8 @@ class Source:
             self._hashes = Segment(8 * self.statistics.total_pages, "hashes")
         self.statistics.extra["dirty-tracking"] = self.guest.tracking
         self.statistics.extra["codec"] = p.codec
+        if self.guest.can_stop:
+            self.statistics.extra["downtime-limit"] = round(p.downtime_limit * 1000)
 
     async def _start_senders(self) -> None:
         assert self._table and self._counters and self._bandwidth

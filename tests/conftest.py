@@ -8,6 +8,7 @@ from multiprocessing import forkserver, resource_tracker
 
 import psutil
 import pytest
+
 from pageferry.workers.forking import start_process, warm_up
 
 

@@ -4,9 +4,11 @@ or torn page."""
 import asyncio
 import json
 
-import pageferry
 import pytest
-from helpers import Running, pageferry as run, receiver
+from helpers import Running, receiver
+from helpers import pageferry as run
+
+import pageferry
 from pageferry.pipeline import api
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.source import Source
@@ -30,8 +32,9 @@ def test_goes_on_at_the_destination(content, codec):
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers(workers):
-    report = pageferry.migrate("demo:?size=64M&rate=0&content=text", "demo:", workers=workers,
-                               downtime_limit=2.0)
+    report = pageferry.migrate(
+        "demo:?size=64M&rate=0&content=text", "demo:", workers=workers, downtime_limit=2.0
+    )
     assert report["oracle"]["ok"]
 
 
@@ -52,8 +55,9 @@ def test_too_fast_a_guest_is_reported_and_goes_on():
     guest = open_source(parse_guest("demo:?size=64M&rate=0"))
     try:
         with pytest.raises(NotConverging, match="raise --downtime-limit") as caught:
-            asyncio.run(_into_nowhere(guest, max_bandwidth=50_000_000, max_rounds=2,
-                                      downtime_limit=0.05))
+            asyncio.run(
+                _into_nowhere(guest, max_bandwidth=50_000_000, max_rounds=2, downtime_limit=0.05)
+            )
         data = caught.value.data
         assert data["rounds"] == 2
         assert data["dirty_rate"] > 0

@@ -11,7 +11,9 @@ import threading
 import psutil
 import pytest
 import zmq
-from helpers import Running, pageferry as run, pattern, receiver, sweep, until
+from helpers import Running, pattern, receiver, sweep, until
+from helpers import pageferry as run
+
 from pageferry.transport import messages
 
 
@@ -245,7 +247,9 @@ def test_the_source_dies_and_the_destination_discards(tmp_path):
 def test_killed_all_at_once_nothing_looks_whole(image, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    with Running("copy", f"image:{image}", f"image:{folder}/o", "--max-bandwidth", "1MB") as running:
+    with Running(
+        "copy", f"image:{image}", f"image:{folder}/o", "--max-bandwidth", "1MB"
+    ) as running:
         running.error_line("round 1")
         family = psutil.Process(running.process.pid).children(recursive=True)
         running.kill()

@@ -3,9 +3,11 @@
 import os
 import struct
 
-import pageferry
 import pytest
-from helpers import PAGE, blocks_on_disk, pageferry as run, pattern, same_file
+from helpers import PAGE, blocks_on_disk, pattern, same_file
+from helpers import pageferry as run
+
+import pageferry
 
 PAGES = 3000
 

@@ -4,7 +4,8 @@ import asyncio
 import json
 
 import pytest
-from helpers import Running, pageferry as run, until
+from helpers import Running, until
+from helpers import pageferry as run
 from qemu.qmp import ExecuteError, QMPClient
 
 
@@ -12,8 +13,16 @@ from qemu.qmp import ExecuteError, QMPClient
 def slow(tmp_path):
     """A migration that takes its time, with a monitor."""
     where = f"unix:{tmp_path}/mon"
-    with Running("copy", "demo:?size=128M&rate=0", "demo:", "--max-bandwidth", "10MB",
-                 "--monitor", where, "--json") as running:
+    with Running(
+        "copy",
+        "demo:?size=128M&rate=0",
+        "demo:",
+        "--max-bandwidth",
+        "10MB",
+        "--monitor",
+        where,
+        "--json",
+    ) as running:
         running.error_line("round 1")
         running.where, running.path = where, str(tmp_path / "mon")
         yield running
@@ -36,9 +45,7 @@ def test_a_qmp_client_follows_and_steers(slow):
             await client.execute("migrate-set-parameters", {"multifd-channels": 9})
         with pytest.raises(ExecuteError):
             await client.execute("no-such-command")
-        await client.execute(
-            "migrate-set-parameters", {"max-bandwidth": 0, "downtime-limit": 2000}
-        )
+        await client.execute("migrate-set-parameters", {"max-bandwidth": 0, "downtime-limit": 2000})
         assert (await client.execute("query-migrate-parameters"))["downtime-limit"] == 2000
         seen = []
         with client.listener(("MIGRATION", "MIGRATION_PASS")) as listener:

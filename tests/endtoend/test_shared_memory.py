@@ -5,10 +5,11 @@ import signal
 import subprocess
 import sys
 
-import pageferry
 import psutil
 import pytest
 from helpers import pattern, until
+
+import pageferry
 from pageferry.transport.errors import DestinationTooSmall, NotConverging, SourceError
 
 # Writes random pages of the file it is given, for ever; says so after the first pass.

@@ -16,11 +16,11 @@ from pageferry.transport.errors import (
     SourceError,
 )
 from pageferry.transport.messages import PROTOCOL, Block, Hello
-from pageferry.transport.pages import PAGE_SIZE
+from pageferry.transport.pages import PAGE_SIZE, pages_of
 from pageferry.workers.guests.image import ImageDestination, ImageSource, ImageState
 from pageferry.workers.guests.uri import GuestUri
 
-examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 PT_LOAD, PT_NOTE = 1, 4
 ET_EXEC, ET_CORE = 2, 4
@@ -166,26 +166,28 @@ def test_what_is_no_core_is_a_raw_image(opened, content):
     assert shape(opened(content)) == [(0, len(content))]
 
 
-def test_holes_of_a_raw_image_are_known(opened, tmp_path):
+def test_holes_of_a_raw_image_are_known(tmp_path):
     """Only what holds data has to travel, and the copy is as sparse."""
-    source = opened(b"") if False else None
-    path = tmp_path / "sparse"
+    path, copy = tmp_path / "sparse", tmp_path / "copy"
     with open(path, "wb") as f:
-        f.truncate(64 << 20)
-        f.seek(32 << 20)
+        f.truncate(16 << 20)
+        f.seek(8 << 20)
         f.write(pattern(PAGE_SIZE))
     source = ImageSource(GuestUri("image", str(path)))
     try:
-        starts, counts = source.initial_pages(0)
-        assert int(counts.sum()) < 1024
-        destination = arrive(source, tmp_path / "copy")
+        found = set(pages_of(source.initial_pages(0)).tolist())
+        assert (8 << 20) // PAGE_SIZE in found
+        assert len(found) < 1024
+        destination = arrive(source, copy)
         destination.run()
         destination.close()
     finally:
         source.close()
-    assert os.stat(tmp_path / "copy").st_size == 64 << 20
-    assert os.stat(tmp_path / "copy").st_blocks * 512 < 4 << 20
-    assert len(starts) == len(counts)
+    assert os.stat(copy).st_size == 16 << 20
+    assert os.stat(copy).st_blocks * 512 < 4 << 20
+    with open(copy, "rb") as f:
+        f.seek(8 << 20)
+        assert f.read(PAGE_SIZE + 1) == pattern(PAGE_SIZE) + b"\0"
 
 
 # ---- ELF cores -----------------------------------------------------------------------------

@@ -76,10 +76,15 @@ CONVERSATION = {
 TALKING = set(Phase) - {Phase.IDLE, Phase.RUNNING, Phase.CLOSED}
 
 
+def may_abort(phase, role):
+    """Once the source has said Run, only the destination may still say that it is over."""
+    return phase in TALKING and (phase, role) != (Phase.STARTING, S)
+
+
 def expected(phase, role, message):
     """The phase after `role` said `message` in `phase`, or None if it may not."""
     if message is Abort:
-        return Phase.CLOSED if phase in TALKING else None
+        return Phase.CLOSED if may_abort(phase, role) else None
     if message is Ping:
         return phase if phase in TALKING else None
     return CONVERSATION.get((phase, role, message))
@@ -121,7 +126,7 @@ def test_may_abort_says_whether_abort_is_legal(role):
     """In every phase, at either end."""
     for phase in Phase:
         session, _ = ends(phase, role)
-        assert session.may_abort == (phase in TALKING)
+        assert session.may_abort == may_abort(phase, role)
 
 
 def test_nobody_hears_what_only_he_may_say():

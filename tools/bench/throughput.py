@@ -165,10 +165,17 @@ def measure(lab: Lab, plan: Plan) -> tuple[str, list[dict[str, Any]]]:
         source = lab.path(f"source-{kind}")
         content.make(source, kind, plan.size)
         for rep in range(plan.reps):
-            for name, method in methods.items():
-                rows += _turn(lab, plan, kind, rep, name, method, source)
+            for name in _order(plan, rep):
+                rows += _turn(lab, plan, kind, rep, name, methods[name], source)
         remove(source)
     return _tables(plan, rows), [asdict(row) for row in rows]
+
+
+def _order(plan: Plan, rep: int) -> list[str]:
+    """The methods, each round beginning with another: nobody always follows the same one
+    that was slow, or comes first after the source was made."""
+    first = rep * len(plan.methods) // plan.reps
+    return [*plan.methods[first:], *plan.methods[:first]]
 
 
 def _turn(

@@ -33,7 +33,8 @@ def migration_options(function: F) -> F:
             click.option("--batch-pages", metavar="N", default="256", show_default=True,
                          help="4 KiB pages in a frame."),
             click.option("--verify", is_flag=True,
-                         help="Compare digests of all memory before the guest runs."),
+                         help="Compare digests of all memory before the guest runs; a running "
+                         "guest stands still meanwhile."),
         ]
     ):  # fmt: skip
         function = option(function)

@@ -99,6 +99,8 @@ class LiveView(View):
         self._live = Live(console=self._console, refresh_per_second=8, transient=True)
         self._phase = ""
         self._line: Any = None
+        self._line_text = ""
+        self._size = 0
         self._begin = 0.0
 
     def __enter__(self) -> Self:
@@ -111,28 +113,38 @@ class LiveView(View):
 
     def _finish_phase(self) -> None:
         if self._line is not None:
-            self._console.print(self._line)
+            self._console.print(self._draw(1.0, self._finished_text()))
             self._line = None
 
-    def __call__(self, report: dict[str, Any]) -> None:
+    def _finished_text(self) -> str:
+        seconds, size = time.monotonic() - self._begin, self._size
+        if self._phase in ("completed", "failed", "cancelled") or not size:
+            return self._line_text
+        text = f"{format_bytes(size)} in {format_seconds(seconds)}"
+        return f"{text}  {format_rate(size / max(seconds, 1e-3))}"
+
+    def _draw(self, share: float, text: str) -> Any:
         from rich.text import Text
 
+        done = round(_BAR * share)
+        return Text.assemble(
+            (f"{self._phase:<12}", "bold"),
+            ("━" * done, "green"),
+            ("━" * (_BAR - done), "bright_black"),
+            f"  {text}",
+            overflow="ellipsis",
+            no_wrap=True,
+        )
+
+    def __call__(self, report: dict[str, Any]) -> None:
         phase = phase_of(report)
         if phase != self._phase:
             self._finish_phase()
             self._phase, self._begin = phase, time.monotonic()
-        ram = report["ram"]
-        share = 1.0 if not ram["total"] else 1 - ram["remaining"] / ram["total"]
-        done = round(_BAR * share)
-        self._line = Text.assemble(
-            (f"{phase:<12}", "bold"),
-            ("━" * done, "green"),
-            ("━" * (_BAR - done), "bright_black"),
-            "  ",
-            phase_line(report),
-            overflow="ellipsis",
-            no_wrap=True,
-        )
+        self._size = report.get("progress", {}).get("round-bytes", 0)
+        share = 1.0 if not self._size else 1 - report["ram"]["remaining"] / self._size
+        self._line_text = phase_line(report)
+        self._line = self._draw(share, self._line_text)
         self._live.update(self._line)
 
     def say(self, text: str) -> None:
@@ -185,6 +197,7 @@ def _times(report: dict[str, Any]) -> str:
         text += f", of which setup {format_seconds(report['setup-time'] / 1000)}"
     if "downtime" in report:
         text += f", downtime {format_seconds(report['downtime'] / 1000)}"
+        text += f" (limit {format_seconds(report['downtime-limit'] / 1000)})"
     return text
 
 

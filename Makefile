@@ -1,0 +1,41 @@
+# make demo   set up, then live-migrate a running guest and check every byte of it
+# make test   set up, then run all tests
+# make lint   ruff and mypy; make bench: the benchmark against its peers
+
+VENV   ?= .venv
+PYTHON := $(VENV)/bin/python
+
+.PHONY: demo test lint bench picture clean
+
+demo: $(VENV)/.demo
+	@$(VENV)/bin/pageferry copy 'demo:?size=512M&content=text&rate=20000' demo:
+
+test: $(VENV)/.test
+	@$(PYTHON) -m pytest
+
+lint: $(VENV)/.lint
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy -p pageferry
+
+bench: $(VENV)/.demo
+	@$(PYTHON) -m pageferry.tools.bench throughput
+
+picture: $(VENV)/.demo
+	@$(VENV)/bin/pip install --quiet pyte
+	@$(PYTHON) -m pageferry.tools.picture docs/demo.svg
+
+$(VENV)/bin/python:
+	@sh tools/make_venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python setup.cfg
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check -e . && touch $@
+
+$(VENV)/.test: $(VENV)/bin/python setup.cfg
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[test]' && touch $@ $(VENV)/.demo
+
+$(VENV)/.lint: $(VENV)/bin/python setup.cfg
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[lint,test]' && touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,372 @@
+"""Real worker processes, driven by a coordinator that is the test: frames lost, damaged, late."""
+
+import asyncio
+import os
+import signal
+
+import numpy as np
+import pytest
+import zmq
+from helpers import PAGE, pattern
+
+from pageferry.transport.channel import Acked, SendingChannel, Synced
+from pageferry.transport.errors import RemoteProtocolError, WorkerDied
+from pageferry.transport.links import connect, parse_endpoint
+from pageferry.transport.messages import Block
+from pageferry.transport.pages import NO_RUNS
+from pageferry.transport.wire import Frame, Kind, decode, encode_control, encode_data
+from pageferry.workers import jobs, receiver, sender
+from pageferry.workers.bandwidth import Bandwidth
+from pageferry.workers.counters import Counters
+from pageferry.workers.forking import context
+from pageferry.workers.page_table import CLEAN, DIRTY, PageTable
+from pageferry.workers.pool import Pool
+from pageferry.workers.ram import RamBlock, RamFile
+
+PAGES = 64
+TOKEN = b"0123456789abcdef"
+
+
+def _block(path, content=b""):
+    with open(path, "wb") as f:
+        f.write(content)
+        f.truncate(PAGES * PAGE)
+    file = RamFile(os.open(path, os.O_RDWR), str(path))
+    return RamBlock(Block("ram", PAGES * PAGE), file, 0)
+
+
+class Coordinator:
+    """One worker and what it says."""
+
+    def __init__(self, counters):
+        self.said = asyncio.Queue()
+        self.failed = asyncio.get_running_loop().create_future()
+        self.pool = Pool("test", counters, lambda w, job: self.said.put_nowait(job), self._fail)
+
+    def _fail(self, error):
+        if not self.failed.done():
+            self.failed.set_result(error)
+
+    async def hear(self, kind):
+        job = await asyncio.wait_for(self.said.get(), 20)
+        assert isinstance(job, kind)
+        return job
+
+    def say(self, job):
+        self.pool.workers[0].say(job)
+
+
+# ---- a receiver, with the test as its sender ---------------------------------------------
+
+
+async def _with_receiver(tmp_path, body, fresh=True, content=b""):
+    block = _block(tmp_path / "memory", content)
+    counters = Counters(1)
+    coordinator = Coordinator(counters)
+    zmq_context = zmq.Context()
+    try:
+        job = receiver.ReceiverJob(
+            [block], counters, f"ipc://{tmp_path}/c", TOKEN, [fresh], context().Lock()
+        )
+        await coordinator.pool.start(receiver.main, [job])
+        await coordinator.hear(jobs.Ready)
+        socket = connect(zmq_context, parse_endpoint(f"ipc://{tmp_path}/c"), TOKEN, control=False)
+        await body(coordinator, Line(socket), block)
+        socket.close()
+    finally:
+        await coordinator.pool.close()
+        zmq_context.term()
+        counters.close()
+        block.file.close()
+
+
+class Line:
+    """The sending end of a channel, with a hand on the wire."""
+
+    def __init__(self, socket):
+        self.socket = socket
+        self.channel = SendingChannel(1 << 30)
+
+    def send(self, page, data, *, lose=False, damage=None, round_=None):
+        runs = (np.array([page]), np.array([len(data) // PAGE]))
+        seq = self.channel.next_seq()
+        meta = encode_data(
+            Frame(Kind.DATA, seq, round_ or self.channel.round, 0, 0, NO_RUNS, runs, NO_RUNS),
+            [data],
+        )
+        self.channel.sent(seq, len(data), len(data) // PAGE)
+        data = bytearray(data)
+        if damage == "payload":
+            data[100] ^= 1
+        if damage == "meta":
+            meta = meta[:20] + bytes([meta[20] ^ 1]) + meta[21:]
+        if not lose:
+            self.socket.send_multipart([meta, bytes(data)])
+
+    def zero(self, page, count):
+        runs = (np.array([page]), np.array([count]))
+        frame = Frame(Kind.DATA, self.channel.next_seq(), self.channel.round, zero=runs)
+        self.channel.sent(frame.seq, 0, count)
+        self.socket.send(encode_data(frame))
+
+    def sync(self):
+        self.socket.send(self.channel.sync())
+
+    async def settle(self):
+        """Until nothing is in flight: (acknowledged, lost) frame numbers."""
+        acked, lost = [], []
+        while not self.channel.idle:
+            for event in await self.events():
+                (acked if isinstance(event, Acked) else lost).append(event.token)
+        return acked, lost
+
+    async def events(self):
+        assert await asyncio.to_thread(self.socket.poll, 10_000), "the receiver says nothing"
+        return self.channel.receive(self.socket.recv())
+
+
+def test_frames_are_placed_and_acknowledged(tmp_path):
+    data = pattern(PAGES)
+
+    async def body(coordinator, line, block):
+        for page in range(0, PAGES, 8):
+            line.send(page, data[page * PAGE : (page + 8) * PAGE])
+        acked, lost = await line.settle()
+        assert (sorted(acked), lost) == (list(range(8)), [])
+        line.sync()
+        assert await line.events() == [Synced(1)]
+        assert block.read(0, PAGES * PAGE) == data
+
+    asyncio.run(_with_receiver(tmp_path, body))
+
+
+@pytest.mark.parametrize("how", ["lost", "payload", "meta"])
+def test_a_lost_or_damaged_frame_is_found_and_nothing_of_it_is_placed(tmp_path, how):
+    async def body(coordinator, line, block):
+        line.send(0, b"a" * PAGE)
+        line.send(1, b"b" * PAGE, lose=how == "lost", damage=None if how == "lost" else how)
+        line.send(2, b"c" * PAGE)
+        acked, lost = await line.settle()
+        assert (sorted(acked), lost) == ([0, 2], [1])
+        assert block.read(PAGE, PAGE) == bytes(PAGE)
+        line.sync()
+        assert await line.events() == [Synced(1)]  # counts agree on what was placed
+        line.send(1, b"b" * PAGE)
+        await line.settle()
+        assert block.read(0, 3 * PAGE) == b"a" * PAGE + b"b" * PAGE + b"c" * PAGE
+
+    asyncio.run(_with_receiver(tmp_path, body))
+
+
+def test_the_last_frame_lost_shows_at_the_barrier(tmp_path):
+    async def body(coordinator, line, block):
+        line.send(0, b"a" * PAGE)
+        await line.settle()
+        line.send(1, b"b" * PAGE, lose=True)
+        # nothing follows it, so nobody can know; the barrier's number says so
+        line.channel._waiting.clear()
+        line.socket.send(line.channel.sync())
+        events = await line.events()
+        while not any(isinstance(e, Synced) for e in events):
+            assert not any(isinstance(e, Acked) for e in events)
+            events = await line.events()
+
+    asyncio.run(_with_receiver(tmp_path, body))
+
+
+def test_a_frame_of_another_round_ends_it(tmp_path):
+    """Data of round N that lands after round N+1's would overwrite newer pages."""
+
+    async def body(coordinator, line, block):
+        line.sync()
+        await line.events()
+        line.send(0, b"old!" * 1024, round_=1)
+        error = await asyncio.wait_for(coordinator.failed, 20)
+        assert isinstance(error, RemoteProtocolError)
+        assert "round 1 in round 2" in error.message
+        assert block.read(0, PAGE) == bytes(PAGE)
+
+    asyncio.run(_with_receiver(tmp_path, body))
+
+
+@pytest.mark.parametrize(("fresh", "rounds"), [(False, 1), (True, 2)])
+def test_a_zero_page_clears_what_was_there(tmp_path, fresh, rounds):
+    content = b"" if fresh else b"\xff" * (PAGES * PAGE)
+
+    async def body(coordinator, line, block):
+        if rounds == 2:
+            line.send(3, b"x" * (2 * PAGE))
+            await line.settle()
+            line.sync()
+            await line.events()
+        line.zero(3, 2)
+        await line.settle()
+        assert block.read(3 * PAGE, 2 * PAGE) == bytes(2 * PAGE)
+
+    asyncio.run(_with_receiver(tmp_path, body, fresh, content))
+
+
+@pytest.mark.parametrize(("block_", "page"), [(1, 0), (0, PAGES), (0, PAGES - 1)])
+def test_pages_outside_of_memory_end_it(tmp_path, block_, page):
+    async def body(coordinator, line, block):
+        runs = (np.array([page]), np.array([2]))
+        data = bytes([1]) * 2 * PAGE
+        meta = encode_data(Frame(Kind.DATA, 0, 1, block_, 0, NO_RUNS, runs, NO_RUNS), [data])
+        line.socket.send_multipart([meta, data])
+        error = await asyncio.wait_for(coordinator.failed, 20)
+        assert isinstance(error, RemoteProtocolError)
+        assert block.read(0, PAGES * PAGE) == bytes(PAGES * PAGE)
+
+    asyncio.run(_with_receiver(tmp_path, body))
+
+
+def test_strays_are_dropped_and_counted(tmp_path):
+    async def body(coordinator, line, block):
+        with zmq.Context() as other:
+            socket = connect(other, parse_endpoint(f"ipc://{tmp_path}/c"), b"x" * 16, control=False)
+            data = b"evil" * 1024
+            runs = (np.array([0]), np.array([1]))
+            meta = encode_data(Frame(Kind.DATA, 0, 1, 0, 0, NO_RUNS, runs, NO_RUNS), [data])
+            socket.send_multipart([meta, data])
+            socket.close()
+        line.send(1, b"good" * 1024)
+        assert await line.settle() == ([0], [])
+        line.sync()
+        await line.events()
+        assert block.read(0, PAGE) == bytes(PAGE)
+
+    asyncio.run(_with_receiver(tmp_path, body))
+
+
+def test_a_killed_worker_is_reported_with_its_cause(tmp_path):
+    async def body(coordinator, line, block):
+        os.kill(coordinator.pool.workers[0].process.pid, signal.SIGKILL)
+        error = await asyncio.wait_for(coordinator.failed, 20)
+        assert isinstance(error, WorkerDied)
+        assert "SIGKILL" in error.message
+
+    asyncio.run(_with_receiver(tmp_path, body))
+
+
+# ---- a sender, with the test as its receiver ---------------------------------------------
+
+
+async def _with_sender(tmp_path, body, codec="none"):
+    block = _block(tmp_path / "memory", pattern(PAGES))
+    counters, table = Counters(1), PageTable([PAGES])
+    bandwidth = Bandwidth(context(), 0)
+    coordinator = Coordinator(counters)
+    zmq_context = zmq.Context()
+    try:
+        router = zmq_context.socket(zmq.ROUTER)
+        router.bind(f"ipc://{tmp_path}/c")
+        job = sender.SenderJob([block], table, counters, bandwidth, None, codec, None, 16)
+        await coordinator.pool.start(sender.main, [job])
+        await coordinator.hear(jobs.Ready)
+        coordinator.say(jobs.Open(f"ipc://{tmp_path}/c", TOKEN))
+        table.mark_dirty(0, (np.array([0]), np.array([PAGES])))
+        await body(coordinator, router, table)
+        router.close(0)
+    finally:
+        await coordinator.pool.close()
+        zmq_context.term()
+        for part in (counters, table, bandwidth):
+            part.close()
+        block.file.close()
+
+
+async def _receive(router):
+    assert await asyncio.to_thread(router.poll, 10_000), "the sender says nothing"
+    parts = router.recv_multipart()
+    assert parts[0] == TOKEN
+    return decode(parts[1])
+
+
+def _answer(router, kind, first, last):
+    router.send_multipart([TOKEN, encode_control(Frame(kind, first, last=last))])
+
+
+def test_nothing_is_delivered_until_it_is_acknowledged(tmp_path):
+    """A lost frame's pages are dirty again, acknowledged ones clean, the answer says how many."""
+
+    async def body(coordinator, router, table):
+        coordinator.say(jobs.Extent(0, 0, PAGES, True))
+        frames = [await _receive(router) for _ in range(PAGES // 16)]
+        assert [frame.seq for frame in frames] == [0, 1, 2, 3]
+        assert set(table.view(0).tolist()) == {2}  # all in flight, none taken for delivered
+        _answer(router, Kind.ACK, 0, 1)
+        _answer(router, Kind.NACK, 2, 2)
+        _answer(router, Kind.ACK, 3, 3)
+        done = await coordinator.hear(jobs.ExtentDone)
+        assert done.lost == 16
+        states = table.view(0).tolist()
+        assert states[:32] == [CLEAN] * 32
+        assert states[32:48] == [DIRTY] * 16
+        assert states[48:] == [CLEAN] * 16
+        assert coordinator.said.empty()
+
+    asyncio.run(_with_sender(tmp_path, body))
+
+
+def test_only_dirty_pages_of_the_extent_are_sent(tmp_path):
+    async def body(coordinator, router, table):
+        view = table.view(0)
+        view[:] = CLEAN
+        view[[3, 5, 6, 40]] = DIRTY
+        coordinator.say(jobs.Extent(0, 0, 32, True))
+        frame = await _receive(router)
+        pages = set()
+        for starts, counts in (frame.zero, frame.raw, frame.packed):
+            for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
+                pages |= set(range(start, start + count))
+        assert pages == {3, 5, 6}
+        assert view[40] == DIRTY
+        _answer(router, Kind.ACK, 0, 0)
+        await coordinator.hear(jobs.ExtentDone)
+
+    asyncio.run(_with_sender(tmp_path, body))
+
+
+def test_a_barrier_that_counts_differently_ends_it(tmp_path):
+    async def body(coordinator, router, table):
+        coordinator.say(jobs.Extent(0, 0, 16, False))
+        await _receive(router)
+        _answer(router, Kind.ACK, 0, 0)
+        await coordinator.hear(jobs.ExtentDone)
+        coordinator.say(jobs.Barrier(1))
+        sync = await _receive(router)
+        assert (sync.kind, sync.frames, sync.pages) == (Kind.SYNC, 1, 16)
+        wrong = Frame(Kind.SYNC_ACK, sync.seq, 1, frames=1, pages=15)
+        router.send_multipart([TOKEN, encode_control(wrong)])
+        error = await asyncio.wait_for(coordinator.failed, 20)
+        assert isinstance(error, RemoteProtocolError)
+        assert "the destination placed 15" in error.message
+
+    asyncio.run(_with_sender(tmp_path, body))
+
+
+def test_an_answer_to_what_was_never_sent_ends_it(tmp_path):
+    async def body(coordinator, router, table):
+        coordinator.say(jobs.Extent(0, 0, 16, False))
+        await _receive(router)
+        _answer(router, Kind.ACK, 0, 99)
+        assert isinstance(await asyncio.wait_for(coordinator.failed, 20), RemoteProtocolError)
+
+    asyncio.run(_with_sender(tmp_path, body))
+
+
+def test_bandwidth_is_exact():
+    """The virtual clock moves by size over rate: whoever books, the sum is exact."""
+    bandwidth = Bandwidth(context(), 1_000_000)
+    try:
+        bandwidth.reserve(60_000_000)  # a minute ahead: what follows is a backlog
+        clock = bandwidth._segment.array(np.int64, 1, 8)
+        begin = int(clock[0])
+        for size in (1_000, 250_000, 749_000):
+            bandwidth.reserve(size)
+        assert int(clock[0]) - begin == 1_000_000_000
+        bandwidth.set_rate(0)
+        assert bandwidth.reserve(1 << 40) == 0
+        del clock
+    finally:
+        bandwidth.close()
