@@ -1,9 +1,9 @@
 """Digests of RAM blocks, the same at both ends whatever the file behind them looks like.
 
-A block is cut into parts of 64 MiB. A part's digest is the xxh3-128 of its bytes; the
-block's digest is the xxh3-128 of its parts' digests. Parts without data are known without
-reading, and reading goes by pread: a hole in shared memory read through a mapping would
-become memory.
+A tree of xxh3-128: a chunk of 1 MiB has the digest of its bytes, a part of 64 MiB the digest
+of its chunks' digests, a block that of its parts'. Chunks without data are known without
+reading. Reading goes by pread: a hole in shared memory read through a mapping would become
+memory.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from ..transport.errors import SourceError
 from ..transport.pages import PAGE_SIZE
 from .ram import RamBlock
 
-PART_PAGES = 16384  # 64 MiB
-_CHUNK = 1 << 20
+CHUNK_PAGES = 256
+PART_PAGES = 64 * CHUNK_PAGES
+CHUNK_BYTES = CHUNK_PAGES * PAGE_SIZE
 
 
 def part_count(pages: int) -> int:
@@ -28,28 +29,42 @@ def part_count(pages: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _zero_digest(length: int) -> bytes:
-    state, zeros = xxhash.xxh3_128(), bytes(_CHUNK)
-    for at in range(0, length, _CHUNK):
-        state.update(zeros[: min(_CHUNK, length - at)])
-    return state.digest()
+    return xxhash.xxh3_128_digest(bytes(length))
 
 
 def part_digest(block: RamBlock, part: int, buffer: bytearray, alive: Callable[[], None]) -> bytes:
-    """Digest of one part of `block`; `buffer` is scratch space, `alive` is called as it goes."""
-    first = part * PART_PAGES
-    offset = first * PAGE_SIZE
-    length = min(PART_PAGES * PAGE_SIZE, block.size - offset)
-    if len(block.data_runs(first, PART_PAGES)[0]) == 0:
-        return _zero_digest(length)
-    state, view = xxhash.xxh3_128(), memoryview(buffer)
-    while length > 0:
-        n = os.preadv(block.file.fd, [view[: min(length, len(view))]], block.start + offset)
+    """Digest of one part of `block`. `buffer` is scratch space of CHUNK_BYTES; `alive` is called
+    as it goes."""
+    first, last = part * PART_PAGES, min((part + 1) * PART_PAGES, block.pages)
+    with_data = _chunks_with_data(block, first, last)
+    state = xxhash.xxh3_128()
+    for page in range(first, last, CHUNK_PAGES):
+        offset = page * PAGE_SIZE
+        length = min(CHUNK_BYTES, block.size - offset)
+        if page // CHUNK_PAGES in with_data:
+            state.update(_chunk_digest(block, offset, memoryview(buffer)[:length]))
+            alive()
+        else:
+            state.update(_zero_digest(length))
+    return state.digest()
+
+
+def _chunks_with_data(block: RamBlock, first: int, last: int) -> set[int]:
+    starts, counts = block.data_runs(first, last - first)
+    chunks: set[int] = set()
+    for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
+        chunks.update(range(start // CHUNK_PAGES, -(-(start + count) // CHUNK_PAGES)))
+    return chunks
+
+
+def _chunk_digest(block: RamBlock, offset: int, view: memoryview) -> bytes:
+    at = 0
+    while at < len(view):
+        n = os.preadv(block.file.fd, [view[at:]], block.start + offset + at)
         if n == 0:
             raise SourceError(f"{block.file.name} became shorter while it was read")
-        state.update(view[:n])
-        alive()
-        offset, length = offset + n, length - n
-    return state.digest()
+        at += n
+    return xxhash.xxh3_128_digest(view)
 
 
 def block_digest(parts: list[bytes]) -> bytes:

@@ -16,8 +16,6 @@ import stat
 import time
 from typing import Any
 
-import psutil
-
 from ...transport.errors import DestinationError, DestinationTooSmall, SourceError, UsageError
 from ...transport.messages import Block, Hello
 from ..ram import RamBlock, RamFile
@@ -37,9 +35,13 @@ class WriterProcess:
     """The process that writes the memory: stopped and continued by signal."""
 
     def __init__(self, pid: int) -> None:
+        import psutil
+
+        self._gone = psutil.NoSuchProcess
+        self._denied = psutil.AccessDenied
         try:
             self._process = psutil.Process(pid)
-        except psutil.NoSuchProcess as e:
+        except self._gone as e:
             raise SourceError(f"there is no process {pid}") from e
         if pid == os.getpid():
             raise UsageError("pid= must name the process that writes the memory, not pageferry")
@@ -55,9 +57,9 @@ class WriterProcess:
                 if time.monotonic() > until:
                     raise SourceError(f"process {self._process.pid} does not stop")
                 time.sleep(0.0005)
-        except psutil.NoSuchProcess:
+        except self._gone:
             pass  # it ended: nobody writes any more
-        except psutil.AccessDenied as e:
+        except self._denied as e:
             raise SourceError(f"not allowed to stop process {self._process.pid}") from e
 
     def _all_stopped(self) -> bool:
@@ -75,7 +77,7 @@ class WriterProcess:
     def resume(self) -> None:
         if self.stopped:
             self.stopped = False
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(self._gone):
                 self._process.send_signal(signal.SIGCONT)
 
 
