@@ -297,9 +297,9 @@ class Arrival:
             if self.guest is not None:
                 await asyncio.to_thread(self.guest.discard)
             self._on_event("MIGRATION", {"status": self.status.value})
-        self.statistics.remember_processes(self._pool)
         if self._pool is not None:
             await self._pool.close()
+        self.statistics.remember_processes(self._pool)
         if self._counters is not None:
             self.statistics.counters = self._counters.freeze()
             self._counters.close()

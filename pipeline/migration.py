@@ -279,7 +279,7 @@ class Migration:
         c = self.convergence
         needed = c.expected_downtime(self.remaining)
         return NotConverging(
-            f"not converging after {c.rounds} rounds: the guest writes "
+            f"not converging after {c.rounds} rounds: the guest writes at least "
             f"{format_rate(c.dirty_rate)}, "
             f"{format_rate(c.rate)} are moved, {self.remaining * PAGE_SIZE >> 20} MiB are left; "
             f"a switchover now would take {format_seconds(needed)} and the limit is "

@@ -485,9 +485,9 @@ class Source:
         if finish is not None and finish.error is not None and self._socket is not None:
             with contextlib.suppress(PageferryError, zmq.ZMQError):
                 await self._control.abort(finish.error)
-        self.statistics.remember_processes(self._pool)
         if self._pool is not None:
             await self._pool.close()
+        self.statistics.remember_processes(self._pool)
         if self._socket is not None:
             self._socket.close()
         if self._context is not None:

@@ -79,7 +79,7 @@ class Statistics:
         return (pages_ - pages) * PAGE_SIZE / (now_ - then), (wire_ - wire) / (now_ - then)
 
     def remember_processes(self, pool: Pool | None) -> None:
-        """Keep what the workers cost, before their counters go."""
+        """Keep what this process and the workers of a closed pool cost."""
         self._peak = max(self._peak, own_memory())
         self.processes = [
             {
@@ -89,12 +89,11 @@ class Statistics:
                 "peak-memory": self._peak,
             }
         ]
-        for worker in pool.workers if pool is not None else []:
-            row = worker.numbers()
+        for name, pid, row in pool.costs if pool is not None else []:
             self.processes.append(
                 {
-                    "name": worker.name,
-                    "pid": worker.process.pid,
+                    "name": name,
+                    "pid": pid,
                     "cpu-time": row["cpu_ns"] // 1_000_000,
                     "peak-memory": row["peak_memory"],
                     "wait-time": row["wait_ns"] // 1_000_000,

@@ -26,7 +26,7 @@ FIELDS = (
     "lz4_pages",
     "zstd_pages",
     "zlib_pages",
-    "codec_ns",  # spent in the codec
+    "codec_ns",  # processor time spent in the codec
     "wait_ns",  # sender: waiting for credit, i.e. for the link or the destination
     "paced_ns",  # sender: waiting for max-bandwidth
     "cpu_ns",

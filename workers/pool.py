@@ -83,6 +83,8 @@ class Pool:
         self._on_job = on_job
         self._on_failure = on_failure
         self._closing = False
+        # name, pid and last numbers of each worker, once closed
+        self.costs: list[tuple[str, int | None, dict[str, int]]] = []
         self._starting: asyncio.Future[None] | None = None
         self._started = time.monotonic()
 
@@ -163,17 +165,21 @@ class Pool:
         if self._starting is not None:
             await asyncio.gather(self._starting, return_exceptions=True)
         workers, self.workers = self.workers, []
+        if not workers:
+            return
         for worker in workers:
             if not worker.pipe.closed:
                 loop.remove_reader(worker.pipe.fileno())
             loop.remove_reader(worker.process.sentinel)
             worker.say(jobs.Stop())
         until = time.monotonic() + STOP_SECONDS
+        self.costs = []
         for worker in workers:
             left = max(0.0, until - time.monotonic())
             await loop.run_in_executor(None, worker.process.join, left)
             if worker.process.is_alive():
                 worker.process.kill()
                 await loop.run_in_executor(None, worker.process.join)
+            self.costs.append((worker.name, worker.process.pid, worker.numbers()))
             worker.pipe.close()
             worker.process.close()
