@@ -66,6 +66,26 @@ class BlockReader:
             out[-1] = np.frombuffer(self._block.tail(), np.uint8)
         return out.view(np.uint64)
 
+    def zero(self, pages: Pages) -> npt.NDArray[np.bool_]:
+        """Which of `pages` are zero now, without copying what is not.
+
+        A guest may be writing: a page that was zero when it was looked at and is not any more
+        was written after the dirty set was taken, and is in the next one.
+        """
+        first, n = int(pages[0]), len(pages)
+        if self._words is None or int(pages[-1]) >= len(self._pages):
+            step = 256  # what is copied to be looked at stays in the cache
+            parts = [pages[at : at + step] for at in range(0, n, step)]
+            return np.concatenate([zero_pages(self.read(part, copy=True)) for part in parts])
+        if int(pages[-1]) - first + 1 == n:
+            return zero_pages(self._words[first : first + n])
+        found: npt.NDArray[np.bool_] = (
+            self._words[pages, 0] | self._words[pages, 256] | self._words[pages, 511]
+        ) == 0
+        if found.any():
+            found[found] = ~self._words[pages[found]].any(axis=1)
+        return found
+
 
 class BatchMaker:
     """Makes batches for one channel."""

@@ -24,8 +24,8 @@ import zmq
 from ..transport.channel import Acked, Lost, SendingChannel, Synced
 from ..transport.errors import LocalProtocolError, PeerLost
 from ..transport.links import connect, parse_endpoint
-from ..transport.pages import Pages
-from ..transport.wire import Frame, Kind, encode_data
+from ..transport.pages import NO_RUNS, Pages, runs_of
+from ..transport.wire import MAX_RUNS, Frame, Kind, encode_data
 from . import jobs
 from .bandwidth import Bandwidth
 from .batches import Batch, BatchMaker, BlockReader, page_hashes
@@ -41,6 +41,8 @@ from .segments import Segment
 # fifth of the throughput. A link with a long round trip gets what it holds on top.
 CREDIT = 4 << 20
 _MAX_CREDIT = 64 << 20
+# Pages looked at together for zeros: as many as a frame's run table can hold.
+_WINDOW = MAX_RUNS
 _FAST_LINK = 1.25e9  # bytes a second a channel may fill: 10 Gbit/s
 # No acknowledgement for this long with frames in flight: the link or the peer is gone.
 STALL_SECONDS = 4.0
@@ -163,12 +165,25 @@ class Sender:
         extent = _Extent()
         table = self.tables[job.block]
         dirty = np.flatnonzero(table[job.first : job.first + job.count] == DIRTY) + job.first
-        for at in range(0, len(dirty), self.job.batch_pages):
-            self._send_batch(extent, job.block, dirty[at : at + self.job.batch_pages], job.live)
-            self._take_jobs()
-            self.desk.beat()
+        for at in range(0, len(dirty), _WINDOW):
+            self._send_window(extent, job, dirty[at : at + _WINDOW])
         extent.all_sent = True
         self._answer(extent)
+
+    def _send_window(self, extent: _Extent, job: jobs.Extent, pages: Pages) -> None:
+        """Zero pages first, all in one frame; the others batch by batch."""
+        zero = self._reader(job.block).zero(pages)
+        if zero.any():
+            self._send_zero(extent, job.block, pages[zero])
+            pages = pages[~zero]
+        for at in range(0, len(pages), self.job.batch_pages):
+            self._send_batch(extent, job.block, pages[at : at + self.job.batch_pages], job.live)
+            self._take_jobs()
+            self.desk.beat()
+
+    def _send_zero(self, extent: _Extent, block: int, pages: Pages) -> None:
+        hashes = np.zeros(len(pages), np.uint64) if self.job.hashes is not None else None
+        self._send(extent, block, pages, hashes, Batch(0, runs_of(pages), NO_RUNS, NO_RUNS, []))
 
     def _answer(self, extent: _Extent) -> None:
         if extent.all_sent and extent.waiting == 0:
@@ -177,7 +192,10 @@ class Sender:
     def _send_batch(self, extent: _Extent, block: int, pages: Pages, live: bool) -> None:
         content = self._reader(block).read(pages, copy=live)
         hashes = page_hashes(content) if self.job.hashes is not None else None
-        batch = self.maker.make(pages, content)
+        self._send(extent, block, pages, hashes, self.maker.make(pages, content))
+
+    def _send(self, extent: _Extent, block: int, pages: Pages, hashes: Any, batch: Batch) -> None:
+        """Send one frame, when credit and bandwidth allow."""
         self._wait_for_credit(batch.size)
         self._wait_for_bandwidth(batch.size)
         assert self.socket is not None

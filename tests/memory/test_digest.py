@@ -8,7 +8,13 @@ import xxhash
 from pageferry.transport.errors import SourceError
 from pageferry.transport.messages import Block
 from pageferry.transport.pages import PAGE_SIZE
-from pageferry.workers.digest import PART_PAGES, block_digest, part_count, part_digest
+from pageferry.workers.digest import (
+    CHUNK_BYTES,
+    PART_PAGES,
+    block_digest,
+    part_count,
+    part_digest,
+)
 from pageferry.workers.ram import RamBlock, RamFile
 
 PART = PART_PAGES * PAGE_SIZE
@@ -36,12 +42,21 @@ def make(tmp_path):
         file.close()
 
 
-def digest(block, buffer=1 << 16):
+def digest(block, buffer=CHUNK_BYTES):
     parts = [
         part_digest(block, part, bytearray(buffer), lambda: None)
         for part in range(part_count(block.pages))
     ]
     return block_digest(parts)
+
+
+def naive(content):
+    """The tree of digests, from bytes: chunks of 1 MiB, parts of 64 MiB, the block."""
+    xxh, parts = xxhash.xxh3_128_digest, []
+    for part in range(0, len(content), 64 << 20):
+        chunks = range(part, min(part + (64 << 20), len(content)), 1 << 20)
+        parts.append(xxh(b"".join(xxh(content[at : at + (1 << 20)]) for at in chunks)))
+    return xxh(b"".join(parts))
 
 
 def text(pages, tail=0):
@@ -52,21 +67,28 @@ def text(pages, tail=0):
     return bytes(content + b"t" * tail)
 
 
-def test_it_is_what_the_module_says_it_is(make):
-    """xxh3-128 of the parts' xxh3-128."""
-    content = text(7, tail=99)
-    expected = xxhash.xxh3_128_digest(xxhash.xxh3_128_digest(content))
-    assert digest(make(content)) == expected
+CHUNK = 256  # pages
+CONTENTS = {
+    "a page": text(1),
+    "less than a page": text(0, tail=99),
+    "pages and a tail": text(7, tail=99),
+    "a chunk": text(CHUNK),
+    "a chunk and a byte": text(CHUNK, tail=1),
+    "a hole between chunks": text(CHUNK) + bytes(2 * CHUNK * PAGE_SIZE) + text(3, tail=5),
+    "holes around a chunk": bytes(CHUNK * PAGE_SIZE) + text(2) + bytes(CHUNK * PAGE_SIZE),
+    "zeros and a tail of zeros": bytes(CHUNK * PAGE_SIZE + 17),
+}
 
 
-@pytest.mark.parametrize("tail", [0, 1, PAGE_SIZE - 1])
-def test_holes_and_zeros_are_the_same(make, tail):
-    """And so are files in which a block lies elsewhere, and buffers of any size."""
-    content = text(20, tail)
-    dense, sparse = make(content), make(content, holes=True)
-    assert digest(dense) == digest(sparse)
-    assert digest(dense) == digest(make(content, start=5)) == digest(make(content, start=8192))
-    assert digest(dense) == digest(dense, buffer=1000) == digest(dense, buffer=1 << 22)
+@pytest.mark.parametrize("what", CONTENTS)
+def test_holes_and_zeros_are_the_same(make, what):
+    """As the tree says it, for sparse and dense files, wherever in a file a block lies."""
+    content = CONTENTS[what]
+    expected = naive(content)
+    for start in (0, 5, 8192):
+        for holes in (False, True):
+            assert digest(make(content, start=start, holes=holes)) == expected
+    assert digest(make(content), buffer=CHUNK_BYTES + 100) == expected
 
 
 @pytest.mark.parametrize("size", [1, PAGE_SIZE, 2 * PAGE_SIZE + 5, (1 << 20) + 3])
@@ -74,8 +96,8 @@ def test_a_block_without_data_is_known_without_reading(make, size):
     """The same as if it had been read; nobody is told that it goes on."""
     dense, sparse = make(bytes(size)), make(bytes(size), holes=True)
     told = []
-    assert part_digest(sparse, 0, bytearray(10), lambda: told.append(1)) == part_digest(
-        dense, 0, bytearray(1 << 16), lambda: None
+    assert part_digest(sparse, 0, bytearray(CHUNK_BYTES), lambda: told.append(1)) == part_digest(
+        dense, 0, bytearray(CHUNK_BYTES), lambda: None
     )
     assert told == []
 
@@ -98,7 +120,7 @@ def test_the_place_and_the_length_count(make):
     assert len(set(digests)) == len(contents)
 
 
-def test_parts(make, tmp_path):
+def test_parts(tmp_path):
     """64 MiB each: one byte changes one part, and the order of the parts counts."""
     assert [part_count(pages) for pages in (1, PART_PAGES, PART_PAGES + 1)] == [1, 1, 2]
     path = tmp_path / "large"
@@ -112,30 +134,31 @@ def test_parts(make, tmp_path):
         block = RamBlock(Block("ram", size), file, 0)
 
         def parts():
-            return [part_digest(block, i, bytearray(1 << 20), lambda: None) for i in range(3)]
+            return [part_digest(block, i, bytearray(CHUNK_BYTES), lambda: None) for i in range(3)]
 
         before = parts()
         assert len(set(before)) == 3
         os.pwrite(file.fd, b"y", size - 1)
         after = parts()
-        assert before[:2] == after[:2] and before[2] != after[2]
-        assert after[2] == xxhash.xxh3_128_digest(bytes(9) + b"y")
     finally:
         file.close()
+    assert before[:2] == after[:2] and before[2] != after[2]
+    assert block_digest([after[2]]) == naive(bytes(9) + b"y")
     assert block_digest(before) != block_digest(after)
     assert block_digest(after) != block_digest(after[::-1])
 
 
 def test_whoever_waits_is_told_that_it_goes_on(make):
-    """Once a buffer."""
+    """Once a chunk that is read."""
     told = []
-    part_digest(make(text(10)), 0, bytearray(PAGE_SIZE), lambda: told.append(1))
-    assert len(told) == 10
+    block = make(CONTENTS["a hole between chunks"], holes=True)
+    part_digest(block, 0, bytearray(CHUNK_BYTES), lambda: told.append(1))
+    assert len(told) == 2
 
 
 def test_a_file_that_became_shorter(make):
     """It is not what was announced: an error, no digest of less."""
     block = make(text(4))
-    os.truncate(block.file.name, 2 * PAGE_SIZE)
+    os.truncate(block.file.name, PAGE_SIZE)
     with pytest.raises(SourceError, match="shorter"):
         digest(block)

@@ -89,17 +89,44 @@ def test_structure_with_the_period_of_the_sample_does_not_hide():
     assert compressible_pages(as_bytes([bytes(page)])).tolist() == [True]
 
 
+def naive(page):
+    """The rule for one page: at most 88 distinct bytes among 128, a different one of each 32."""
+    return len({page[32 * i + i % 32] for i in range(128)}) <= 88
+
+
+def drawn(alphabet, source):
+    """A page of bytes below `alphabet` in random order."""
+    return bytes(source.choices(range(alphabet), k=PAGE_SIZE))
+
+
 @given(st.lists(st.integers(1, 256), min_size=1, max_size=8), st.integers(0, 2**32))
 @examples
-def test_each_page_is_judged_by_its_own_bytes(alphabets, seed):
-    """The answer for a page is the same alone and beside any other; few distinct bytes are good,
-    nearly all of them bad."""
+def test_each_page_of_a_small_batch_is_judged_by_its_own_bytes(alphabets, seed):
+    """Against the rule for one page; few distinct bytes are good, nearly all of them bad."""
     source = random.Random(seed)
-    pages = [bytes(source.choices(range(n), k=PAGE_SIZE)) for n in alphabets]
+    pages = [drawn(n, source) for n in alphabets]
     together = compressible_pages(as_bytes(pages)).tolist()
-    for page, n, good in zip(pages, alphabets, together, strict=True):
-        assert compressible_pages(as_bytes([page])).tolist() == [good]
-        if n <= 88:  # so many distinct bytes are not random
-            assert good
-        if n == 256:
-            assert not good
+    assert together == [naive(page) for page in pages]
+    for n, good in zip(alphabets, together, strict=True):
+        assert good or n > 88
+        assert not good or n < 256
+
+
+@pytest.mark.parametrize("distinct", [88, 89])
+def test_the_bound_itself(distinct):
+    """88 distinct bytes are good, 89 are not; the bytes that are not looked at do not count."""
+    page = bytearray(random.Random(1).randbytes(PAGE_SIZE))
+    for i in range(128):
+        page[32 * i + i % 32] = i % distinct
+    assert compressible_pages(as_bytes([bytes(page)])).tolist() == [distinct == 88]
+
+
+@pytest.mark.parametrize("n", [17, 64, 127, 128, 1000])
+def test_a_large_batch(n):
+    """A few pages speak for all if they agree; otherwise each page is judged by its own bytes."""
+    source = random.Random(n)
+    text, noise = [TEXT] * n, [source.randbytes(PAGE_SIZE) for _ in range(n)]
+    assert compressible_pages(as_bytes(text)).tolist() == [True] * n
+    assert compressible_pages(as_bytes(noise)).tolist() == [False] * n
+    for mixed in (text[: n // 2] + noise[n // 2 :], noise[: n // 2] + text[n // 2 :]):
+        assert compressible_pages(as_bytes(mixed)).tolist() == [naive(page) for page in mixed]

@@ -88,7 +88,7 @@ def test_any_buffer_can_be_written(make):
 def test_views_of_the_memory(make, start, size):
     """Whole pages in place, read-only; what is left over as the tail, padded with zeros."""
     data = letters(3)[:size]
-    block = make(size, start, content=bytes(start) + data)
+    block = make(size, start, behind=50, content=bytes(start) + data + b"#" * 50)
     n = size // PAGE_SIZE
     assert (block.size, block.pages, block.name) == (size, -(-size // PAGE_SIZE), "ram")
     pages = block.whole_pages()
@@ -154,11 +154,14 @@ def test_clearing_gives_memory_back(make):
 
 
 def test_zeros_are_written_where_no_holes_can_be_made(make):
-    """More than fits into one buffer of zeros, up to the block's end."""
+    """More than fits into one buffer of zeros; up to the block's end, and not up to it."""
     size = 300 * PAGE_SIZE + TAIL
-    block = make(size, behind=10, content=b"#" * (size + 10))
-    block._write_zeros(1, size - PAGE_SIZE)
-    assert whole(block) == b"#" * PAGE_SIZE + bytes(size - PAGE_SIZE) + b"#" * 10
+    around = b"#" * (size + 10)
+    block = make(size, behind=10, content=around)
+    block._write_zeros(1, 290 * PAGE_SIZE)
+    assert whole(block) == around[:PAGE_SIZE] + bytes(290 * PAGE_SIZE) + around[291 * PAGE_SIZE :]
+    block._write_zeros(299, PAGE_SIZE + TAIL)
+    assert whole(block)[size - TAIL - PAGE_SIZE :] == bytes(PAGE_SIZE + TAIL) + b"#" * 10
 
 
 # ---- holes ---------------------------------------------------------------------------------
@@ -203,7 +206,8 @@ def test_data_of_neighbours_is_not_ours(make):
     """What the file holds before and behind a block is in nobody's runs but theirs."""
     block = make(1024 * PAGE_SIZE, start=1024 * PAGE_SIZE, behind=1024 * PAGE_SIZE)
     os.pwrite(block.file.fd, letters(1), 0)
-    os.pwrite(block.file.fd, letters(1), 2 * 1024 * PAGE_SIZE)
+    for page in (2048, 2058, 3000):
+        os.pwrite(block.file.fd, letters(1), page * PAGE_SIZE)
     assert total_pages(block.data_runs()) == 0
     block.write(5, letters(1))
     found = set(pages_of(block.data_runs()).tolist())

@@ -77,7 +77,7 @@ def test_wire_ids_are_these():
 def test_round_trip(name, level):
     """All samples, from and to every kind of buffer."""
     codec = make_codec(name, level)
-    assert (codec.name, codec.wire_id) == (name, CODECS[name].wire_id)
+    assert (codec.name, codec.wire_id, codec.level) == (name, CODECS[name].wire_id, level)
     for what, data in SAMPLES.items():
         for buffer in (bytes, bytearray, memoryview):
             packed = bytes(codec.compress(buffer(data)))
@@ -339,6 +339,22 @@ def test_it_recovers_when_the_link_gets_faster():
     for _ in range(20):
         choice.waited(10e6)
     assert choice.choose(1.0) == "zstd"
+
+
+def test_a_few_batches_without_waiting_say_nothing():
+    """Credit alone lets some go; only dozens of them in a row mean that the link is faster."""
+    choice = settled(10e6)
+    before = choice.link
+    for _ in range(20):
+        choice.did_not_wait()
+    assert choice.link == before
+    choice.waited(10e6)
+    for _ in range(20):
+        choice.did_not_wait()
+    assert choice.link == before
+    for _ in range(20):
+        choice.did_not_wait()
+    assert choice.link == pytest.approx(1.25 * before)
 
 
 def test_a_single_slow_batch_does_not_turn_the_choice():

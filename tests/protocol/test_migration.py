@@ -268,6 +268,7 @@ def test_a_guest_that_writes_faster_than_it_moves(can_stop):
     assert data["rate"] == data["dirty_rate"] == BIG * 4096
     assert data["expected_downtime_ms"] > 1000
     assert "after 3 rounds" in finish.error.message
+    assert f"{BIG * 4096 >> 20} MiB are left" in finish.error.message
     assert "--downtime-limit" in finish.error.message
 
 

@@ -139,6 +139,28 @@ def test_check_runs_says_what_a_check_without_overflow_says(pairs, pages):
     assert check_runs(table, pages) is naive_check(pairs, pages)
 
 
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [(0, 3), (3, 2), (5, 5)],  # touching runs are no overlap
+        [(0, 3), (2, 2), (5, 5)],
+        [(3, 2), (0, 3)],
+        [(0, 9), (9, 1)],
+        [(0, 9), (9, 2)],
+        [(0, 9), (10, 1)],
+        [(0, 1), (1, 0), (1, 1)],
+        [(0, 1), (5, 2**32 - 1)],
+        [(0, 1), (2**63 - 1, 1)],
+        [(-1, 1), (5, 1)],
+        [(0, 1), (-5, 1), (6, 1)],
+    ],
+)
+def test_check_runs_at_its_edges(pairs):
+    """In a block of ten pages."""
+    table = tuple(np.array(column, np.int64) for column in zip(*pairs, strict=True))
+    assert check_runs(table, 10) is naive_check(pairs, 10)
+
+
 @given(page_sets)
 @examples
 def test_check_runs_accepts_all_runs_that_we_make(pages):

@@ -106,13 +106,13 @@ def test_whole_numbers_are_exact(number, unit):
         ),
         (
             format_rate,
-            {0: "0 B/s", 999: "999 B/s", 1.25e9: "1.25 GB/s", 5e8: "500 MB/s", 2500: "2 kB/s"},
+            {0: "0 B/s", 999: "999 B/s", 1000: "1 kB/s", 1.25e9: "1.25 GB/s", 5e8: "500 MB/s"},
         ),
         (
             format_seconds,
             {
                 0: "0 ms", 0.42: "420 ms", 12.34: "12.3 s", 245: "4 min 05 s", 3599: "59 min 59 s",
-                3600: "1 h 00 min", 7384: "2 h 03 min",
+                3600: "1 h 00 min", 10_799: "2 h 59 min",
             },
         ),
     ],

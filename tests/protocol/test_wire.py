@@ -181,6 +181,15 @@ def test_the_bytes_of_a_frame_are_these():
     )  # fmt: skip
 
 
+def test_the_bytes_of_a_control_frame_are_these():
+    """The same header, a body of three numbers."""
+    meta = encode_control(Frame(Kind.NACK, 0x1122334455667788, 2, frames=3, pages=4, last=5))
+    head = (MAGIC, VERSION, 4, 0, 0, 0, 2, 0x1122334455667788, 0, 0, 0, 0, 0)
+    assert meta == seal(head, struct.pack("<QQQ", 3, 4, 5))
+    assert [int(kind) for kind in Kind] == [1, 2, 3, 4, 5]
+    assert [kind.name for kind in Kind] == ["DATA", "SYNC", "ACK", "NACK", "SYNC_ACK"]
+
+
 def test_largest_frame_is_accepted():
     """A full batch of single pages, half of them packed, and as many holes."""
     half = MAX_RUNS // 2
