@@ -24,10 +24,12 @@ from ..transport.messages import Hello
 from ..workers.forking import warm_up
 from ..workers.guests import DestinationGuest, GuestUri, open_destination, open_source, parse_guest
 from ..workers.guests.shared_memory import path_of
+from .blocking import Blocking, to_its_end
 from .destination import Destination
 from .monitor import Monitor, serve_monitor
 from .parameters import Parameters
 from .source import Source
+from .state import Status
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -51,7 +53,13 @@ async def send(
     """Migrate `source` to the receiver at `endpoint`. Returns the report, raises the error."""
     parameters = parameters.checked()
     warm_up()
-    guest = await asyncio.to_thread(open_source, source)
+    opening = Blocking()
+    try:
+        guest = await opening(open_source, source)
+    except asyncio.CancelledError:
+        if (opened := await to_its_end(opening.idle())) is not None:
+            opened.close()
+        raise
     try:
         migration = Source(guest, endpoint, parameters, on_progress, identity=identity)
         async with AsyncExitStack() as stack:
@@ -60,7 +68,7 @@ async def send(
                 on_started(migration)
             return await migration.run()
     finally:
-        await asyncio.to_thread(guest.close)
+        await to_its_end(opening(guest.close))
 
 
 async def _attach_monitor(
@@ -87,6 +95,10 @@ async def receive(
             try:
                 report: dict[str, Any] | None = await receive_one(destination)
                 error = None
+            except asyncio.CancelledError:
+                if destination.query()["status"] == Status.COMPLETED.value:
+                    on_report(destination.query(), None)  # it arrived all the same
+                raise
             except PageferryError as e:
                 report, error = None, e
             on_report(report, error)

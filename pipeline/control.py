@@ -1,7 +1,9 @@
 """The control link as the coordinators use it: a session over a ZeroMQ socket, with heartbeats.
 
 Both ends say something at least every second; four seconds of silence mean that the peer is
-lost. Runs in the coordinator's event loop; nothing that blocks may run there.
+lost. ZeroMQ reconnects in silence and loses what was under way: each ping
+says how many messages went before it, and one that is missing means that the peer is lost as
+well. Runs in the coordinator's event loop; nothing that blocks may run there.
 """
 
 from __future__ import annotations
@@ -27,15 +29,30 @@ class Control:
         self.peer = peer
         self._transmit = transmit
         self._heard = self._said = time.monotonic()
+        self._said_count = self._heard_count = 0  # messages, pings not counted
+        self._sign = asyncio.Event()
         self._waiting: asyncio.Future[messages.AnyMessage] | None = None
 
     def __repr__(self) -> str:
         return f"<Control {self.session!r} peer={self.peer}>"
 
-    async def say(self, message: messages.AnyMessage) -> None:
+    def _pack(self, message: messages.AnyMessage) -> bytes:
         data = self.session.send(message)
         self._said = time.monotonic()
-        await self._transmit(data)
+        if not isinstance(message, messages.Ping):
+            self._said_count += 1
+        return data
+
+    async def say(self, message: messages.AnyMessage) -> None:
+        await self._transmit(self._pack(message))
+
+    def say_now(self, message: messages.AnyMessage) -> asyncio.Future[messages.AnyMessage]:
+        """Hand `message` to ZeroMQ before this returns; the future is the answer."""
+        self._waiting = asyncio.get_running_loop().create_future()
+        sent = asyncio.ensure_future(self._transmit(self._pack(message)))
+        # what goes wrong with it shows as silence
+        sent.add_done_callback(lambda future: future.cancelled() or future.exception())
+        return self._waiting
 
     async def ask(self, message: messages.AnyMessage) -> messages.AnyMessage:
         """Say `message` and wait for the answer; the caller handles loss by `silent`."""
@@ -47,8 +64,14 @@ class Control:
         """A message of the peer, if it is not the answer that `ask` waits for."""
         message = self.session.receive(data)
         self._heard = time.monotonic()
+        self._sign.set()
         if isinstance(message, messages.Ping):
+            if message.said > self._heard_count:
+                raise PeerLost(
+                    f"the connection to {self.peer} broke and a message was lost with it"
+                )
             return None
+        self._heard_count += 1
         waiting, self._waiting = self._waiting, None
         if waiting is None or waiting.done():
             return message
@@ -57,6 +80,14 @@ class Control:
             return message
         waiting.set_result(message)
         return None
+
+    async def first_sign(self, seconds: float) -> bool:
+        """Wait until the peer has said anything at all; False if it does not in time."""
+        try:
+            await asyncio.wait_for(self._sign.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
 
     async def keep_alive(self) -> None:
         """Ping, and raise PeerLost when the peer is silent. Runs until cancelled."""
@@ -68,8 +99,8 @@ class Control:
             now = time.monotonic()
             if now - self._heard > LOST_SECONDS:
                 raise PeerLost(f"{self.peer} has been silent for {LOST_SECONDS:.0f} s")
-            if now - self._said > PING_SECONDS and phase is not Phase.GREETING:
-                await self.say(messages.Ping())
+            if now - self._said > PING_SECONDS:
+                await self.say(messages.Ping(self._said_count))
 
     async def abort(self, error: PageferryError) -> None:
         """Tell the peer that it is over, if it may be told."""

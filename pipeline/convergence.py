@@ -1,8 +1,8 @@
 """When to stop the guest: will what remains fit into the downtime limit? Pure.
 
-As in QEMU (migration_iteration_run in migration/migration.c) the rate is measured in bytes of
-guest memory a second, so compression and zero pages are in it, and the threshold is rate x
-downtime limit. Beyond QEMU, what a switchover costs however little remains (stopping, the
+As in QEMU (migration_iteration_run in migration/migration.c) the threshold is measured rate x
+downtime limit; the rate is in bytes of guest memory a second, so that compression is in it.
+Beyond QEMU, what a switchover costs however little remains (stopping, the
 last scan, device state, the round trips) is taken off the limit first.
 """
 
@@ -17,6 +17,8 @@ from ..transport.pages import PAGE_SIZE
 _MEASURABLE_PAGES = 1024
 # Switchover without a page left, before it was ever measured: stop, barrier, state, run.
 FIXED_SECONDS = 0.03
+# Nothing but zeros was moved so far: what a slow link carries.
+_UNKNOWN_RATE = 5e7
 # A guest that writes at this share of the rate leaves nothing to predict from.
 _HOPELESS = 0.95
 
@@ -33,16 +35,29 @@ class Convergence:
 
     downtime_limit: float  # seconds
     max_rounds: int
+    max_bandwidth: int = 0  # bytes a second on the wire, 0 without limit
     rounds: int = 0
-    rate: float = 0.0  # bytes of guest memory a second
+    rate: float = 0.0  # bytes of guest memory a second, zero pages not counted
+    wire_share: float = 1.0  # bytes on the wire for one of guest memory
     dirty_rate: float = 0.0  # bytes of guest memory a second
     take_seconds: float = 0.0  # what taking the dirty set took last time
 
-    def round_done(self, pages: int, seconds: float) -> None:
-        """A round moved `pages` pages in `seconds`."""
+    def round_done(self, pages: int, seconds: float, zero: int = 0, wire: int = 0) -> None:
+        """A round moved `pages` pages in `seconds`, `zero` of them zero, in `wire` bytes.
+
+        Zero pages cost next to nothing, and what a guest writes is seldom zero: they say
+        nothing of how fast its dirty pages will move. Nor does the first round say how well
+        these compress: it counts as if they did not.
+        """
         self.rounds += 1
-        if pages >= _MEASURABLE_PAGES or self.rate == 0:
-            self.rate = pages * PAGE_SIZE / max(seconds, 1e-6)
+        content, seconds = (pages - zero) * PAGE_SIZE, max(seconds, 1e-6)
+        rate = content / seconds
+        if content < _MEASURABLE_PAGES * PAGE_SIZE and rate <= self.rate:
+            return  # too short to say more than that it can be at least so fast
+        self.rate = rate
+        self.wire_share = wire / content if wire else 1.0
+        if self.rounds == 1 and wire:
+            self.rate, self.wire_share = min(self.rate, wire / seconds), 1.0
 
     def dirty_taken(self, pages: int, since: float, took: float) -> None:
         """`pages` were written in the `since` seconds before they were taken, in `took`."""
@@ -51,13 +66,15 @@ class Convergence:
 
     def expected_downtime(self, pages: int) -> float:
         """Seconds for which the guest would stand still if it were stopped now."""
-        moving = pages * PAGE_SIZE / self.rate if self.rate else 0.0
+        rate = self.rate or _UNKNOWN_RATE
+        if self.max_bandwidth:
+            rate = min(rate, self.max_bandwidth / self.wire_share)
+        moving = pages * PAGE_SIZE / rate
         return FIXED_SECONDS + self.take_seconds + moving
 
     def decide(self, pages: int) -> Decision:
         """With `pages` left to send."""
-        # without a rate (nothing moved yet) nobody knows how long the rest takes
-        if pages == 0 or (self.rate and self.expected_downtime(pages) <= self.downtime_limit):
+        if pages == 0 or self.expected_downtime(pages) <= self.downtime_limit:
             return Decision.SWITCH_OVER
         if self.rounds >= self.max_rounds:
             return Decision.GIVE_UP

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -38,11 +39,15 @@ from ..workers.forking import context
 from ..workers.guests.base import DestinationGuest
 from ..workers.pool import Pool, Worker
 from .agreement import check_hello
+from .blocking import Blocking, to_its_end
 from .control import Control
 from .state import Status, advance
 from .statistics import Statistics
 
 WATCH_SECONDS = 0.5
+# A Hello names blocks, 65535 at the most: no stranger may say more.
+_MAX_HELLO = 8 << 20
+_log = logging.getLogger("pageferry")
 Progress = Callable[[dict[str, Any]], None]
 OpenGuest = Callable[[messages.Hello], DestinationGuest]
 
@@ -77,6 +82,7 @@ class Arrival:
         self._digests: asyncio.Queue[jobs.DigestDone] = asyncio.Queue()
         self._tasks: list[asyncio.Task[Any]] = []
         self._committed = False
+        self._call = Blocking()
         self._starting: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -91,7 +97,13 @@ class Arrival:
 
     def _become(self, status: Status) -> None:
         self.status = advance(self.status, status)
-        self._on_event("MIGRATION", {"status": status.value})
+        self._emit()
+
+    def _emit(self) -> None:
+        try:
+            self._on_event("MIGRATION", {"status": self.status.value})
+        except Exception:
+            _log.exception("the event callback failed")
 
     def fail(self, error: BaseException) -> None:
         """End it. Once Run has come only the guest itself can still fail: it may be running,
@@ -122,13 +134,15 @@ class Arrival:
         """From Hello to the end. Returns the report, raises the error."""
         self._become(Status.SETUP)
         self._task(self._set_up())
+        cancelled = False
         try:
             await self.finished
         except asyncio.CancelledError:
+            cancelled = True
             self.error = self.error or Cancelled("the receiver was stopped")
-            raise
-        finally:
-            await self._close()
+        await to_its_end(self._close())
+        if cancelled:
+            raise asyncio.CancelledError
         report = self.query()
         report.pop("progress")
         if self.error is not None:
@@ -137,9 +151,12 @@ class Arrival:
         return report
 
     async def _set_up(self) -> None:
+        # at once, so that the source knows whom it talks to, and then while memory is laid out
+        await self.control.say(messages.Ping(0))
+        self._task(self.control.keep_alive())
         try:
             self.guest = self._open_guest(self.hello)
-            await asyncio.to_thread(self.guest.lay_out, self.hello)
+            await self._call(self.guest.lay_out, self.hello)
         except PageferryError as e:
             field = str(e.data.get("field", "destination"))
             await self.control.say(messages.Refused(type(e).__name__, field, e.message))
@@ -153,7 +170,6 @@ class Arrival:
                 __version__, endpoints, self._tokens, self.guest.fresh, self.guest.kind
             )
         )
-        self._task(self.control.keep_alive())
         self._task(self._watch())
 
     async def _start_receivers(self) -> list[str]:
@@ -196,13 +212,18 @@ class Arrival:
             assert self._pool is not None
             self._pool.check()
             if self._on_progress is not None:
-                self._on_progress(self.query())
+                try:
+                    self._on_progress(self.query())
+                except Exception:
+                    _log.exception("the progress callback failed")
             await asyncio.sleep(WATCH_SECONDS / 2)
 
     # ---- what the source says ------------------------------------------------------------
 
     def heard(self, data: bytes) -> None:
         """A message of the source; it is handled beside, so that heartbeats go on."""
+        if self.finished.done():
+            return  # over: above all no Run is taken up any more
         try:
             message = self.control.heard(data)
         except PageferryError as e:
@@ -228,7 +249,7 @@ class Arrival:
                 await self.control.say(messages.Digests(await self._digest()))
             case messages.DeviceState():
                 self._become(Status.DEVICE)
-                await asyncio.to_thread(
+                await self._call(
                     self.guest.load_state, message.kind, message.state, message.running
                 )
                 await self.control.say(messages.StateLoaded())
@@ -239,7 +260,7 @@ class Arrival:
         """Run the guest. It runs or it does not: nothing interrupts this."""
         assert self.guest is not None
         try:
-            detail = await asyncio.to_thread(self.guest.run)
+            detail = await self._call(self.guest.run)
         except Exception as e:
             self._end(e)
             return
@@ -254,13 +275,16 @@ class Arrival:
 
     async def _discard(self, message: messages.Discard) -> None:
         assert self.guest is not None
-        runs: Runs = (np.array(message.starts, np.int64), np.array(message.counts, np.int64))
-        if message.block >= len(self.guest.blocks) or len(runs[0]) != len(runs[1]):
+        try:
+            runs: Runs = (np.array(message.starts, np.int64), np.array(message.counts, np.int64))
+        except OverflowError as e:
+            raise RemoteProtocolError("discard that makes no sense") from e
+        if not 0 <= message.block < len(self.guest.blocks) or len(runs[0]) != len(runs[1]):
             raise RemoteProtocolError("discard that makes no sense")
         block = self.guest.blocks[message.block]
         if not check_runs(runs, block.pages):
             raise RemoteProtocolError(f"discard outside of block {block.name}")
-        await asyncio.to_thread(block.clear, runs)
+        await self._call(block.clear, runs)
 
     async def _digest(self) -> list[bytes]:
         """Digests of all blocks, computed by the receivers."""
@@ -285,24 +309,46 @@ class Arrival:
     # ---- the end -------------------------------------------------------------------------
 
     async def _close(self) -> None:
+        """Let go of everything but a guest that runs. `heard` takes nothing up any more."""
         if self._starting is not None:
-            await asyncio.shield(self._starting)
+            await self._starting
+        if self.status is Status.COMPLETED:
+            self.error = None  # whatever came meanwhile came too late
+        elif self._starting is None:
+            # before anything else: the source may be about to say Run
+            await self._abort()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self.error is not None or self.status is not Status.COMPLETED:
+        steps = [self._stop_receivers]
+        if self.status is not Status.COMPLETED:
+            self.error = self.error or PageferryError("interrupted")
             self.status = Status.FAILED
-            with contextlib.suppress(PageferryError, zmq.ZMQError):
-                await self.control.abort(self.error or PageferryError("interrupted"))
-            if self.guest is not None:
-                await asyncio.to_thread(self.guest.discard)
-            self._on_event("MIGRATION", {"status": self.status.value})
-        if self._pool is not None:
-            await self._pool.close()
-        self.statistics.remember_processes(self._pool)
+            steps = [self._abort, self._discard_guest, self._stop_receivers]
+        for step in steps:
+            try:
+                await step()
+            except Exception as e:
+                _log.warning("while ending a migration: %s", e)
+        if self.status is Status.FAILED:
+            self._emit()
         if self._counters is not None:
             self.statistics.counters = self._counters.freeze()
             self._counters.close()
+
+    async def _abort(self) -> None:
+        with contextlib.suppress(PageferryError, zmq.ZMQError):
+            await self.control.abort(self.error or PageferryError("interrupted"))
+
+    async def _discard_guest(self) -> None:
+        await self._call.idle()  # what is still being made would outlive its end
+        if self.guest is not None:
+            await self._call(self.guest.discard)
+
+    async def _stop_receivers(self) -> None:
+        if self._pool is not None:
+            await self._pool.close()
+        self.statistics.remember_processes(self._pool)
 
 
 class Destination:
@@ -392,6 +438,8 @@ class Destination:
 
     def _greet(self, identity: bytes, data: bytes) -> Arrival | None:
         """The arrival that a Hello begins, or None for anything else."""
+        if len(data) > _MAX_HELLO:
+            return None
 
         async def transmit(answer: bytes) -> None:
             with contextlib.suppress(zmq.ZMQError):  # gone: heartbeats will tell

@@ -58,11 +58,14 @@ class Taken:
 
 @dataclass(frozen=True)
 class RoundDone:
-    """A round is over and confirmed on every channel; `lost` pages must go again."""
+    """A round is over and confirmed on every channel; `lost` pages must go again. `zero` of its
+    pages were zero, and `wire` bytes were sent."""
 
     pages: int
     lost: int
     seconds: float
+    zero: int = 0
+    wire: int = 0
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,7 @@ class Migration:
 
     def _round_done(self, event: RoundDone) -> list[Instruction]:
         self.remaining = event.lost
-        self.convergence.round_done(event.pages, event.seconds)
+        self.convergence.round_done(event.pages, event.seconds, event.zero, event.wire)
         if self.live and not self.stopped:
             return [TakeDirty()]
         if event.lost:

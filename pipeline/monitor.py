@@ -117,6 +117,9 @@ class Conversation:
             return {"error": {"class": e.qmp_class, "desc": str(e)}} | identity
         except PageferryError as e:
             return {"error": {"class": e.qmp_class, "desc": e.message}} | identity
+        except Exception as e:
+            desc = f"{type(e).__name__}: {e}"
+            return {"error": {"class": "GenericError", "desc": desc}} | identity
 
     def _execute(self, name: str, arguments: dict[str, Any]) -> Any:
         if name == "qmp_capabilities":

@@ -46,6 +46,7 @@ class Parameters:
         _within("batch-pages", p.batch_pages, 16, MAX_BATCH_PAGES)
         _within("max-rounds", p.max_rounds, 1, 100_000)
         _within("downtime-limit (ms)", p.downtime_limit * 1000, 1, 2_000_000)
+        _within("max-bandwidth (bytes a second)", p.max_bandwidth, 0, 1 << 50)
         if p.max_bandwidth and p.max_bandwidth < 100_000:
             raise UsageError("max-bandwidth below 100 kB/s would never end; 0 means no limit")
         if p.codec != "auto":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 import uuid
@@ -21,6 +22,7 @@ import zmq.asyncio
 from .._version import __version__
 from ..transport import messages
 from ..transport.errors import (
+    Cancelled,
     ConnectError,
     LocalProtocolError,
     PageferryError,
@@ -40,6 +42,7 @@ from ..workers.page_table import GROUP, PageTable
 from ..workers.pool import Pool, Worker
 from ..workers.segments import Segment
 from . import migration as core
+from .blocking import Blocking, to_its_end
 from .control import Control
 from .convergence import Convergence
 from .parameters import Parameters, changed
@@ -59,6 +62,16 @@ _SCAN_PAGES = 16384
 _DISCARD_RUNS = 65536
 
 T = TypeVar("T")
+_log = logging.getLogger("pageferry")
+
+
+def _ours(error: BaseException) -> PageferryError:
+    """`error` as one of the tree; what is not ours keeps its name in the text."""
+    if isinstance(error, PageferryError):
+        return error
+    wrapped = PageferryError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
 
 
 class Source:
@@ -77,7 +90,10 @@ class Source:
         self.guest = guest
         self.endpoint = endpoint
         self.parameters = parameters
-        self.convergence = Convergence(parameters.downtime_limit, parameters.max_rounds)
+        self.convergence = Convergence(
+            parameters.downtime_limit, parameters.max_rounds, parameters.max_bandwidth
+        )
+        self._call = Blocking()
         self.core = core.Migration(guest.live, guest.can_stop, parameters.verify, self.convergence)
         self.statistics = Statistics("source")
         self.uuid = str(uuid.uuid4())
@@ -105,6 +121,8 @@ class Source:
     def query(self) -> dict[str, Any]:
         """query-migrate."""
         report = self.statistics.report(self.core.status, self.convergence)
+        if self.guest.can_stop:
+            report["downtime-limit"] = round(self.parameters.downtime_limit * 1000)
         guest_rate, wire_rate = self.statistics.rates()
         report["progress"] = {
             "rate": round(guest_rate),
@@ -128,11 +146,13 @@ class Source:
 
     def set_parameters(self, arguments: dict[str, Any]) -> None:
         """migrate-set-parameters; takes effect with the next frame or decision."""
-        self.parameters = changed(self.parameters, arguments)
-        self.convergence.downtime_limit = self.parameters.downtime_limit
-        self.convergence.max_rounds = self.parameters.max_rounds
+        p = changed(self.parameters, arguments)
         if self._bandwidth is not None:
-            self._bandwidth.set_rate(self.parameters.max_bandwidth)
+            self._bandwidth.set_rate(p.max_bandwidth)
+        self.convergence.downtime_limit = p.downtime_limit
+        self.convergence.max_rounds = p.max_rounds
+        self.convergence.max_bandwidth = p.max_bandwidth
+        self.parameters = p
 
     def cancel(self) -> None:
         """migrate_cancel. Without effect once the destination was told to run."""
@@ -142,26 +162,18 @@ class Source:
 
     async def run(self) -> dict[str, Any]:
         """Migrate. Returns the report, raises the error; the report is then in its data."""
-        finish: core.Finish | None = None
-        working: asyncio.Task[None] | None = None
-        self._events.put_nowait(core.Started())
+        cancelled = False
         try:
-            while finish is None:
-                event = await self._events.get()
-                instructions = self.core.handle(event)
-                self._tell_status()
-                for instruction in instructions:
-                    if isinstance(instruction, core.Finish):
-                        finish = instruction
-                        break
-                    working = self._task(self._execute(instruction))
+            finish = await self._drive()
         except asyncio.CancelledError:
-            finish = core.Finish(PageferryError("interrupted"), resume=not self.core.run_said)
-            raise
-        finally:
-            if working is not None:
-                working.cancel()
-            await self._close(finish)
+            cancelled = True
+            finish = self._end_early(core.CancelAsked(), Cancelled("interrupted"))
+        except Exception as e:
+            finish = self._end_early(core.Failed(_ours(e)), _ours(e))
+        self._tell_status()
+        await to_its_end(self._close(finish))
+        if cancelled and finish.resume:
+            raise asyncio.CancelledError
         report = self.query()
         report.pop("progress")
         if finish.error is not None:
@@ -169,33 +181,57 @@ class Source:
             raise finish.error
         return report
 
-    def _task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run `coroutine` beside; what it raises becomes an event."""
+    async def _drive(self) -> core.Finish:
+        """Events in, instructions out, until the core says that it is over."""
+        self._events.put_nowait(core.Started())
+        while True:
+            instructions = self.core.handle(await self._events.get())
+            self._tell_status()
+            for instruction in instructions:
+                match instruction:
+                    case core.Finish():
+                        return instruction
+                    case core.SendRun():
+                        # Said here and now, not in a task that may never begin: the core and
+                        # the session must agree on whether it was said.
+                        said = self._control.say_now(messages.Run())
+                        self._task(self._confirm(said), link=True)
+                    case _:
+                        self._task(self._execute(instruction))
+
+    def _end_early(self, event: core.Event, error: PageferryError) -> core.Finish:
+        """What the core makes of an end that it did not decide on."""
+        # a cancel that comes after Run changes nothing: then it is a failure to hear the end
+        for what in (event, core.Failed(error)):
+            for instruction in self.core.handle(what):
+                if isinstance(instruction, core.Finish):
+                    return instruction
+        return core.Finish(None, resume=False)  # it had completed
+
+    def _task(self, coroutine: Coroutine[Any, Any, T], *, link: bool = False) -> asyncio.Task[T]:
+        """Run `coroutine` beside; what it raises becomes an event. `link`: it speaks for the
+        control link, and is listened to after the destination was told to run as well."""
 
         def done(task: asyncio.Task[T]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
-                self._failed(error)
+                self._failed(error, link=link)
 
         task = asyncio.get_running_loop().create_task(coroutine)
         task.add_done_callback(done)
         self._tasks.append(task)
         return task
 
-    def _failed(self, error: BaseException, by_peer: bool = False) -> None:
-        if isinstance(error, TimeoutError):
-            error = PeerLost("the destination does not answer")
-        if not isinstance(error, PageferryError):
-            wrapped = PageferryError(f"{type(error).__name__}: {error}")
-            wrapped.__cause__ = error
-            error = wrapped
-        self._events.put_nowait(core.Failed(error, by_peer))
+    def _failed(self, error: BaseException, *, link: bool = False, by_peer: bool = False) -> None:
+        # Once the destination was told to run, nothing here is needed but the link to it.
+        if link or by_peer or not self.core.run_said:
+            self._events.put_nowait(core.Failed(_ours(error), by_peer))
 
     def _tell_status(self) -> None:
         if self.core.status is not self._status_told:
             self._status_told = self.core.status
             if self.core.status is Status.ACTIVE:
                 self.statistics.set_up = time.monotonic()
-            self.on_event("MIGRATION", {"status": self.core.status.value})
+            self._emit("MIGRATION", {"status": self.core.status.value})
 
     async def _execute(self, instruction: core.Instruction) -> None:
         """Carry out one instruction and report its result as an event."""
@@ -210,28 +246,31 @@ class Source:
                 event = await self._send_round(instruction)
             case core.StopGuest():
                 self.statistics.stopped = time.monotonic()
-                await asyncio.to_thread(self.guest.stop)
+                await self._call(self.guest.stop)
                 event = core.GuestStopped()
             case core.Verify():
                 event = await self._verify()
             case core.SendState():
-                state = await asyncio.to_thread(self.guest.save_state)
+                state = await self._call(self.guest.save_state)
                 await self._control.ask(
                     messages.DeviceState(self.guest.kind, state, self.guest.running)
                 )
                 self.statistics.control_bytes += len(state)
                 event = core.StateLoaded()
-            case core.SendRun():
-                running = await asyncio.wait_for(
-                    self._control.ask(messages.Run()), CONFIRM_SECONDS
-                )
-                self.statistics.running = time.monotonic()
-                assert isinstance(running, messages.Running)
-                self.statistics.extra["destination"] = running.detail
-                event = core.Confirmed()
             case _:
                 raise LocalProtocolError(f"unknown instruction {instruction!r}")
         self._events.put_nowait(event)
+
+    async def _confirm(self, said: asyncio.Future[messages.AnyMessage]) -> None:
+        """Wait for the destination's word that the guest runs there."""
+        try:
+            running = await asyncio.wait_for(said, CONFIRM_SECONDS)
+        except TimeoutError as e:
+            raise PeerLost("the destination does not answer") from e
+        self.statistics.running = time.monotonic()
+        assert isinstance(running, messages.Running)
+        self.statistics.extra["destination"] = running.detail
+        self._events.put_nowait(core.Confirmed())
 
     # ---- setup ---------------------------------------------------------------------------
 
@@ -241,7 +280,6 @@ class Source:
         starting = self._task(self._start_senders())
         welcome = await self._greet()
         await starting
-        self._task(self._control.keep_alive())
         self._task(self._watch())
         self._fresh = welcome.fresh
         assert self._pool is not None
@@ -263,8 +301,6 @@ class Source:
             self._hashes = Segment(8 * self.statistics.total_pages, "hashes")
         self.statistics.extra["dirty-tracking"] = self.guest.tracking
         self.statistics.extra["codec"] = p.codec
-        if self.guest.can_stop:
-            self.statistics.extra["downtime-limit"] = round(p.downtime_limit * 1000)
 
     async def _start_senders(self) -> None:
         assert self._table and self._counters and self._bandwidth
@@ -285,16 +321,18 @@ class Source:
         self._context = zmq.asyncio.Context()
         self._socket = connect(self._context, self.endpoint, self._identity, control=True)
         self._control = Control(Role.SOURCE, self._socket.send, f"the receiver at {self.endpoint}")
-        self._task(self._read_control())
+        self._task(self._read_control(), link=True)
         hello = messages.Hello(
             messages.PROTOCOL, __version__, self.uuid, self.guest.kind,
             [block.spec for block in self.guest.blocks], self.parameters.workers,
             self.parameters.batch_pages, image_size=self.guest.image_size,
         )  # fmt: skip
-        try:
-            answer = await asyncio.wait_for(self._control.ask(hello), HELLO_SECONDS)
-        except TimeoutError as e:
-            raise self._no_pageferry() from e
+        asking = self._task(self._control.ask(hello))
+        if not await self._control.first_sign(HELLO_SECONDS):
+            raise self._no_pageferry()
+        # it is one; laying out memory may take it a while, and it says that it lives
+        self._task(self._control.keep_alive(), link=True)
+        answer = await asking
         if isinstance(answer, messages.Refused):
             raise messages.error_of(answer)
         assert isinstance(answer, messages.Welcome)
@@ -317,7 +355,7 @@ class Source:
             try:
                 message = self._control.heard(data)
             except RemoteProtocolError as e:
-                if self._control.session.phase is Phase.GREETING:
+                if self._control.session.phase in (Phase.IDLE, Phase.GREETING):
                     raise self._no_pageferry() from e
                 raise
             if isinstance(message, messages.Abort):
@@ -336,17 +374,26 @@ class Source:
 
     def _progress(self) -> None:
         if self.on_progress is not None:
-            self.on_progress(self.query())
+            try:
+                self.on_progress(self.query())
+            except Exception:
+                _log.exception("the progress callback failed")
+
+    def _emit(self, name: str, data: dict[str, Any]) -> None:
+        try:
+            self.on_event(name, data)
+        except Exception:
+            _log.exception("the event callback failed")
 
     # ---- rounds --------------------------------------------------------------------------
 
     async def _take_initial(self) -> core.Event:
         assert self._table is not None
         begin = time.monotonic()
-        await asyncio.to_thread(self.guest.start_tracking)
+        await self._call(self.guest.start_tracking)
         self._taken_at = time.monotonic()
         for i, block in enumerate(self.guest.blocks):
-            runs = await asyncio.to_thread(self.guest.initial_pages, i)
+            runs = await self._call(self.guest.initial_pages, i)
             self._table.mark_dirty(i, runs)
             self.statistics.hole_pages += block.pages - total_pages(runs)
             if not self._fresh[i]:
@@ -364,7 +411,7 @@ class Source:
 
     def _remaining(self) -> int:
         assert self._table is not None
-        return sum(self._table.remaining(i) for i in range(len(self.guest.blocks)))
+        return self._table.remaining()
 
     async def _take_dirty(self) -> core.Event:
         assert self._table is not None
@@ -392,9 +439,11 @@ class Source:
 
     async def _send_round(self, instruction: core.SendRound) -> core.Event:
         assert self._table is not None and self._pool is not None
+        assert self._counters is not None
         begin, pages = time.monotonic(), self.core.remaining
+        zero, wire = self._counters.total("duplicate"), self._counters.total("wire_bytes")
         self.statistics.begin_round(instruction.number, pages)
-        self.on_event("MIGRATION_PASS", {"pass": instruction.number})
+        self._emit("MIGRATION_PASS", {"pass": instruction.number})
         await self._control.say(
             messages.Round(instruction.number, pages, round(self.convergence.dirty_rate))
         )
@@ -406,7 +455,12 @@ class Source:
         self._pool.say_all(jobs.Barrier(instruction.number))
         await self._gather(jobs.BarrierDone, len(self._pool.workers))
         lost = self._remaining()
-        return core.RoundDone(pages - lost, lost, time.monotonic() - begin)
+        done = core.RoundDone(
+            pages - lost, lost, time.monotonic() - begin,
+            zero=self._counters.total("duplicate") - zero,
+            wire=self._counters.total("wire_bytes") - wire,
+        )  # fmt: skip
+        return done
 
     def _extents(self, pages: int) -> Iterator[Span]:
         assert self._table is not None
@@ -474,27 +528,51 @@ class Source:
             self.statistics.extra["verified"] = [digest.hex() for digest in ours]
         return core.Verified(wrong)
 
-    async def _close(self, finish: core.Finish | None) -> None:
-        """Let go of everything; the guest resumes only if the core says so."""
+    async def _close(self, finish: core.Finish) -> None:
+        """Let go of everything; the guest resumes only if the core says so.
+
+        Each step is taken whatever became of the others.
+        """
         self.statistics.ended = time.monotonic()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if finish is not None and finish.resume:
-            await asyncio.to_thread(self.guest.resume)
-        if finish is not None and finish.error is not None and self._socket is not None:
-            with contextlib.suppress(PageferryError, zmq.ZMQError):
+        steps = (
+            self._abort, self._resume, self._stop_workers, self._hang_up, self._last_words,
+        )  # fmt: skip
+        for step in steps:
+            try:
+                await step(finish)
+            except Exception as e:
+                _log.warning("while ending a migration: %s", e)
+                if finish.error is not None:
+                    finish.error.message += f"; and then: {e}"
+        self._freeze()
+
+    async def _abort(self, finish: core.Finish) -> None:
+        if finish.error is not None and self._socket is not None:
+            with contextlib.suppress(zmq.ZMQError):
                 await self._control.abort(finish.error)
+
+    async def _resume(self, finish: core.Finish) -> None:
+        await self._call.idle()  # a stop that is under way would undo it
+        if finish.resume:
+            await self._call(self.guest.resume)
+
+    async def _stop_workers(self, finish: core.Finish) -> None:
         if self._pool is not None:
             await self._pool.close()
         self.statistics.remember_processes(self._pool)
+
+    async def _hang_up(self, finish: core.Finish) -> None:
         if self._socket is not None:
             self._socket.close()
         if self._context is not None:
             self._context.term()
+
+    async def _last_words(self, finish: core.Finish) -> None:
         self.statistics.extra |= self.guest.describe()
         self._progress()
-        self._freeze()
 
     def _freeze(self) -> None:
         """Keep the numbers, give the shared memory back."""

@@ -54,7 +54,7 @@ class Statistics:
     @property
     def pages_done(self) -> int:
         """Pages sent or placed so far, zero pages included, holes not."""
-        return self._total("normal") + self._total("duplicate")
+        return self._total("normal") + self._total("duplicate") - self._total("lost_pages")
 
     @property
     def remaining_pages(self) -> int:

@@ -16,8 +16,8 @@ PROTOCOL = 1
 MAX_MESSAGE = 256 << 20
 MAX_BLOCKS = 65535
 MAX_WORKERS = 64
-# Nothing larger has been built; it also keeps page numbers below 2**40.
-MAX_BLOCK_SIZE = 1 << 52
+# 64 TiB. Nothing larger has been built.
+MAX_BLOCK_SIZE = 1 << 46
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
@@ -129,7 +129,9 @@ class Abort(Message, frozen=True, tag="abort"):
 
 
 class Ping(Message, frozen=True, tag="ping"):
-    """Either end: still here."""
+    """Either end: still here, having said `said` messages so far (pings not counted)."""
+
+    said: int = 0
 
 
 AnyMessage = (

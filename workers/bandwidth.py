@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..transport.errors import WorkerDied
+from ..transport.errors import UsageError, WorkerDied
 from .segments import Segment
 
 # The clock may lag by this much: what a sender may send at once after a pause.
@@ -30,6 +30,8 @@ class Bandwidth:
 
     def __init__(self, context: multiprocessing.context.BaseContext, rate: int) -> None:
         self._lock: Any = context.Lock()
+        if not 0 <= rate < 1 << 60:
+            raise UsageError("max-bandwidth is out of range")
         self._segment = Segment(16, "bandwidth")
         self.set_rate(rate)
 

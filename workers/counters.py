@@ -1,6 +1,7 @@
 """Numbers each worker writes and the coordinator reads, in shared memory.
 
-One row of 64-bit integers a worker, one writer a row, aligned, so that a read is never torn.
+One row of 64-bit integers a worker, one writer a field (the heartbeat thread has its own),
+aligned, so that a read is never torn.
 Readers may see one field before another: these are statistics, not decisions.
 """
 
@@ -20,6 +21,7 @@ FIELDS = (
     "duplicate",  # zero pages
     "wire_bytes",  # frames as handed to ZeroMQ, headers included
     "frames",
+    "lost_pages",  # of lost frames; they count twice in normal or duplicate
     "lost_frames",  # lost or damaged, sent again
     "stray_frames",  # from a connection that is not ours
     "raw_pages",  # of `normal`, those that travelled uncompressed

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
 
 import xxhash
 
@@ -32,9 +31,8 @@ def _zero_digest(length: int) -> bytes:
     return xxhash.xxh3_128_digest(bytes(length))
 
 
-def part_digest(block: RamBlock, part: int, buffer: bytearray, alive: Callable[[], None]) -> bytes:
-    """Digest of one part of `block`. `buffer` is scratch space of CHUNK_BYTES; `alive` is called
-    as it goes."""
+def part_digest(block: RamBlock, part: int, buffer: bytearray) -> bytes:
+    """Digest of one part of `block`. `buffer` is scratch space of CHUNK_BYTES."""
     first, last = part * PART_PAGES, min((part + 1) * PART_PAGES, block.pages)
     with_data = _chunks_with_data(block, first, last)
     state = xxhash.xxh3_128()
@@ -43,7 +41,6 @@ def part_digest(block: RamBlock, part: int, buffer: bytearray, alive: Callable[[
         length = min(CHUNK_BYTES, block.size - offset)
         if page // CHUNK_PAGES in with_data:
             state.update(_chunk_digest(block, offset, memoryview(buffer)[:length]))
-            alive()
         else:
             state.update(_zero_digest(length))
     return state.digest()

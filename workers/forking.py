@@ -6,7 +6,7 @@ is forked off it in about 10 ms. Spawning each from scratch costs 180 ms of CPU 
 the fork server (PR_SET_PDEATHSIG), and that ends when the coordinator's side of its pipe
 closes, however the coordinator ends.
 
-Imports nothing but the standard library: the command line starts the fork server before it
+Imports little but the standard library: the command line starts the fork server before it
 imports the rest, so that both import at the same time.
 """
 
@@ -23,6 +23,8 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from ..transport.errors import HostLacks
 
 _PRELOAD = ["pageferry.workers.preload"]
 _main_lock = threading.Lock()
@@ -59,6 +61,8 @@ def warm_up() -> None:
             context().set_forkserver_preload(_PRELOAD)
             resource_tracker.ensure_running()
             forkserver.ensure_running()
+    except OSError as e:
+        raise HostLacks(f"cannot start worker processes ({e}): is TMPDIR usable?") from e
     finally:
         if before is None:
             del os.environ["OPENBLAS_NUM_THREADS"]

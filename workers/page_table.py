@@ -33,20 +33,21 @@ class PageTable:
 
     def __init__(self, pages: list[int]) -> None:
         self.pages = pages
+        self._offsets = np.concatenate(([0], np.cumsum(pages))).tolist()
         self._segment = Segment(max(1, sum(pages)), "pagetable")
 
     def view(self, block: int) -> Bytes8:
         """The bytes of one block, writable. Mind the rules above."""
-        view: Bytes8 = self._segment.array(np.uint8, self.pages[block], sum(self.pages[:block]))
+        view: Bytes8 = self._segment.array(np.uint8, self.pages[block], self._offsets[block])
         return view
 
     def mark_dirty(self, block: int, runs: Runs) -> None:
         """Coordinator, between rounds."""
         mark(self.view(block), runs, DIRTY)
 
-    def remaining(self, block: int) -> int:
-        """Pages of a block that still have to travel."""
-        return int(np.count_nonzero(self.view(block)))
+    def remaining(self) -> int:
+        """Pages of all blocks that still have to travel."""
+        return int(np.count_nonzero(self._segment.array(np.uint8, self._offsets[-1])))
 
     def group_counts(self, block: int, group: int = GROUP) -> npt.NDArray[np.int64]:
         """Dirty pages in each group of `group` pages of a block."""
@@ -58,11 +59,6 @@ class PageTable:
             edges = np.arange(0, len(part), group)
             counts.append(np.add.reduceat(part, edges, dtype=np.int64))
         return np.concatenate(counts) if counts else np.empty(0, np.int64)
-
-    def requeue(self, block: int) -> None:
-        """Coordinator, between rounds: what is still in flight was lost."""
-        table = self.view(block)
-        table[table == IN_FLIGHT] = DIRTY
 
     def close(self) -> None:
         self._segment.close()

@@ -6,7 +6,7 @@ import contextlib
 import os
 import select
 import signal
-import time
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
@@ -24,17 +24,9 @@ class Desk:
     def __init__(self, pipe: Connection, row: Row) -> None:
         self.pipe = pipe
         self.row = row
-        self._last_beat = 0.0
         # Connection.poll builds a selector a call: 20 us, this one 1
         self._poll = select.poll()
         self._poll.register(pipe.fileno(), select.POLLIN)
-
-    def beat(self) -> None:
-        """Renew the heartbeat if it is due; cheap enough for every batch."""
-        now = time.monotonic()
-        if now - self._last_beat >= HEARTBEAT_SECONDS:
-            self._last_beat = now
-            self.row.beat()
 
     def waiting(self) -> bool:
         return bool(self._poll.poll(0))
@@ -59,7 +51,9 @@ def run_worker(
     set_process_name(name)
     keep_buffers()
     desk = Desk(pipe, counters.row(index))
-    desk.row.beat()
+    over = threading.Event()
+    heart = threading.Thread(target=_beat, args=(counters.row(index), over), daemon=True)
+    heart.start()
     try:
         body(desk)
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -68,4 +62,14 @@ def run_worker(
         with contextlib.suppress(OSError):
             desk.say(jobs.failed(e))
     finally:
-        desk.row.beat()
+        over.set()
+        heart.join()
+
+
+def _beat(row: Row, over: threading.Event) -> None:
+    """Say that this process lives, in a thread: one batch at a high level takes seconds."""
+    while True:
+        row.beat()
+        if over.wait(HEARTBEAT_SECONDS):
+            row.beat()
+            return

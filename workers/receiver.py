@@ -22,7 +22,7 @@ from ..transport.pages import PAGE_SIZE, Runs, check_runs, total_pages
 from ..transport.wire import Buffer, Frame
 from . import jobs
 from .counters import Counters
-from .digest import part_digest
+from .digest import CHUNK_BYTES, part_digest
 from .process import HEARTBEAT_SECONDS, Desk, run_worker
 from .ram import RamBlock
 
@@ -76,9 +76,8 @@ class Receiver:
             poller.register(self.socket, zmq.POLLIN)
             while self._commands():
                 while self._message():
-                    self.desk.beat()
+                    pass
                 poller.poll(int(HEARTBEAT_SECONDS * 1000))
-                self.desk.beat()
         finally:
             unbind(self.socket, endpoint)
             self.context.term()
@@ -92,7 +91,7 @@ class Receiver:
                     return False
                 case jobs.Digest():
                     block = self.job.blocks[job.block]
-                    digest = part_digest(block, job.part, bytearray(1 << 20), self.desk.beat)
+                    digest = part_digest(block, job.part, bytearray(CHUNK_BYTES))
                     self.desk.say(jobs.DigestDone(job.block, job.part, digest))
                 case _:
                     raise LocalProtocolError(f"a receiver was told {type(job).__name__}")

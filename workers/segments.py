@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from ..transport.errors import HostLacks
+
 PREFIX = "pageferry-"
 
 
@@ -30,12 +32,28 @@ def attach(name: str) -> SharedMemory:
 class Segment:
     """`size` bytes of shared memory. Pickles into workers as an attachment."""
 
-    def __init__(self, size: int, what: str) -> None:
+    def __init__(self, size: int, what: str, *, reserve: bool = True) -> None:
+        """`reserve`: take the memory now, so that a full /dev/shm is an error here and not
+        SIGBUS at some store."""
         self.size = size
         self._owner = True
         self._shm: SharedMemory | None = SharedMemory(
             f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}-{what}", create=True, size=size
         )
+
+        if reserve:
+            self._reserve()
+
+    def _reserve(self) -> None:
+        try:
+            fd = os.open(f"/dev/shm/{self.name}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.posix_fallocate(fd, 0, self.size)
+            finally:
+                os.close(fd)
+        except OSError as e:
+            self.close()
+            raise HostLacks(f"/dev/shm has no room for {self.size} bytes: enlarge it") from e
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_attach_segment, (self.name, self.size))

@@ -30,7 +30,7 @@ from . import jobs
 from .bandwidth import Bandwidth
 from .batches import Batch, BatchMaker, BlockReader, page_hashes
 from .counters import Counters
-from .digest import part_digest
+from .digest import CHUNK_BYTES, part_digest
 from .page_table import CLEAN, DIRTY, IN_FLIGHT, PageTable
 from .process import HEARTBEAT_SECONDS, Desk, run_worker
 from .ram import RamBlock
@@ -44,8 +44,9 @@ _MAX_CREDIT = 64 << 20
 # Pages looked at together for zeros: as many as a frame's run table can hold.
 _WINDOW = MAX_RUNS
 _FAST_LINK = 1.25e9  # bytes a second a channel may fill: 10 Gbit/s
-# No acknowledgement for this long with frames in flight: the link or the peer is gone.
-STALL_SECONDS = 4.0
+# No acknowledgement for this long with frames in flight: this channel is gone. A peer or a link
+# that is gone altogether shows on the control link, within four seconds.
+STALL_SECONDS = 30.0
 
 
 @dataclass
@@ -96,7 +97,8 @@ class Sender:
 
     def __init__(self, desk: Desk, job: SenderJob) -> None:
         self.desk, self.job, self.row = desk, job, desk.row
-        self.tables = [job.table.view(i) for i in range(len(job.blocks))]
+        self.tables: dict[int, Any] = {}
+        self.first_page = np.concatenate(([0], np.cumsum([b.pages for b in job.blocks]))).tolist()
         self.maker = BatchMaker(job.codec, job.level, self.row)
         self.channel: SendingChannel[_Sent] = SendingChannel(job.credit)
         self.readers: dict[int, BlockReader] = {}
@@ -147,12 +149,15 @@ class Sender:
                 self._scan(job)
                 self.desk.say(jobs.ScanDone())
             case jobs.Digest():
-                digest = part_digest(
-                    self.job.blocks[job.block], job.part, bytearray(1 << 20), self.desk.beat
-                )
+                digest = part_digest(self.job.blocks[job.block], job.part, bytearray(CHUNK_BYTES))
                 self.desk.say(jobs.DigestDone(job.block, job.part, digest))
             case _:
                 raise LocalProtocolError(f"a sender was told {type(job).__name__}")
+
+    def _table(self, block: int) -> Any:
+        if block not in self.tables:
+            self.tables[block] = self.job.table.view(block)
+        return self.tables[block]
 
     def _reader(self, block: int) -> BlockReader:
         if block not in self.readers:
@@ -163,7 +168,7 @@ class Sender:
         """Send all dirty pages of an extent. Its answer goes out when the last one is settled,
         which may be while the next extent is under way: the channel never runs dry between."""
         extent = _Extent()
-        table = self.tables[job.block]
+        table = self._table(job.block)
         dirty = np.flatnonzero(table[job.first : job.first + job.count] == DIRTY) + job.first
         for at in range(0, len(dirty), _WINDOW):
             self._send_window(extent, job, dirty[at : at + _WINDOW])
@@ -179,7 +184,6 @@ class Sender:
         for at in range(0, len(pages), self.job.batch_pages):
             self._send_batch(extent, job.block, pages[at : at + self.job.batch_pages], job.live)
             self._take_jobs()
-            self.desk.beat()
 
     def _send_zero(self, extent: _Extent, block: int, pages: Pages) -> None:
         hashes = np.zeros(len(pages), np.uint64) if self.job.hashes is not None else None
@@ -220,7 +224,7 @@ class Sender:
         """Own the pages before their first byte is sent."""
         if self.channel.idle:
             self.last_answer = time.monotonic()
-        self._store(self.tables[sent.block], sent.pages, IN_FLIGHT)
+        self._store(self._table(sent.block), sent.pages, IN_FLIGHT)
         sent.extent.waiting += 1
         self.channel.sent(sent, batch.size + meta, len(sent.pages))
         zero = int(batch.zero[1].sum())
@@ -264,12 +268,10 @@ class Sender:
                 self._read_answers()
             elif left < 0.001:
                 time.sleep(left)
-            self.desk.beat()
 
     def _wait(self) -> None:
         """Sleep until the receiver or the coordinator says something, or a heartbeat is due."""
         self.poller.poll(int(HEARTBEAT_SECONDS * 1000))
-        self.desk.beat()
         self._take_jobs()
         if self.socket is not None:
             self._read_answers()
@@ -294,11 +296,12 @@ class Sender:
                 self.channel.credit = min(self.job.credit + int(took * _FAST_LINK), _MAX_CREDIT)
             if sent.hashes is not None:
                 self._hash_table(sent.block)[sent.pages] = sent.hashes
-            self._store(self.tables[sent.block], sent.pages, CLEAN)
+            self._store(self._table(sent.block), sent.pages, CLEAN)
         else:
-            self._store(self.tables[sent.block], sent.pages, DIRTY)
+            self._store(self._table(sent.block), sent.pages, DIRTY)
             sent.extent.lost += len(sent.pages)
             self.row.add("lost_frames", 1)
+            self.row.add("lost_pages", len(sent.pages))
         sent.extent.waiting -= 1
         self._answer(sent.extent)
 
@@ -315,7 +318,7 @@ class Sender:
 
     def _hash_table(self, block: int) -> Any:
         assert self.job.hashes is not None
-        before = sum(b.pages for b in self.job.blocks[:block])
+        before = self.first_page[block]
         return self.job.hashes.array(np.uint64, self.job.blocks[block].pages, before * 8)
 
     def _scan(self, job: jobs.Scan) -> None:
@@ -324,7 +327,7 @@ class Sender:
         A page that changed and changed back between two looks equals the look, but not what
         a sender read in between. Holes are zero and are not read.
         """
-        table, sent = self.tables[job.block], self._hash_table(job.block)
+        table, sent = self._table(job.block), self._hash_table(job.block)
         now = np.zeros(job.count, np.uint64)
         block, reader = self.job.blocks[job.block], self._reader(job.block)
         starts, counts = block.data_runs(job.first, job.count)
@@ -334,7 +337,6 @@ class Sender:
                 n = min(step, start + count - at)
                 content = reader.read(np.arange(at, at + n, dtype=np.int64), copy=False)
                 now[at - job.first : at - job.first + n] = page_hashes(content)
-                self.desk.beat()
         changed = np.flatnonzero(now != sent[job.first : job.first + job.count]) + job.first
         if len(changed):
             self._store(table, changed, DIRTY)

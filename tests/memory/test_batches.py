@@ -158,6 +158,37 @@ def test_a_block_smaller_than_a_page(tmp_path):
         file.close()
 
 
+@pytest.mark.parametrize("place", ["page", "word", "byte"])
+def test_zero_pages_are_found_without_reading_the_others(blocks, place):
+    """Together or apart, up to the tail: the same as if all had been read."""
+    reader = BlockReader(blocks[place])
+    for what, numbers in SELECTIONS.items():
+        zeros = [kind_of(n) == "z" for n in numbers]
+        assert reader.zero(array(numbers)).tolist() == zeros, what
+    every_other = range(0, PAGES, 2)
+    assert reader.zero(array(every_other)).tolist() == [kind_of(n) == "z" for n in every_other]
+
+
+def test_a_zero_tail_and_a_byte_that_is_not(tmp_path):
+    """The tail counts as zero if what there is of it is; more pages than are looked at at a time."""
+    path = tmp_path / "ram"
+    pages = 600
+    path.write_bytes(bytes(8 + pages * PAGE_SIZE + TAIL))
+    file = RamFile(os.open(path, os.O_RDWR | os.O_CLOEXEC), str(path))
+    try:
+        for start in (8, 5):
+            block = RamBlock(Block("ram", pages * PAGE_SIZE + TAIL), file, start)
+            for odd in (0, 1, 255, 256, 599, 600):
+                os.pwrite(file.fd, b"\1", start + odd * PAGE_SIZE + 1000)
+                zeros = BlockReader(block).zero(array(range(pages + 1)))
+                assert np.flatnonzero(~zeros).tolist() == [odd]
+                zeros = BlockReader(block).zero(array({0, 1, 255, 256, 599, 600} - {odd}))
+                assert zeros.all()
+                os.pwrite(file.fd, b"\0", start + odd * PAGE_SIZE + 1000)
+    finally:
+        file.close()
+
+
 # ---- batches -------------------------------------------------------------------------------
 
 
@@ -203,6 +234,16 @@ def test_a_mixed_batch_is_partly_raw_and_partly_packed(blocks, codec):
     assert batch.size < (len(by_kind["r"]) + len(by_kind["t"]) / 3) * PAGE_SIZE
     assert counted(row, "raw_pages") == len(by_kind["r"])
     assert counted(row, f"{codec}_pages") == len(by_kind["t"])
+
+
+def test_a_single_page_is_worth_packing(blocks):
+    """Among random ones."""
+    numbers = [next(n for n in range(PAGES) if kind_of(n) == "t")]
+    numbers += [n for n in range(PAGES) if kind_of(n) == "r"][:9]
+    content = BlockReader(blocks["page"]).read(array(numbers), copy=False)
+    batch = maker_of("zstd").make(array(numbers), content)
+    assert pages_of(batch.packed).tolist() == [min(numbers)]
+    assert total_pages(batch.raw) == 9
 
 
 def test_without_a_codec_nothing_is_packed(blocks):

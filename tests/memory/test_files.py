@@ -72,15 +72,24 @@ def test_a_discarded_file_leaves_an_existing_one_alone(tmp_path, new):
     assert os.listdir(tmp_path) == ["vm.mem"]
 
 
-def test_a_link_is_replaced_not_followed(tmp_path, new):
-    """What it pointed to is somebody else's."""
+def test_a_link_is_followed(tmp_path, new):
+    """As cp does: a link to the large disk still points there afterwards."""
     target, path = tmp_path / "target", tmp_path / "link"
     target.write_bytes(b"theirs")
     path.symlink_to(target)
     file = new(path, 1)
     file.publish()
-    assert target.read_bytes() == b"theirs"
-    assert not path.is_symlink() and path.read_bytes() == b"\0"
+    assert target.read_bytes() == b"\0"
+    assert path.is_symlink()
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path, new):
+    """A device, a pipe, a socket: somebody else's, and no place for memory."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(DestinationError, match="no regular file"):
+        new(path)
+    assert stat.S_ISFIFO(os.stat(path).st_mode)
 
 
 def test_guest_memory_is_nobody_elses(tmp_path, new):
@@ -137,7 +146,7 @@ def test_a_folder_that_takes_the_name_meanwhile(tmp_path, new):
     path = tmp_path / "vm.mem"
     file = new(path)
     path.mkdir()
-    with pytest.raises(DestinationError, match="cannot name"):
+    with pytest.raises(DestinationError, match="cannot replace"):
         file.publish()
     file.discard()
     assert os.listdir(tmp_path) == ["vm.mem"] and path.is_dir()

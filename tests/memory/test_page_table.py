@@ -37,7 +37,7 @@ def test_a_new_table_is_clean(make):
     table = make(3, 5)
     for block in (0, 1):
         assert table.view(block).tolist() == [CLEAN] * [3, 5][block]
-        assert table.remaining(block) == 0
+    assert table.remaining() == 0
 
 
 def test_blocks_do_not_touch_each_other(make):
@@ -51,19 +51,19 @@ def test_blocks_do_not_touch_each_other(make):
     ]
     table.view(2)[:] = IN_FLIGHT
     assert table.view(1).tolist() == [DIRTY, CLEAN, CLEAN, CLEAN, DIRTY]
-    assert [table.remaining(block) for block in range(3)] == [0, 2, 2]
+    assert table.remaining() == 4
 
 
 def test_what_is_in_flight_is_not_done(make):
-    """It counts as remaining; if nobody acknowledges it, it goes back into the queue."""
+    """It counts as remaining until it is acknowledged."""
     table = make(4)
     table.mark_dirty(0, runs(0, 1, 2))
     view = table.view(0)
     view[0], view[1] = CLEAN, IN_FLIGHT
-    assert table.remaining(0) == 2
+    assert table.remaining() == 2
     assert table.group_counts(0).tolist() == [2]
-    table.requeue(0)
-    assert view.tolist() == [CLEAN, DIRTY, DIRTY, CLEAN]
+    view[1] = CLEAN
+    assert table.remaining() == 1
     del view
 
 
@@ -89,7 +89,7 @@ def test_group_counts_count_each_group(pages, group, data):
             for at in range(0, pages, group)
         ]
         assert table.group_counts(1, group).tolist() == expected
-        assert sum(expected) == table.remaining(1)
+        assert sum(expected) == table.remaining()
         assert table.group_counts(0, group).sum() == 0
     finally:
         table.close()
@@ -113,7 +113,7 @@ def test_workers_see_the_same_bytes(make):
     theirs.view(1)[2] = IN_FLIGHT
     assert table.view(1).tolist() == [CLEAN, CLEAN, IN_FLIGHT]
     theirs.close()
-    assert table.remaining(1) == 1
+    assert table.remaining() == 1
 
 
 def test_nothing_is_left_after_close(make):

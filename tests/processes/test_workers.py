@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import signal
 
 import numpy as np
@@ -252,7 +253,8 @@ def test_a_killed_worker_is_reported_with_its_cause(tmp_path):
 
 
 async def _with_sender(tmp_path, body, codec="none"):
-    block = _block(tmp_path / "memory", pattern(PAGES))
+    # no zero pages: those would travel first, in a frame of their own
+    block = _block(tmp_path / "memory", random.Random(4).randbytes(PAGES * PAGE))
     counters, table = Counters(1), PageTable([PAGES])
     bandwidth = Bandwidth(context(), 0)
     coordinator = Coordinator(counters)

@@ -157,6 +157,15 @@ def test_a_damaged_meta_is_told_with_the_next_frame():
     assert pair.answer() == [Lost("a"), Acked("b")]
 
 
+def test_everything_placed_is_told_before_the_barrier_is_answered():
+    """Or the sender would compare counts that lack the last acknowledgement."""
+    receiver = ReceivingChannel()
+    receiver.placed(receiver.receive(*data_frame(0)).frame)
+    assert receiver.receive(encode_control(Frame(Kind.SYNC, 1, 1, frames=1, pages=1))) is None
+    kinds = [decode(answer).kind for answer in receiver.answers(idle=False)]
+    assert kinds == [Kind.ACK, Kind.SYNC_ACK]
+
+
 def test_pages_are_counted_in_the_barrier():
     """Zero pages and pages with content alike, lost ones not."""
     pair = Pair()
@@ -277,6 +286,7 @@ def test_the_receiver_refuses_what_cannot_come():
         (ack(0, 0), b""),
         (ack(0, 0, Kind.NACK), b""),
         (ack(0, 0, Kind.SYNC_ACK), b""),
+        *((ack(2, 2, kind), b"") for kind in (Kind.ACK, Kind.NACK, Kind.SYNC_ACK)),
     ):
         refused(pair.receiver, RemoteProtocolError, "receive", meta, payload)
     pair.answer()

@@ -41,6 +41,37 @@ def test_a_short_round_does_not_change_the_rate():
     assert fresh.rate == MIB
 
 
+def test_zero_pages_say_nothing_of_the_rate():
+    """They cost next to nothing; what a guest writes is seldom zero."""
+    convergence = Convergence(0.3, 30)
+    convergence.round_done(100_000, 1.0, zero=100_000 - 25_600, wire=200 * MIB)
+    assert convergence.rate == 100 * MIB
+    convergence.round_done(10**6, 1.0, zero=10**6, wire=1000)
+    assert convergence.rate == 100 * MIB
+
+
+def test_the_first_round_counts_as_if_dirty_pages_did_not_compress():
+    """It holds everything the guest ever had; later ones are measured as they are."""
+    convergence = Convergence(0.3, 30)
+    convergence.round_done(25_600, 1.0, wire=40 * MIB)
+    assert (convergence.rate, convergence.wire_share) == (40 * MIB, 1.0)
+    convergence.round_done(25_600, 1.0, wire=40 * MIB)
+    assert (convergence.rate, convergence.wire_share) == (100 * MIB, 0.4)
+
+
+def test_a_bandwidth_limit_bounds_what_is_expected():
+    """Whatever was moved before it was set; what compresses well may move faster than it."""
+    convergence = measured(limit=10.0)
+    left = 100 * PAGES_IN_A_MIB
+    assert convergence.expected_downtime(left) == pytest.approx(FIXED_SECONDS + 1)
+    convergence.max_bandwidth = 20 * MIB
+    assert convergence.expected_downtime(left) == pytest.approx(FIXED_SECONDS + 5)
+    convergence.wire_share = 0.5
+    assert convergence.expected_downtime(left) == pytest.approx(FIXED_SECONDS + 2.5)
+    convergence.max_bandwidth = 10**12
+    assert convergence.expected_downtime(left) == pytest.approx(FIXED_SECONDS + 1)
+
+
 def test_what_a_switchover_costs():
     """What is left at the measured rate, taking the last set, and the fixed part."""
     convergence = measured()
@@ -68,12 +99,15 @@ def test_nothing_left_is_always_a_switchover():
 
 
 def test_without_a_rate_nothing_is_known():
-    """A first round that moved nothing: a switchover with all that is left would be a guess."""
+    """A first round that moved nothing: a switchover with all that is left would be a guess; with
+    a few pages it would do on any link. A guest that only writes zeros must not go on for ever."""
     convergence = Convergence(0.3, 2)
     convergence.round_done(0, 1.0)
     assert convergence.decide(10**6) is Decision.NEXT_ROUND
-    assert convergence.decide(0) is Decision.SWITCH_OVER
-    convergence.round_done(0, 1.0)
+    assert convergence.decide(0) is convergence.decide(100) is Decision.SWITCH_OVER
+    convergence.round_done(500, 1.0, zero=500, wire=9000)
+    assert convergence.rate == 0
+    assert convergence.decide(100) is Decision.SWITCH_OVER
     assert convergence.decide(10**6) is Decision.GIVE_UP
 
 

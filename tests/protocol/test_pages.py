@@ -191,6 +191,7 @@ def test_runs_from_bytes_holds_every_page_that_is_touched(steps):
     assert as_set(runs) == touched
     assert total_pages(runs) == len(touched)
     assert check_runs(runs, page_count(at))
+    assert all(a + n < b for (a, n), (b, _) in pairwise(as_pairs(runs))), "touching runs"
 
 
 def test_runs_from_bytes_merges_a_range_inside_of_another():

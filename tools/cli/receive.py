@@ -62,7 +62,7 @@ def receive_command(listen: str, into: str | None, once: bool, **options: Any) -
                 print(json.dumps(error_object(error), default=str), flush=True)
             view.say(f"failed: {error.message}")
 
-    run(start, as_json=as_json, quiet=quiet)
+    run(start, as_json=as_json, quiet=quiet, interrupted="no longer listening")
 
 
 class _OneArrival:

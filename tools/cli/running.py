@@ -57,8 +57,10 @@ def run(
     *,
     as_json: bool,
     quiet: bool,
+    interrupted: str = "interrupted; the source is as it was",
 ) -> None:
-    """Run `start(view, interrupts)` to its end and print its report."""
+    """Run `start(view, interrupts)` to its end and print its report. `interrupted`: what a
+    second Ctrl-C leaves behind; one after the switchover has an error of its own."""
     view = make_view(quiet)
 
     async def main() -> dict[str, Any] | None:
@@ -67,7 +69,7 @@ def run(
             try:
                 return await start(view, interrupts)
             except asyncio.CancelledError:
-                raise Cancelled("interrupted; the source is as it was") from None
+                raise Cancelled(interrupted) from None
 
     with view:
         report = asyncio.run(main())

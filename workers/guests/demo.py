@@ -40,7 +40,7 @@ class GuestProcess:
     """A demo guest and the memory it owns. The coordinator only keeps the name of it."""
 
     def __init__(self, size: int, registers: Registers, handover: str = "") -> None:
-        self.segment = Segment(size, "demo")
+        self.segment = Segment(size, "demo", reserve=False)
         self._ours, theirs = multiprocessing.Pipe()
         try:
             self.process = start_process(
@@ -136,8 +136,8 @@ class DemoSource(SourceGuest):
 
     def stop(self) -> None:
         if not self._stopped:
+            self._stopped = True  # first: if the answer is lost, resume must not be a no-op
             self._registers = self._guest.ask("stop").registers
-            self._stopped = True
 
     def resume(self) -> None:
         if self._stopped:

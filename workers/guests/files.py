@@ -36,12 +36,13 @@ class NewFile:
     """
 
     def __init__(self, path: str, size: int) -> None:
-        self.path = os.path.abspath(path)
+        self.path = os.path.realpath(path)
         self.fd = -1
         self._temporary = ""
         directory = os.path.dirname(self.path)
         if os.path.isdir(self.path):
             raise DestinationError(f"cannot write {path}: it is a directory; name a file in it")
+        self._check_replaceable()
         try:
             self.fd = self._open(directory)
             os.ftruncate(self.fd, size)
@@ -50,6 +51,11 @@ class NewFile:
             if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise NoSpace(f"no space for a file of {size} bytes at {path}") from e
             raise DestinationError(f"cannot create {path}: {e.strerror}") from e
+
+    def _check_replaceable(self) -> None:
+        """Only a regular file may be replaced: never a device, a pipe, a socket."""
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise DestinationError(f"cannot replace {self.path}: it is no regular file")
 
     def _open(self, directory: str) -> int:
         try:
@@ -68,6 +74,7 @@ class NewFile:
 
     def publish(self) -> None:
         """Give it its name, in place of what had it. Its content must be synced already."""
+        self._check_replaceable()
         directory = os.path.dirname(self.path)
         try:
             where = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

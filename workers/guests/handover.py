@@ -14,7 +14,7 @@ import tempfile
 
 import msgspec
 
-from ...transport.errors import SourceError
+from ...transport.errors import HostLacks, SourceError
 
 _MAX_MESSAGE = 1 << 20
 _MAX_DESCRIPTORS = 2
@@ -44,7 +44,11 @@ class HandoverSocket:
         self._directory = tempfile.mkdtemp(prefix=f"pageferry-{os.getpid()}-")
         self.path = os.path.join(self._directory, "uffd.sock")
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(self.path)
+        try:
+            self._socket.bind(self.path)
+        except OSError as e:
+            self.close()
+            raise HostLacks(f"cannot open a socket at {self.path}: set TMPDIR ({e})") from e
         self._socket.listen(1)
         self._socket.settimeout(HANDOVER_SECONDS)
 

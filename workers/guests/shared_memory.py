@@ -16,7 +16,13 @@ import stat
 import time
 from typing import Any
 
-from ...transport.errors import DestinationError, DestinationTooSmall, SourceError, UsageError
+from ...transport.errors import (
+    DestinationError,
+    DestinationTooSmall,
+    PeerRefused,
+    SourceError,
+    UsageError,
+)
 from ...transport.messages import Block, Hello
 from ..ram import RamBlock, RamFile
 from .base import TRACKING_HASH, DestinationGuest, SourceGuest, layout_size
@@ -49,8 +55,10 @@ class WriterProcess:
 
     def stop(self) -> None:
         """SIGSTOP, and wait until every thread has stopped."""
-        self.stopped = True
         try:
+            if self._all_stopped():
+                return  # somebody stopped it before us, and it stays so
+            self.stopped = True
             self._process.send_signal(signal.SIGSTOP)
             until = time.monotonic() + _STOP_SECONDS
             while not self._all_stopped():
@@ -64,7 +72,11 @@ class WriterProcess:
 
     def _all_stopped(self) -> bool:
         pid = self._process.pid
-        for task in os.listdir(f"/proc/{pid}/task"):
+        try:
+            tasks = os.listdir(f"/proc/{pid}/task")
+        except OSError:
+            return True  # it ended
+        for task in tasks:
             try:
                 with open(f"/proc/{pid}/task/{task}/stat") as f:
                     state = f.read().rpartition(")")[2].split()[0]
@@ -134,6 +146,11 @@ class RamDestination(DestinationGuest):
 
     def lay_out(self, hello: Hello) -> None:
         size = layout_size(hello.blocks, hello.image_size)
+        if hello.kind == "image" and sum(block.size for block in hello.blocks) != size:
+            raise PeerRefused(
+                "an ELF core is more than memory (headers, notes): move it to image:PATH",
+                field="kind",
+            )
         try:
             fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
