@@ -159,3 +159,20 @@ def test_command_line_says_what_it_did(image, tmp_path):
     assert done.returncode == 0
     assert "completed, digests equal" in done.stdout
     assert "round 1" in done.stderr or "completed" in done.stderr
+
+
+def test_a_core_is_more_than_memory(tmp_path):
+    """Into plain memory its headers and notes would be lost: refused, nothing made."""
+    core = _core(tmp_path, [pattern(20, 1)])
+    name = f"test-pf-{os.getpid()}-core"
+    with pytest.raises(pageferry.PageferryError, match="move it to image"):
+        pageferry.migrate(f"image:{core}", f"shm:{name}")
+    assert not os.path.exists(f"/dev/shm/{name}")
+
+
+def test_a_core_of_many_segments(tmp_path):
+    """Nothing in it may cost the square of their number."""
+    core = _core(tmp_path, [bytes([n % 255 + 1]) * 100 for n in range(3000)])
+    out = tmp_path / "out.core"
+    pageferry.migrate(f"image:{core}", f"image:{out}", verify=True)
+    assert same_file(core, out)

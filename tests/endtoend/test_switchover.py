@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 
 import pytest
 import unsure_guest
@@ -11,9 +12,11 @@ from pageferry.pipeline import source as source_module
 from pageferry.pipeline.destination import Destination
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.source import Source
+from pageferry.transport import messages
 from pageferry.transport.errors import (
     ConfirmationLost,
     DestinationError,
+    PeerLost,
     RemoteProtocolError,
 )
 from pageferry.transport.links import Endpoint
@@ -96,3 +99,141 @@ def test_cancel_after_run_was_said_changes_nothing(guest):
     report = asyncio.run(_migrate(guest, slow, on_source))
     assert report["status"] == "completed"
     assert guest._stopped
+
+
+def test_a_receiver_that_is_stopped_after_run_keeps_the_guest(guest):
+    """Run has come, then the receiver is told to end: the guest arrived, and is reported so."""
+
+    class Waits(unsure_guest.NeverConfirms):
+        discarded = False
+
+        def discard(self):
+            self.discarded = True
+            super().discard()
+
+    there = Waits(parse_guest("demo:"))
+    reports = []
+
+    async def both():
+        endpoint = Endpoint("ipc", path=f"@test-pf-{os.getpid()}")
+        listening = Destination(endpoint, lambda hello: there)
+        arriving = asyncio.ensure_future(
+            api.receive(listening, lambda report, error: reports.append(report), once=False)
+        )
+        source = Source(guest, endpoint, Parameters().checked())
+        sending = asyncio.ensure_future(source.run())
+        await asyncio.to_thread(there.running.wait)
+        arriving.cancel()
+        await asyncio.sleep(0)
+        there.release.set()
+        report = await sending
+        await asyncio.gather(arriving, return_exceptions=True)
+        listening.close()
+        return report
+
+    assert asyncio.run(both())["status"] == "completed"
+    assert not there.discarded
+    assert reports[0]["status"] == "completed"
+    assert guest._stopped
+
+
+def test_a_sender_that_dies_after_run_was_said_changes_nothing(guest):
+    """Nothing is needed from it any more."""
+    slow = unsure_guest.NeverConfirms(parse_guest("demo:"))
+
+    def on_source(source, listening):
+        async def kill_when_running():
+            await asyncio.to_thread(slow.running.wait)
+            for worker in source._pool.workers:
+                worker.process.kill()
+                await asyncio.to_thread(worker.process.join)
+            slow.release.set()
+
+        source.helper = asyncio.ensure_future(kill_when_running())
+
+    assert asyncio.run(_migrate(guest, slow, on_source))["status"] == "completed"
+
+
+class SlowToStop:
+    """A guest whose stop takes a while; `stopping` says that it has begun."""
+
+    def __init__(self, guest):
+        self._guest = guest
+        self.stopping, self.go_on = threading.Event(), threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self._guest, name)
+
+    def stop(self):
+        self.stopping.set()
+        self.go_on.wait(60)
+        self._guest.stop()
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_cancel_while_the_guest_is_being_stopped(guest, times):
+    """A thread cannot be cancelled: whoever resumes the guest waits until it has stopped. A
+    second and third cancel do not hurry it."""
+    slow = SlowToStop(guest)
+
+    async def cancel_it():
+        there = unsure_guest.DemoDestination(parse_guest("demo:"))
+        migrating = asyncio.ensure_future(_migrate(slow, there))
+        await asyncio.to_thread(slow.stopping.wait)
+        for _ in range(times):
+            migrating.cancel()
+            await asyncio.sleep(0)
+        slow.go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await migrating
+
+    asyncio.run(cancel_it())
+    assert not guest._stopped
+    assert _runs(guest)
+
+
+def test_a_control_message_that_is_lost_ends_it(guest):
+    """The connection breaks once, ZeroMQ reconnects in silence and what was under way is gone:
+    the next ping tells, and the guest goes on where it was."""
+
+    class Forgetful(Destination):
+        def _greet(self, identity, data):
+            arrival = super()._greet(identity, data)
+            if arrival is not None:
+                transmit = arrival.control._transmit
+
+                async def forget_once(message):
+                    if isinstance(messages.decode(message), messages.StateLoaded):
+                        return
+                    await transmit(message)
+
+                arrival.control._transmit = forget_once
+            return arrival
+
+    async def migrate():
+        endpoint = Endpoint("ipc", path=f"@test-pf-{os.getpid()}")
+        listening = Forgetful(endpoint, api.opener(parse_guest("demo:")))
+        arriving = asyncio.ensure_future(api.receive_one(listening))
+        try:
+            await Source(guest, endpoint, Parameters().checked()).run()
+        finally:
+            await asyncio.gather(arriving, return_exceptions=True)
+            listening.close()
+
+    with pytest.raises(PeerLost, match="a message was lost"):
+        asyncio.run(migrate())
+    assert _runs(guest)
+
+
+def test_a_callback_that_fails_does_not_decide(guest, caplog):
+    """Progress and events are for whoever watches; the migration does not depend on them."""
+
+    def on_source(source, listening):
+        def broken(*arguments):
+            raise BrokenPipeError("nobody watches")
+
+        source.on_progress = source.on_event = broken
+
+    there = unsure_guest.DemoDestination(parse_guest("demo:"))
+    assert asyncio.run(_migrate(guest, there, on_source))["status"] == "completed"
+    assert "callback failed" in caplog.text

@@ -170,7 +170,7 @@ def test_zero_pages_are_found_without_reading_the_others(blocks, place):
 
 
 def test_a_zero_tail_and_a_byte_that_is_not(tmp_path):
-    """The tail counts as zero if what there is of it is; more pages than are looked at at a time."""
+    """The tail is zero if what there is of it is; more pages than are looked at together."""
     path = tmp_path / "ram"
     pages = 600
     path.write_bytes(bytes(8 + pages * PAGE_SIZE + TAIL))
