@@ -21,10 +21,8 @@ def check_hello(hello: Hello, expected_kind: str | None) -> None:
     """PeerRefused with the field that does not match, if one does not."""
     if hello.protocol != PROTOCOL:
         raise _refusal("protocol", hello.protocol, f"{PROTOCOL} (pageferry {__version__})")
-    try:
-        uuid.UUID(hello.uuid)
-    except ValueError:
-        raise _refusal("uuid", hello.uuid, "a uuid") from None
+    if not _is_uuid(hello.uuid):
+        raise _refusal("uuid", repr(hello.uuid[:64]), "a uuid")
     if expected_kind is not None and hello.kind != expected_kind:
         raise _refusal("kind", hello.kind, expected_kind)
     if not 1 <= hello.workers <= MAX_WORKERS:
@@ -36,6 +34,14 @@ def check_hello(hello: Hello, expected_kind: str | None) -> None:
     _check_blocks(hello.blocks)
     if not 0 <= hello.image_size <= MAX_BLOCK_SIZE:
         raise _refusal("image-size", hello.image_size, f"up to {MAX_BLOCK_SIZE}")
+
+
+def _is_uuid(text: str) -> bool:
+    """Only as we write them: UUID() takes line ends and underscores, and names are made of it."""
+    try:
+        return str(uuid.UUID(text)) == text
+    except ValueError:
+        return False
 
 
 def _check_blocks(blocks: list[Block]) -> None:
