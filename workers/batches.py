@@ -45,7 +45,6 @@ class BlockReader:
     def __init__(self, block: RamBlock) -> None:
         self._pages = block.whole_pages()
         self._words = block.words() if block.aligned else None
-        self._tail = block.tail() if block.size % PAGE_SIZE else b""
         self._block = block
 
     def read(self, pages: Pages, copy: bool) -> npt.NDArray[np.uint64]:

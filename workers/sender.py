@@ -270,7 +270,7 @@ class Sender:
                 time.sleep(left)
 
     def _wait(self) -> None:
-        """Sleep until the receiver or the coordinator says something, or a heartbeat is due."""
+        """Sleep until the receiver or the coordinator says something, or a little while."""
         self.poller.poll(int(HEARTBEAT_SECONDS * 1000))
         self._take_jobs()
         if self.socket is not None:
