@@ -11,8 +11,13 @@ from .._version import __version__
 from ..transport.errors import PeerRefused
 from ..transport.messages import MAX_BLOCK_SIZE, MAX_BLOCKS, MAX_WORKERS, PROTOCOL, Block, Hello
 from ..transport.pages import PAGE_SIZE
+from ..transport.urgent import MAX_HOST_PAGES
 from ..transport.wire import MAX_BATCH_PAGES
+from ..workers.guests.base import POSTCOPY
 
+# The urgent channel is a connection of its own, not ZeroMQ's.
+DIRECT = "postcopy-direct"
+CAPABILITIES = {POSTCOPY, DIRECT}
 # Host pages that can exist: 4 KiB to 1 GiB.
 _LARGEST_HOST_PAGE = 1 << 30
 
@@ -29,11 +34,23 @@ def check_hello(hello: Hello, expected_kind: str | None) -> None:
         raise _refusal("workers", hello.workers, f"1 to {MAX_WORKERS}")
     if not 1 <= hello.batch_pages <= MAX_BATCH_PAGES:
         raise _refusal("batch-pages", hello.batch_pages, f"1 to {MAX_BATCH_PAGES}")
-    if hello.capabilities:
-        raise _refusal("capabilities", ", ".join(hello.capabilities), "none")
+    if unknown := sorted(set(hello.capabilities) - CAPABILITIES):
+        raise _refusal("capabilities", ", ".join(unknown)[:200], ", ".join(sorted(CAPABILITIES)))
     _check_blocks(hello.blocks)
+    if POSTCOPY in hello.capabilities:
+        _check_postcopy(hello.blocks)
     if not 0 <= hello.image_size <= MAX_BLOCK_SIZE:
         raise _refusal("image-size", hello.image_size, f"up to {MAX_BLOCK_SIZE}")
+
+
+def _check_postcopy(blocks: list[Block]) -> None:
+    """Memory that is installed host page by host page consists of whole ones."""
+    for block in blocks:
+        where = f"block {block.name[:64]!r}"
+        if block.size % block.page_size:
+            raise _refusal(f"{where} size", block.size, f"a multiple of {block.page_size}")
+        if block.page_size > MAX_HOST_PAGES * PAGE_SIZE:
+            raise _refusal(f"{where} page-size", block.page_size, "up to 2 MiB in postcopy")
 
 
 def _is_uuid(text: str) -> bool:

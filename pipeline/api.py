@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
-from ..transport.errors import PageferryError, UsageError
+from ..transport.errors import PageferryError, PeerLost, UsageError
 from ..transport.links import Endpoint, parse_endpoint
 from ..transport.messages import Hello
 from ..workers.forking import warm_up
@@ -29,7 +29,7 @@ from .destination import Destination
 from .monitor import Monitor, serve_monitor
 from .parameters import Parameters
 from .source import Source
-from .state import Status
+from .state import IN_POSTCOPY, Status
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -165,6 +165,8 @@ async def copy(
         except BaseException:
             if listening.arrival is None:
                 arriving.cancel()
+            elif listening.arrival.status in IN_POSTCOPY:
+                listening.arrival.abandon(PeerLost("the source has given up"))
             # let the destination clean up: it was told
             await asyncio.gather(arriving, return_exceptions=True)
             raise
@@ -184,8 +186,9 @@ def _not_the_same(source: GuestUri, destination: GuestUri) -> None:
 def _merge(report: dict[str, Any], arrived: dict[str, Any]) -> dict[str, Any]:
     """The source's report with what only the destination knows."""
     report["processes"] = [*report["processes"], *arrived["processes"][1:]]
-    if "oracle" in arrived:
-        report["oracle"] = arrived["oracle"]
+    for name in ("oracle", "guest-latency", "postcopy-already-there"):
+        if name in arrived:
+            report[name] = arrived[name]
     return report
 
 

@@ -94,7 +94,7 @@ class Control:
         while True:
             await asyncio.sleep(PING_SECONDS / 2)
             phase = self.session.phase
-            if phase in (Phase.IDLE, Phase.RUNNING, Phase.CLOSED):
+            if phase in (Phase.IDLE, Phase.CLOSED):
                 continue
             now = time.monotonic()
             if now - self._heard > LOST_SECONDS:

@@ -24,24 +24,30 @@ from .._version import __version__
 from ..transport import messages
 from ..transport.errors import (
     Cancelled,
+    DestinationError,
     LocalProtocolError,
     PageferryError,
+    PeerLost,
     PeerRefused,
+    PostcopyFailed,
     RemoteProtocolError,
+    UsageError,
 )
 from ..transport.links import Endpoint, bind, unbind
-from ..transport.pages import Runs, check_runs
+from ..transport.messages import MAX_WORKERS
+from ..transport.pages import PAGE_SIZE, Runs, check_runs
 from ..transport.session import Role
 from ..workers import jobs, receiver
 from ..workers.counters import Counters
 from ..workers.digest import block_digest, part_count
 from ..workers.forking import context
-from ..workers.guests.base import DestinationGuest
+from ..workers.guests.base import POSTCOPY, DestinationGuest
 from ..workers.pool import Pool, Worker
-from .agreement import check_hello
+from .agreement import DIRECT, check_hello
 from .blocking import Blocking, to_its_end
 from .control import Control
-from .state import Status, advance
+from .faults import Faults
+from .state import IN_POSTCOPY, Status, advance
 from .statistics import Statistics
 
 WATCH_SECONDS = 0.5
@@ -84,6 +90,9 @@ class Arrival:
         self._committed = False
         self._call = Blocking()
         self._starting: asyncio.Task[None] | None = None
+        self._faults: Faults | None = None
+        self._postcopy = False  # the source named what is to come after the guest runs
+        self._pausing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Arrival {self.hello.uuid} {self.status.value}>"
@@ -91,6 +100,8 @@ class Arrival:
     def query(self) -> dict[str, Any]:
         """query-migrate."""
         report = self.statistics.report(self.status, None)
+        if self._faults is not None and self._postcopy:
+            report |= self._faults.report()
         guest_rate, wire_rate = self.statistics.rates()
         report["progress"] = {"rate": round(guest_rate), "wire-rate": round(wire_rate), "eta": None}
         return report
@@ -107,9 +118,20 @@ class Arrival:
 
     def fail(self, error: BaseException) -> None:
         """End it. Once Run has come only the guest itself can still fail: it may be running,
-        and the source has been told nothing to the contrary."""
+        and the source has been told nothing to the contrary. In postcopy what breaks is a pause."""
         if not self._committed:
             self._end(error)
+        elif self.status in IN_POSTCOPY and isinstance(error, DestinationError):
+            self._end(_lost(error))  # the guest is gone
+        elif self.status in (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER):
+            self._pause(error)
+
+    def abandon(self, error: BaseException) -> None:
+        """Nobody waits for the rest of a postcopy any more: the guest is thrown away."""
+        if self.status in IN_POSTCOPY:
+            self._end(_lost(error))
+        else:
+            self.fail(error)
 
     def _end(self, error: BaseException) -> None:
         if self.finished.done():
@@ -162,20 +184,41 @@ class Arrival:
             await self.control.say(messages.Refused(type(e).__name__, field, e.message))
             raise
         self.statistics.total_pages = sum(block.pages for block in self.guest.blocks)
-        endpoints = await self._start_receivers()
+        urgent = await self._start_faults() if POSTCOPY in self.hello.capabilities else None
+        self._counters = self.statistics.counters = Counters(self.hello.workers)
+        endpoints = await self._start_receivers(installing=False)
         self.statistics.set_up = time.monotonic()
         self._become(Status.ACTIVE)
         await self.control.say(
             messages.Welcome(
-                __version__, endpoints, self._tokens, self.guest.fresh, self.guest.kind
+                __version__, endpoints, self._tokens, self.guest.fresh, self.guest.kind, urgent
             )
         )
         self._task(self._watch())
 
-    async def _start_receivers(self) -> list[str]:
+    async def _start_faults(self) -> tuple[str, bytes]:
+        """The fault process, before anything can touch the memory."""
         assert self.guest is not None
-        n = self.hello.workers
-        self._counters = self.statistics.counters = Counters(n)
+        if self.guest.memory is None:
+            error = PeerRefused(
+                f"a {self.hello.kind}: guest does not run here, so that it cannot run before its "
+                f"memory is there: leave --postcopy out",
+                field=POSTCOPY,
+            )
+            await self.control.say(messages.Refused(type(error).__name__, POSTCOPY, error.message))
+            raise error
+        self._faults = Faults(
+            self.guest.blocks, self.guest.memory, self._listen_at(MAX_WORKERS), self.fail,
+            direct=DIRECT in self.hello.capabilities,
+        )  # fmt: skip
+        self.statistics.urgent = self._faults.counters
+        token = secrets.token_bytes(16)
+        return await self._faults.start(token), token
+
+    async def _start_receivers(self, *, installing: bool) -> list[str]:
+        assert self.guest is not None and self._counters is not None
+        n = self._counters.workers
+        self._ready = asyncio.Queue()
         self._tokens = [secrets.token_bytes(16) for _ in range(n)]
         self._pool = Pool("receiver", self._counters, self._on_job, self.fail)
         writing = context().Lock()
@@ -183,6 +226,7 @@ class Arrival:
             receiver.ReceiverJob(
                 self.guest.blocks, self._counters, self._listen_at(i), self._tokens[i],
                 self.guest.fresh, writing,
+                self._faults.for_receivers() if self._faults is not None else None, installing,
             )
             for i in range(n)
         ]  # fmt: skip
@@ -211,6 +255,8 @@ class Arrival:
         while True:
             assert self._pool is not None
             self._pool.check()
+            if self._faults is not None and self._faults.pool is not None:
+                self._faults.pool.check()
             if self._on_progress is not None:
                 try:
                     self._on_progress(self.query())
@@ -222,7 +268,7 @@ class Arrival:
 
     def heard(self, data: bytes) -> None:
         """A message of the source; it is handled beside, so that heartbeats go on."""
-        if self.finished.done():
+        if self.finished.done() or self.status is Status.POSTCOPY_PAUSED:
             return  # over: above all no Run is taken up any more
         try:
             message = self.control.heard(data)
@@ -245,10 +291,17 @@ class Arrival:
             case messages.Discard():
                 await self._discard(message)
                 await self.control.say(messages.Discarded())
+            case messages.Missing():
+                await self._expect(message)
+                await self.control.say(messages.Discarded())
+            case messages.PostcopyEnd():
+                await self._end_postcopy()
             case messages.DigestRequest():
                 await self.control.say(messages.Digests(await self._digest()))
             case messages.DeviceState():
                 self._become(Status.DEVICE)
+                if message.postcopy:
+                    await self._install_from_now_on()
                 await self._call(
                     self.guest.load_state, message.kind, message.state, message.running
                 )
@@ -268,12 +321,25 @@ class Arrival:
         with contextlib.suppress(PageferryError, zmq.ZMQError):
             await self.control.say(messages.Running(detail))
         self.statistics.extra["destination"] = detail
+        if self._postcopy:
+            self.statistics.running = time.monotonic()
+            self._become(Status.POSTCOPY_ACTIVE)
+            return
+        self._complete()
+
+    def _complete(self) -> None:
         self._become(Status.COMPLETED)
         self.statistics.ended = time.monotonic()
         if not self.finished.done():
             self.finished.set_result(None)
 
     async def _discard(self, message: messages.Discard) -> None:
+        block, runs = self._runs_of(message)
+        assert self.guest is not None
+        await self._call(self.guest.blocks[block].clear, runs)
+
+    def _runs_of(self, message: messages.Discard | messages.Missing) -> tuple[int, Runs]:
+        """Block and pages that the source names, checked."""
         assert self.guest is not None
         try:
             runs: Runs = (np.array(message.starts, np.int64), np.array(message.counts, np.int64))
@@ -284,7 +350,89 @@ class Arrival:
         block = self.guest.blocks[message.block]
         if not check_runs(runs, block.pages):
             raise RemoteProtocolError(f"discard outside of block {block.name}")
-        await self._call(block.clear, runs)
+        return message.block, runs
+
+    # ---- postcopy ------------------------------------------------------------------------
+
+    async def _expect(self, message: messages.Missing) -> None:
+        """Throw away what we have of these pages: from now on they are missing."""
+        if self._faults is None:
+            raise RemoteProtocolError("pages are to come later, and nobody asked for postcopy")
+        block, runs = self._runs_of(message)
+        assert self.guest is not None
+        host = self.guest.blocks[block].spec.page_size // PAGE_SIZE
+        if host > 1 and ((runs[0] % host).any() or (runs[1] % host).any()):
+            raise RemoteProtocolError("a part of a host page is to come later")
+        await self._call(self.guest.blocks[block].clear, runs)
+        self._faults.received.expect(block, runs)
+        self._postcopy = True
+
+    async def _install_from_now_on(self) -> None:
+        """Receivers write no file any more: what comes is installed in the guest."""
+        if not self._postcopy or self._pool is None:
+            raise RemoteProtocolError("a postcopy in which nothing is missing")
+        self.statistics.postcopy = True
+        self.statistics.stopped = time.monotonic()
+        self._pool.say_all(jobs.Postcopy())
+        for _ in self._pool.workers:
+            await self._ready.get()
+
+    async def _end_postcopy(self) -> None:
+        assert self._faults is not None
+        if missing := self._faults.received.missing():
+            raise RemoteProtocolError(f"the source has sent all, and {missing} pages are missing")
+        await self._faults.finish()
+        await self.control.say(messages.Ended(self._faults.latency(), self._faults.statistics()))
+        self._complete()
+
+    def _pause(self, error: BaseException) -> None:
+        """The connection is gone: the guest runs on and sleeps on what is missing."""
+        _log.warning("postcopy paused: %s", error)
+        self.statistics.extra["paused-because"] = str(error)
+        self._become(Status.POSTCOPY_PAUSED)
+        self._pausing = asyncio.get_running_loop().create_task(self._let_go())
+
+    async def _let_go(self) -> None:
+        """Drop everything that used the connection."""
+        mine = asyncio.current_task()
+        tasks, self._tasks = [task for task in self._tasks if task is not mine], []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._faults is not None:
+            self._faults.unlink()
+        if self._pool is not None:
+            await self._pool.close()
+
+    def resume(self, message: messages.Resume, control: Control) -> None:
+        """The source is back, on a new connection."""
+        if self.status is Status.POSTCOPY_ACTIVE:
+            self._pause(PeerLost("the source has connected again"))
+        elif self.status is Status.POSTCOPY_RECOVER:
+            self._pause(PeerLost("the source has connected once more"))
+        self._become(Status.POSTCOPY_RECOVER)
+        self.control = control
+        self._task(self._resume(message, control))
+
+    async def _resume(self, message: messages.Resume, control: Control) -> None:
+        assert self._faults is not None and self._counters is not None
+        await control.say(messages.Ping(0))
+        if self._pausing is not None:
+            await self._pausing
+        self._task(control.keep_alive())
+        token = secrets.token_bytes(16)
+        urgent = await self._faults.relink(token)
+        endpoints = await self._start_receivers(installing=True)
+        self._task(self._watch())
+        if self.status is not Status.POSTCOPY_RECOVER or self.control is not control:
+            return
+        self.statistics.extra.pop("paused-because", None)
+        self._become(Status.POSTCOPY_ACTIVE)
+        await control.say(
+            messages.Resumed(
+                endpoints, self._tokens, (urgent, token), self._faults.received.packed()
+            )
+        )
 
     async def _digest(self) -> list[bytes]:
         """Digests of all blocks, computed by the receivers."""
@@ -312,9 +460,11 @@ class Arrival:
         """Let go of everything but a guest that runs. `heard` takes nothing up any more."""
         if self._starting is not None:
             await self._starting
+        if self._pausing is not None:
+            await asyncio.gather(self._pausing, return_exceptions=True)
         if self.status is Status.COMPLETED:
             self.error = None  # whatever came meanwhile came too late
-        elif self._starting is None:
+        elif self._starting is None or self.status in IN_POSTCOPY:
             # before anything else: the source may be about to say Run
             await self._abort()
         for task in self._tasks:
@@ -335,6 +485,10 @@ class Arrival:
         if self._counters is not None:
             self.statistics.counters = self._counters.freeze()
             self._counters.close()
+        if self._faults is not None:
+            self.statistics.extra |= self._faults.report() if self._postcopy else {}
+            self.statistics.urgent = self._faults.close()
+            self._faults = None
 
     async def _abort(self) -> None:
         with contextlib.suppress(PageferryError, zmq.ZMQError):
@@ -348,7 +502,14 @@ class Arrival:
     async def _stop_receivers(self) -> None:
         if self._pool is not None:
             await self._pool.close()
-        self.statistics.remember_processes(self._pool)
+        if self._faults is not None:
+            await self._faults.stop()
+        faults = self._faults.pool if self._faults is not None else None
+        self.statistics.remember_processes(self._pool, faults)
+
+
+def _lost(error: BaseException) -> PostcopyFailed:
+    return PostcopyFailed(f"the guest ran here and part of its memory never arrived: {error}")
 
 
 class Destination:
@@ -395,9 +556,28 @@ class Destination:
         raise PeerRefused("parameters are the source's to set: ask its monitor")
 
     def cancel(self) -> None:
-        """End the migration that is under way, if one is."""
-        if self.arrival is not None:
+        """End the migration that is under way, if one is. A postcopy is ended only when it is
+        paused: its guest runs here, and goes with it."""
+        if self.arrival is None:
+            return
+        if self.arrival.status is Status.POSTCOPY_PAUSED:
+            self.arrival.abandon(Cancelled("given up while paused"))
+        elif self.arrival.status not in IN_POSTCOPY:
             self.arrival.fail(Cancelled("cancelled at the destination"))
+
+    def start_postcopy(self) -> None:
+        raise UsageError("the source says when a postcopy starts: ask its monitor")
+
+    def pause(self) -> None:
+        """migrate-pause: drop the connection of a postcopy, to recover it later."""
+        if self.arrival is None or self.arrival.status is not Status.POSTCOPY_ACTIVE:
+            raise UsageError("only a postcopy that is active can be paused")
+        self.arrival.fail(PeerLost("paused because somebody asked for it"))
+
+    def recover(self, where: str | None) -> None:
+        raise UsageError(
+            f"this end waits at {self.endpoint}: `pageferry recover` the source's monitor"
+        )
 
     async def receive(self) -> dict[str, Any]:
         """The next migration, from its Hello to its end: its report, or its error.
@@ -433,7 +613,7 @@ class Destination:
     async def _next_message(self) -> tuple[bytes, bytes]:
         while True:
             parts = await self._socket.recv_multipart()
-            if len(parts) == 2 and self._only in (None, parts[0]):
+            if len(parts) == 2 and self._only in (None, parts[0][:16]):
                 return parts[0], parts[1]
 
     def _greet(self, identity: bytes, data: bytes) -> Arrival | None:
@@ -450,8 +630,10 @@ class Destination:
             hello = control.heard(data)
         except RemoteProtocolError:
             return None
+        if isinstance(hello, messages.Resume):
+            self._resume(identity, hello, control)
+            return None
         assert isinstance(hello, messages.Hello)
-        self._identity = identity
         if self.arrival is not None:
             self._refuse(control, PeerRefused("the destination is busy", field="busy"))
             return None
@@ -460,10 +642,34 @@ class Destination:
         except PeerRefused as e:
             self._refuse(control, e)
             return None
+        self._identity = identity
         return Arrival(
             hello, control, self.endpoint, self._open_guest,
             self._progress, self._event,
         )  # fmt: skip
+
+    def _resume(self, identity: bytes, message: messages.Resume, control: Control) -> None:
+        """The source of a postcopy is back: it is who begins with the same 16 secret bytes."""
+        arrival = self.arrival
+        known = (
+            arrival is not None
+            and arrival.hello.uuid == message.uuid
+            and arrival.status in IN_POSTCOPY
+            and identity[:16] == self._identity[:16]
+            and len(identity) > 16
+        )
+        if not known or arrival is None:
+            self._refuse(control, PeerRefused(
+                "the destination knows of no postcopy that waits for this source: if the guest "
+                "does not run there, resume it here",
+                field="uuid",
+            ))  # fmt: skip
+            return
+        if message.workers != arrival.hello.workers or message.protocol != messages.PROTOCOL:
+            self._refuse(control, PeerRefused("resumed with other parameters", field="workers"))
+            return
+        self._identity = identity
+        arrival.resume(message, control)
 
     def _refuse(self, control: Control, error: PeerRefused) -> None:
         refused = messages.Refused(
@@ -480,15 +686,13 @@ class Destination:
 
     async def _dispatch(self) -> None:
         """Give the source's messages to the arrival, turn others away."""
-        identity = self._identity
         while True:
             sender_, data = await self._next_message()
-            if sender_ == identity:
+            if sender_ == self._identity:
                 assert self.arrival is not None
                 self.arrival.heard(data)
             else:
                 self._greet(sender_, data)
-                self._identity = identity
 
     def close(self) -> None:
         """Stop listening. Idempotent."""

@@ -6,9 +6,12 @@ every path, cancel and failure in every state included, is tested without any of
 
     greet → channels → initial set → rounds … → stop → last set → last round
           → verify → device state → run → confirmed
+    postcopy:                                 … → stop → last set → say what is missing
+          → device state → run → confirmed → background → end
 
 Until `Run` is said the source may resume. From then on only the destination's own word that
-it does not run lets it: a lost answer leaves the source stopped (ConfirmationLost).
+it does not run lets it: a lost answer leaves the source stopped (ConfirmationLost). In postcopy
+whatever breaks from then on pauses both ends until somebody asks to recover.
 """
 
 from __future__ import annotations
@@ -22,12 +25,14 @@ from ..transport.errors import (
     NotConverging,
     PageferryError,
     PeerLost,
+    PostcopyFailed,
     VerificationFailed,
 )
 from ..transport.pages import PAGE_SIZE
 from ..transport.quantities import format_rate, format_seconds
 from .convergence import Convergence, Decision
-from .state import FINAL, Status, advance
+from .parameters import AUTO, NEVER, NOW
+from .state import FINAL, IN_POSTCOPY, Status, advance
 
 # A static source whose frames are lost this many rounds in a row has a broken link.
 _RESENDS = 5
@@ -103,9 +108,51 @@ class CancelAsked:
     """Somebody does not want it any more."""
 
 
+@dataclass(frozen=True)
+class PostcopyAsked:
+    """migrate-start-postcopy."""
+
+
+@dataclass(frozen=True)
+class MissingTold:
+    """The destination knows which pages are to come after the guest runs."""
+
+
+@dataclass(frozen=True)
+class BackgroundDone:
+    """Every page was sent and is placed."""
+
+
+@dataclass(frozen=True)
+class PostcopyEnded:
+    """The destination has everything."""
+
+
+@dataclass(frozen=True)
+class RecoverAsked:
+    """migrate-recover. `where`: another address of the destination; "" for the same."""
+
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Reconnected:
+    """The destination said what it has; `pages` are still to be sent."""
+
+    pages: int
+
+
+@dataclass(frozen=True)
+class Abandoned:
+    """Nobody waits for the end of it any more."""
+
+    error: PageferryError
+
+
 Event = (
     Started | ChannelsReady | Taken | RoundDone | GuestStopped | Verified | StateLoaded
-    | Confirmed | Failed | CancelAsked
+    | Confirmed | Failed | CancelAsked | PostcopyAsked | MissingTold | BackgroundDone
+    | PostcopyEnded | RecoverAsked | Reconnected | Abandoned
 )  # fmt: skip
 
 # ---- instructions -----------------------------------------------------------------------
@@ -146,7 +193,43 @@ class Verify:
 
 @dataclass(frozen=True)
 class SendState:
-    """Then: StateLoaded."""
+    """Then: StateLoaded. In postcopy the destination arms its memory first."""
+
+    postcopy: bool = False
+
+
+@dataclass(frozen=True)
+class CutRound:
+    """Hand out no more of the round that is under way: what is left goes by postcopy."""
+
+
+@dataclass(frozen=True)
+class TellMissing:
+    """Name all dirty pages to the destination. Then: MissingTold."""
+
+
+@dataclass(frozen=True)
+class SendBackground:
+    """Send all dirty pages while faults are answered. Then: BackgroundDone."""
+
+
+@dataclass(frozen=True)
+class EndPostcopy:
+    """Then: PostcopyEnded."""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Drop the connection and the workers; keep the page table. Nothing follows by itself."""
+
+    error: PageferryError
+
+
+@dataclass(frozen=True)
+class Reconnect:
+    """Connect again, learn what arrived. Then: Reconnected."""
+
+    where: str
 
 
 @dataclass(frozen=True)
@@ -164,7 +247,7 @@ class Finish:
 
 Instruction = (
     OpenChannels | TakeInitial | TakeDirty | SendRound | StopGuest | Verify | SendState
-    | SendRun | Finish
+    | SendRun | Finish | CutRound | TellMissing | SendBackground | EndPostcopy | Pause | Reconnect
 )  # fmt: skip
 
 # ---- the core ---------------------------------------------------------------------------
@@ -179,11 +262,15 @@ class Migration:
     can_stop: bool
     verify: bool
     convergence: Convergence
+    postcopy: str = NEVER  # parameters.py
+    after: int | None = None  # N of after=N
     status: Status = Status.NONE
     round: int = 0
     stopped: bool = False
     run_said: bool = False
     remaining: int = 0  # pages in the table
+    asked: bool = False  # for postcopy
+    leaving: bool = False  # by postcopy: decided
     _resends: int = field(default=0, repr=False)
 
     def handle(self, event: Event) -> list[Instruction]:
@@ -209,22 +296,65 @@ class Migration:
             case StateLoaded():
                 self.run_said = True
                 return [SendRun()]
-            case Confirmed():
-                if not self.run_said:
-                    raise LocalProtocolError("confirmed before it was told to run")
-                self._become(Status.COMPLETED)
-                return [Finish(None, resume=False)]
             case Failed():
                 return self._failed(event)
             case CancelAsked():
                 return self._cancel()
+            case Abandoned():
+                return self._abandoned(event.error)
+            case _:
+                return self._handle_postcopy(event)
+
+    def _handle_postcopy(self, event: Event) -> list[Instruction]:
+        match event:
+            case PostcopyAsked():
+                self.asked = True
+                in_round = self.status is Status.ACTIVE and self.round > 0
+                return [CutRound()] if in_round and not self.leaving else []
+            case MissingTold():
+                return [SendState(postcopy=True)]
+            case Confirmed():
+                return self._confirmed()
+            case RecoverAsked():
+                if self.status is not Status.POSTCOPY_PAUSED:
+                    return []
+                self._become(Status.POSTCOPY_RECOVER)
+                return [Reconnect(event.where)]
+            case Reconnected():
+                self._become(Status.POSTCOPY_ACTIVE)
+                self.remaining = event.pages
+                return [SendBackground()]
+            case BackgroundDone() if self.status is Status.POSTCOPY_ACTIVE:
+                return [EndPostcopy()]
+            case PostcopyEnded() if self.status is Status.POSTCOPY_ACTIVE:
+                self._become(Status.COMPLETED)
+                return [Finish(None, resume=False)]
+            case BackgroundDone() | PostcopyEnded():
+                return []  # of a connection that is gone
+            case _:
+                raise LocalProtocolError(f"unknown event {event!r}")
+
+    def _confirmed(self) -> list[Instruction]:
+        if not self.run_said:
+            raise LocalProtocolError("confirmed before it was told to run")
+        if self.status in IN_POSTCOPY:
+            return []  # it broke meanwhile
+        if self.leaving:
+            self._become(Status.POSTCOPY_ACTIVE)
+            return [SendBackground()]
+        self._become(Status.COMPLETED)
+        return [Finish(None, resume=False)]
 
     def _become(self, status: Status) -> None:
         self.status = advance(self.status, status)
 
     def _taken(self, event: Taken) -> list[Instruction]:
         self.remaining = event.pages
-        if self.round == 0 or self.stopped:
+        if self.stopped:
+            return [TellMissing()] if self.leaving and event.pages else self._complete_last()
+        if self.round == 0:
+            if self.postcopy == NOW or (self.asked and self.postcopy != NEVER):
+                return self._leave()
             return self._next_round()
         self.convergence.dirty_taken(event.written, event.since, event.took)
         if not self.can_stop:
@@ -236,9 +366,33 @@ class Migration:
         decision = self.convergence.decide(event.pages)
         if decision is Decision.SWITCH_OVER:
             return self._switch_over()
+        if self._postcopy_due(decision, event.pages):
+            return self._leave()
         if decision is Decision.GIVE_UP:
             return self._failed(Failed(self._not_converging()))
         return self._next_round()
+
+    def _complete_last(self) -> list[Instruction]:
+        """The guest stands still: the last round, whatever there is in it."""
+        self.leaving = False  # nothing is left that postcopy could bring later
+        return self._next_round()
+
+    def _postcopy_due(self, decision: Decision, pages: int) -> bool:
+        """True if it is time to start the guest before its memory is there."""
+        if self.postcopy == NEVER:
+            return False
+        if self.asked or (self.after is not None and self.round >= self.after):
+            return True
+        if self.postcopy != AUTO:
+            return False
+        # one round more would leave no less
+        hopeless = self.round >= 2 and self.convergence.eta(pages) is None
+        return decision is Decision.GIVE_UP or hopeless
+
+    def _leave(self) -> list[Instruction]:
+        self.leaving = True
+        self._become(Status.DEVICE)
+        return [StopGuest()]
 
     def _next_round(self) -> list[Instruction]:
         self.round += 1
@@ -294,6 +448,11 @@ class Migration:
 
     def _failed(self, event: Failed) -> list[Instruction]:
         error = event.error
+        if self.run_said and self.leaving and not event.by_peer:
+            if self.status is Status.POSTCOPY_PAUSED:
+                return []
+            self._become(Status.POSTCOPY_PAUSED)
+            return [Pause(error)]
         if self.run_said and not event.by_peer:
             error = ConfirmationLost(
                 "the destination was told to run and did not confirm it "
@@ -302,10 +461,32 @@ class Migration:
             )
             self._become(Status.FAILED)
             return [Finish(error, resume=False)]
+        if self.status in IN_POSTCOPY:
+            # the destination's own word that it gave up the guest
+            self._become(Status.FAILED)
+            return [Finish(self._lost(error), resume=False)]
         self._become(Status.CANCELLED if self.status is Status.CANCELLING else Status.FAILED)
         return [Finish(error, resume=True)]
 
+    def _lost(self, error: PageferryError) -> PageferryError:
+        return PostcopyFailed(
+            f"the guest was started at the destination and {self.remaining * PAGE_SIZE >> 20} MiB "
+            f"of its memory never arrived ({error}): end it there; its memory here is as it was "
+            f"when it left",
+            remaining=self.remaining * PAGE_SIZE,
+        )
+
+    def _abandoned(self, error: PageferryError) -> list[Instruction]:
+        if not (self.run_said and self.leaving):
+            return self._failed(Failed(error))
+        if self.status is Status.DEVICE:
+            self._become(Status.POSTCOPY_PAUSED)
+        self._become(Status.FAILED)
+        return [Finish(self._lost(error), resume=False)]
+
     def _cancel(self) -> list[Instruction]:
+        if self.status is Status.POSTCOPY_PAUSED:
+            return self._abandoned(Cancelled("given up while paused"))
         if self.run_said:
             return []  # too late: the destination may be running
         if self.status is Status.NONE:

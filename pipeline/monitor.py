@@ -23,7 +23,8 @@ from ..transport.links import clear_dead_socket
 _MAX_COMMAND = 1 << 16
 _COMMANDS = (
     "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
-    "migrate-set-parameters", "migrate_cancel", "query-version",
+    "migrate-set-parameters", "migrate_cancel", "query-version", "migrate-start-postcopy",
+    "migrate-pause", "migrate-recover",
 )  # fmt: skip
 
 
@@ -71,6 +72,9 @@ class Migrating(Protocol):
     def query_parameters(self) -> dict[str, Any]: ...
     def set_parameters(self, arguments: dict[str, Any]) -> None: ...
     def cancel(self) -> None: ...
+    def start_postcopy(self) -> None: ...
+    def pause(self) -> None: ...
+    def recover(self, where: str | None) -> None: ...
 
 
 def _version() -> dict[str, Any]:
@@ -140,6 +144,15 @@ class Conversation:
                 self._migration.set_parameters(arguments)
             case "migrate_cancel":
                 self._migration.cancel()
+            case "migrate-start-postcopy":
+                self._migration.start_postcopy()
+            case "migrate-pause":
+                self._migration.pause()
+            case "migrate-recover":
+                where = arguments.get("uri")
+                if where is not None and not isinstance(where, str):
+                    raise QmpError("GenericError", "'uri' must be a string")
+                self._migration.recover(where)
             case _:
                 raise QmpError("CommandNotFound", f"there is no command {name}")
         return {}

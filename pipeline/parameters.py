@@ -7,6 +7,7 @@ multifd-compression is `codec`.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +26,17 @@ def default_workers() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), _MOST_DEFAULT_WORKERS))
 
 
+# When the guest is started at the destination before its memory is there.
+NEVER, MANUAL, NOW, AUTO = "never", "manual", "now", "auto"
+
+
 @dataclass(frozen=True)
 class Parameters:
-    """A migration's parameters. `max_bandwidth`: bytes a second, 0 without limit;
-    `downtime_limit`: seconds; `level`: None for the codec's own default."""
+    """A migration's parameters. `max_bandwidth`, `max_postcopy_bandwidth`: bytes a second, 0
+    without limit; `downtime_limit`, `postcopy_latency_target`: seconds; `level`: None for the
+    codec's own default; `postcopy`: never, manual, now, auto or after=ROUNDS; `preempt`:
+    requested pages on a channel of their own (QEMU: postcopy-preempt); `postcopy_link`: what that
+    channel is, zmq or direct (a connection of its own)."""
 
     workers: int = 0
     codec: str = "auto"
@@ -38,6 +46,11 @@ class Parameters:
     max_rounds: int = 30
     verify: bool = False
     batch_pages: int = 256
+    postcopy: str = NEVER
+    preempt: bool = True
+    max_postcopy_bandwidth: int = 0
+    postcopy_latency_target: float = 0.0005
+    postcopy_link: str = "zmq"
 
     def checked(self) -> Parameters:
         """With defaults filled in, or UsageError that names the parameter."""
@@ -46,14 +59,37 @@ class Parameters:
         _within("batch-pages", p.batch_pages, 16, MAX_BATCH_PAGES)
         _within("max-rounds", p.max_rounds, 1, 100_000)
         _within("downtime-limit (ms)", p.downtime_limit * 1000, 1, 2_000_000)
-        _within("max-bandwidth (bytes a second)", p.max_bandwidth, 0, 1 << 50)
-        if p.max_bandwidth and p.max_bandwidth < 100_000:
-            raise UsageError("max-bandwidth below 100 kB/s would never end; 0 means no limit")
+        for name in ("max_bandwidth", "max_postcopy_bandwidth"):
+            shown = name.replace("_", "-")
+            _within(f"{shown} (bytes a second)", getattr(p, name), 0, 1 << 50)
+            if 0 < getattr(p, name) < 100_000:
+                raise UsageError(f"{shown} below 100 kB/s would never end; 0 means no limit")
+        _within("postcopy-latency-target (us)", p.postcopy_latency_target * 1e6, 50, 1e6)
+        p.postcopy_rounds  # noqa: B018  raises if `postcopy` makes no sense
+        if p.postcopy_link not in ("zmq", "direct"):
+            raise UsageError(f"postcopy-link is zmq or direct, not {p.postcopy_link!r}")
+        if p.postcopy != NEVER and p.verify:
+            raise UsageError(
+                "verify compares memory before the guest runs, and postcopy moves it afterwards: "
+                "leave one of them out"
+            )
         if p.codec != "auto":
             make_codec(p.codec, p.level)
         elif p.level is not None:
             raise UsageError(f"level needs a codec: one of {', '.join(CODECS)}")
         return p
+
+    @property
+    def postcopy_rounds(self) -> int | None:
+        """N of `after=N`; None in the other modes."""
+        if self.postcopy in (NEVER, MANUAL, NOW, AUTO):
+            return None
+        match = re.fullmatch(r"after=([0-9]{1,6})", self.postcopy)
+        if not match or int(match[1]) < 1:
+            raise UsageError(
+                f"postcopy is now, auto, after=ROUNDS, manual or never, not {self.postcopy!r}"
+            )
+        return int(match[1])
 
     def qmp(self) -> dict[str, Any]:
         """As query-migrate-parameters says them."""
@@ -64,6 +100,10 @@ class Parameters:
             "downtime-limit": round(self.downtime_limit * 1000),
             "max-rounds": self.max_rounds,
             "batch-pages": self.batch_pages,
+            "postcopy": self.postcopy,
+            "postcopy-preempt": self.preempt,
+            "max-postcopy-bandwidth": self.max_postcopy_bandwidth,
+            "postcopy-latency-target": round(self.postcopy_latency_target * 1e6),
         }
 
 
@@ -79,6 +119,8 @@ def changed(parameters: Parameters, arguments: dict[str, Any]) -> Parameters:
         match name:
             case "max-bandwidth":
                 fields["max_bandwidth"] = parse_rate(str(value))
+            case "max-postcopy-bandwidth":
+                fields["max_postcopy_bandwidth"] = parse_rate(str(value))
             case "downtime-limit":
                 fields["downtime_limit"] = parse_duration(str(value))
             case "max-rounds":
@@ -89,6 +131,6 @@ def changed(parameters: Parameters, arguments: dict[str, Any]) -> Parameters:
             case _:
                 raise UsageError(
                     f"{name!r} cannot be set while a migration runs; max-bandwidth, "
-                    f"downtime-limit and max-rounds can"
+                    f"max-postcopy-bandwidth, downtime-limit and max-rounds can"
                 )
     return replace(parameters, **fields).checked()

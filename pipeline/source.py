@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
+import numpy as np
 import zmq
 import zmq.asyncio
 
@@ -28,9 +29,10 @@ from ..transport.errors import (
     PageferryError,
     PeerLost,
     RemoteProtocolError,
+    UsageError,
 )
-from ..transport.links import Endpoint, connect, probe
-from ..transport.pages import PAGE_SIZE, complement, total_pages
+from ..transport.links import Endpoint, connect, parse_endpoint, probe
+from ..transport.pages import PAGE_SIZE, complement, runs_of, total_pages
 from ..transport.session import Phase, Role
 from ..workers import jobs, sender
 from ..workers.bandwidth import Bandwidth
@@ -38,16 +40,19 @@ from ..workers.counters import Counters
 from ..workers.digest import block_digest, part_count
 from ..workers.forking import context
 from ..workers.guests.base import TRACKING_HASH, SourceGuest
-from ..workers.page_table import GROUP, PageTable
+from ..workers.latency import report as latency_report
+from ..workers.page_table import CLEAN, GROUP, PageTable
 from ..workers.pool import Pool, Worker
+from ..workers.received import unpack
 from ..workers.segments import Segment
 from . import migration as core
+from .background import Background
 from .blocking import Blocking, to_its_end
 from .control import Control
 from .convergence import Convergence
-from .parameters import Parameters, changed
+from .parameters import NEVER, Parameters, changed
 from .partition import Span, cut, extent_target
-from .state import Status
+from .state import IN_POSTCOPY, Status
 from .statistics import Statistics
 
 HELLO_SECONDS = 5.0
@@ -94,7 +99,10 @@ class Source:
             parameters.downtime_limit, parameters.max_rounds, parameters.max_bandwidth
         )
         self._call = Blocking()
-        self.core = core.Migration(guest.live, guest.can_stop, parameters.verify, self.convergence)
+        self.core = core.Migration(
+            guest.live, guest.can_stop, parameters.verify, self.convergence,
+            parameters.postcopy, parameters.postcopy_rounds,
+        )  # fmt: skip
         self.statistics = Statistics("source")
         self.uuid = str(uuid.uuid4())
         self.on_progress = on_progress
@@ -106,6 +114,9 @@ class Source:
         self._bandwidth: Bandwidth | None = None
         self._hashes: Segment | None = None
         self._pool: Pool | None = None
+        self._background: Background | None = None
+        self._cut = asyncio.Event()  # hand out no more of this round
+        self._connections = 0
         self._socket: Any = None
         self._context: zmq.asyncio.Context | None = None
         self._fresh: list[bool] = []
@@ -147,16 +158,42 @@ class Source:
     def set_parameters(self, arguments: dict[str, Any]) -> None:
         """migrate-set-parameters; takes effect with the next frame or decision."""
         p = changed(self.parameters, arguments)
-        if self._bandwidth is not None:
+        if self._bandwidth is not None and self.core.status not in IN_POSTCOPY:
             self._bandwidth.set_rate(p.max_bandwidth)
         self.convergence.downtime_limit = p.downtime_limit
         self.convergence.max_rounds = p.max_rounds
         self.convergence.max_bandwidth = p.max_bandwidth
+        if self._background is not None:
+            self._background.pacer.limit = p.max_postcopy_bandwidth
         self.parameters = p
 
     def cancel(self) -> None:
         """migrate_cancel. Without effect once the destination was told to run."""
         self._events.put_nowait(core.CancelAsked())
+
+    def start_postcopy(self) -> None:
+        """migrate-start-postcopy: the guest starts there as soon as it can."""
+        if self.parameters.postcopy == NEVER:
+            raise UsageError(
+                "this migration was started without postcopy: start it with --postcopy manual"
+            )
+        self._events.put_nowait(core.PostcopyAsked())
+
+    def pause(self) -> None:
+        """migrate-pause: drop the connection of a postcopy, to recover it later."""
+        if self.core.status is not Status.POSTCOPY_ACTIVE:
+            raise UsageError("only a postcopy that is active can be paused")
+        self._failed(PeerLost("paused because somebody asked for it"), link=True)
+
+    def recover(self, where: str | None) -> None:
+        """migrate-recover: connect a paused postcopy again, at `where` if that is given."""
+        if self.core.status is not Status.POSTCOPY_PAUSED:
+            raise UsageError(
+                f"there is nothing to recover: the migration is {self.core.status.value}"
+            )
+        if where:
+            parse_endpoint(where)
+        self._events.put_nowait(core.RecoverAsked(where or ""))
 
     # ---- the run -------------------------------------------------------------------------
 
@@ -191,6 +228,10 @@ class Source:
                 match instruction:
                     case core.Finish():
                         return instruction
+                    case core.Pause():
+                        await self._pause(instruction.error)
+                    case core.CutRound():
+                        self._cut.set()
                     case core.SendRun():
                         # Said here and now, not in a task that may never begin: the core and
                         # the session must agree on whether it was said.
@@ -202,7 +243,7 @@ class Source:
     def _end_early(self, event: core.Event, error: PageferryError) -> core.Finish:
         """What the core makes of an end that it did not decide on."""
         # a cancel that comes after Run changes nothing: then it is a failure to hear the end
-        for what in (event, core.Failed(error)):
+        for what in (event, core.Abandoned(error)):
             for instruction in self.core.handle(what):
                 if isinstance(instruction, core.Finish):
                     return instruction
@@ -223,7 +264,8 @@ class Source:
 
     def _failed(self, error: BaseException, *, link: bool = False, by_peer: bool = False) -> None:
         # Once the destination was told to run, nothing here is needed but the link to it.
-        if link or by_peer or not self.core.run_said:
+        # In postcopy everything is needed to the end.
+        if link or by_peer or not self.core.run_said or self.core.leaving:
             self._events.put_nowait(core.Failed(_ours(error), by_peer))
 
     def _tell_status(self) -> None:
@@ -253,13 +295,28 @@ class Source:
             case core.SendState():
                 state = await self._call(self.guest.save_state)
                 await self._control.ask(
-                    messages.DeviceState(self.guest.kind, state, self.guest.running)
+                    messages.DeviceState(
+                        self.guest.kind, state, self.guest.running, instruction.postcopy
+                    )
                 )
                 self.statistics.control_bytes += len(state)
                 event = core.StateLoaded()
             case _:
-                raise LocalProtocolError(f"unknown instruction {instruction!r}")
+                event = await self._execute_postcopy(instruction)
         self._events.put_nowait(event)
+
+    async def _execute_postcopy(self, instruction: core.Instruction) -> core.Event:
+        match instruction:
+            case core.TellMissing():
+                return await self._tell_missing()
+            case core.SendBackground():
+                return await self._send_background()
+            case core.EndPostcopy():
+                return await self._end_postcopy()
+            case core.Reconnect():
+                return await self._reconnect(instruction.where)
+            case _:
+                raise LocalProtocolError(f"unknown instruction {instruction!r}")
 
     async def _confirm(self, said: asyncio.Future[messages.AnyMessage]) -> None:
         """Wait for the destination's word that the guest runs there."""
@@ -280,23 +337,41 @@ class Source:
         starting = self._task(self._start_senders())
         welcome = await self._greet()
         await starting
-        self._task(self._watch())
         self._fresh = welcome.fresh
-        assert self._pool is not None
-        await self._gather(jobs.Ready, len(self._pool.workers))
-        for worker, where, token in zip(
-            self._pool.workers, welcome.endpoints, welcome.tokens, strict=True
-        ):
-            worker.say(jobs.Open(str(self.endpoint.sibling(where)), token))
+        await self._open(welcome.endpoints, welcome.tokens, welcome.urgent)
         return core.ChannelsReady()
+
+    async def _open(
+        self, endpoints: list[str], tokens: list[bytes], urgent: tuple[str, bytes] | None
+    ) -> None:
+        """Connect the processes that were started to the channels the destination offers."""
+        assert self._pool is not None
+        if not len(endpoints) == len(tokens) == self.parameters.workers or (urgent is None) != (
+            self._background is None
+        ):
+            raise RemoteProtocolError("the channels do not match what was asked for")
+        await self._gather(jobs.Ready, len(self._pool.workers))
+        self._task(self._watch())
+        for worker, where, token in zip(self._pool.workers, endpoints, tokens, strict=True):
+            worker.say(jobs.Open(str(self.endpoint.sibling(where)), token))
+        if self._background is not None and urgent is not None:
+            self._background.dial(str(self.endpoint.sibling(urgent[0])), urgent[1])
 
     def _make_shared_memory(self) -> None:
         p = self.parameters
         blocks = self.guest.blocks
         self.statistics.total_pages = sum(block.pages for block in blocks)
-        self._table = PageTable([block.pages for block in blocks])
+        self._table = PageTable([block.pages for block in blocks], context().Lock())
         self._counters = self.statistics.counters = Counters(p.workers)
         self._bandwidth = Bandwidth(context(), p.max_bandwidth)
+        if p.postcopy != NEVER:
+            if not self.guest.can_stop:
+                raise UsageError(
+                    "postcopy needs a guest that can be stopped: a demo: guest, or memory whose "
+                    "writer is named (ram:PATH?pid=PID)"
+                )
+            self._background = Background(blocks, self._table, p, self._failed)
+            self.statistics.urgent = self._background.counters
         if self.guest.tracking == TRACKING_HASH:
             self._hashes = Segment(8 * self.statistics.total_pages, "hashes")
         self.statistics.extra["dirty-tracking"] = self.guest.tracking
@@ -309,6 +384,9 @@ class Source:
             self.guest.blocks, self._table, self._counters, self._bandwidth, self._hashes,
             p.codec, p.level, p.batch_pages,
         )  # fmt: skip
+        if self._background is not None:
+            self._background.equip(job)
+            await self._background.start()
         self._pool = Pool(
             "sender",
             self._counters,
@@ -318,16 +396,28 @@ class Source:
         await self._pool.start(sender.main, [job] * p.workers)
 
     async def _greet(self) -> messages.Welcome:
-        self._context = zmq.asyncio.Context()
-        self._socket = connect(self._context, self.endpoint, self._identity, control=True)
-        self._control = Control(Role.SOURCE, self._socket.send, f"the receiver at {self.endpoint}")
-        self._task(self._read_control(), link=True)
         hello = messages.Hello(
             messages.PROTOCOL, __version__, self.uuid, self.guest.kind,
             [block.spec for block in self.guest.blocks], self.parameters.workers,
             self.parameters.batch_pages, image_size=self.guest.image_size,
+            capabilities=self._background.capabilities if self._background is not None else [],
         )  # fmt: skip
-        asking = self._task(self._control.ask(hello))
+        answer = await self._first_words(hello)
+        assert isinstance(answer, messages.Welcome)
+        if len(answer.fresh) != len(self.guest.blocks):
+            raise RemoteProtocolError("Welcome does not match what was asked for")
+        return answer
+
+    async def _first_words(self, message: messages.Hello | messages.Resume) -> messages.AnyMessage:
+        """Connect the control link, say `message`; its answer, or the error in it."""
+        self._context = zmq.asyncio.Context()
+        # the first 16 bytes are who we are; a connection that broke is not to be taken up again
+        identity = self._identity + bytes([self._connections % 256] if self._connections else [])
+        self._connections += 1
+        self._socket = connect(self._context, self.endpoint, identity, control=True)
+        self._control = Control(Role.SOURCE, self._socket.send, f"the receiver at {self.endpoint}")
+        self._task(self._read_control(), link=True)
+        asking = self._task(self._control.ask(message))
         if not await self._control.first_sign(HELLO_SECONDS):
             raise self._no_pageferry()
         # it is one; laying out memory may take it a while, and it says that it lives
@@ -335,12 +425,6 @@ class Source:
         answer = await asking
         if isinstance(answer, messages.Refused):
             raise messages.error_of(answer)
-        assert isinstance(answer, messages.Welcome)
-        n = self.parameters.workers
-        if not len(answer.endpoints) == len(answer.tokens) == n or len(answer.fresh) != len(
-            self.guest.blocks
-        ):
-            raise RemoteProtocolError("Welcome does not match what was asked for")
         return answer
 
     def _no_pageferry(self) -> ConnectError:
@@ -369,6 +453,8 @@ class Source:
         while True:
             assert self._pool is not None
             self._pool.check()
+            if self._background is not None and self._background.pool is not None:
+                self._background.pool.check()
             self._progress()
             await asyncio.sleep(WATCH_SECONDS / 2)
 
@@ -451,6 +537,7 @@ class Source:
         todo: Iterator[jobs.AnyJob] = (
             jobs.Extent(s.block, s.first, s.count, instruction.live) for s in spans
         )
+        self._cut.clear()
         await self._distribute(todo, jobs.ExtentDone, lambda reply: None)
         self._pool.say_all(jobs.Barrier(instruction.number))
         await self._gather(jobs.BarrierDone, len(self._pool.workers))
@@ -480,7 +567,7 @@ class Source:
         busy = 0
 
         def give(worker: Worker) -> int:
-            job = next(todo, None)
+            job = None if self._cut.is_set() else next(todo, None)
             if job is None:
                 return 0
             worker.say(job)
@@ -500,6 +587,114 @@ class Source:
             worker, reply = await self._replies.get()
             if not isinstance(reply, answer):
                 raise LocalProtocolError(f"{worker!r} answered {reply!r}")
+
+    # ---- postcopy ------------------------------------------------------------------------
+
+    async def _tell_missing(self) -> core.Event:
+        assert self._table is not None
+        self._cut.clear()
+        for i, block in enumerate(self.guest.blocks):
+            host = block.spec.page_size // PAGE_SIZE
+            if host > 1:
+                self._table.whole_host_pages(i, host)
+            starts, counts = runs_of(np.flatnonzero(self._table.view(i) != CLEAN))
+            for at in range(0, len(starts), _DISCARD_RUNS):
+                part = slice(at, at + _DISCARD_RUNS)
+                await self._control.ask(
+                    messages.Missing(i, starts[part].tolist(), counts[part].tolist())
+                )
+        return core.MissingTold()
+
+    async def _send_background(self) -> core.Event:
+        """All dirty pages, by senders and postcopy process together."""
+        assert self._table is not None and self._pool is not None and self._background is not None
+        assert self._counters is not None and self._bandwidth is not None
+        self.statistics.postcopy = True
+        self.statistics.extra |= self._background.describe()
+        pages = self._remaining()
+        self.statistics.begin_round(self.core.round + 1, pages)
+        pace = self._task(self._background.keep_pace(self._counters, self._bandwidth))
+        self._pool.say_all(jobs.Postcopy())
+        await self._gather(jobs.Ready, len(self._pool.workers))
+        todo: Iterator[jobs.AnyJob] = (
+            jobs.Extent(s.block, s.first, s.count, live=False) for s in self._extents(pages)
+        )
+        await self._distribute(todo, jobs.ExtentDone, lambda reply: None)
+        await self._background.drained()
+        # the barrier of the next round: what senders did not count as part of an extent is in it
+        self._pool.say_all(jobs.Barrier(0))
+        await self._gather(jobs.BarrierDone, len(self._pool.workers))
+        pace.cancel()
+        if left := self._remaining():
+            raise LocalProtocolError(f"{left} pages belong to nobody at the end of a postcopy")
+        return core.BackgroundDone()
+
+    async def _end_postcopy(self) -> core.Event:
+        ended = await self._control.ask(messages.PostcopyEnd())
+        assert isinstance(ended, messages.Ended)
+        self.statistics.extra |= latency_report(ended.latency)
+        self.statistics.extra |= ended.statistics
+        return core.PostcopyEnded()
+
+    async def _pause(self, error: PageferryError) -> None:
+        """Drop the connection and everything that used it. The page table stays."""
+        _log.warning("postcopy paused: %s", error)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        await self._drop_connection()
+        if self._table is not None:
+            self.core.remaining = self._remaining()
+        self.statistics.extra["paused-because"] = error.message
+        while not self._events.empty():  # of the connection that is gone
+            self._events.get_nowait()
+        while not self._replies.empty():
+            self._replies.get_nowait()
+        self._task(self._show_paused())
+        self._progress()
+
+    async def _show_paused(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            self._progress()
+
+    async def _drop_connection(self) -> None:
+        if self._pool is not None:
+            await self._pool.close()
+        if self._background is not None:
+            await self._background.stop()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._context is not None:
+            self._context.term()
+            self._context = None
+
+    async def _reconnect(self, where: str) -> core.Event:
+        """A new connection and new workers for the old page table."""
+        assert self._table is not None and self._background is not None
+        if where:
+            self.endpoint = parse_endpoint(where)
+        await asyncio.to_thread(probe, self.endpoint)
+        # a worker that was killed may have taken a lock along
+        self._table.renew_lock(context().Lock())
+        assert self._bandwidth is not None
+        self._bandwidth.renew_lock(context().Lock())
+        starting = self._task(self._start_senders())
+        answer = await self._first_words(
+            messages.Resume(messages.PROTOCOL, self.uuid, self.parameters.workers)
+        )
+        assert isinstance(answer, messages.Resumed)
+        await starting
+        if len(answer.received) != len(self.guest.blocks):
+            raise RemoteProtocolError("Resumed does not match what was asked for")
+        for i, bits in enumerate(answer.received):
+            self._table.resume(i, unpack(bits, self.guest.blocks[i].pages))
+        await self._open(answer.endpoints, answer.tokens, answer.urgent)
+        self.statistics.extra.pop("paused-because", None)
+        self.statistics.extra["recoveries"] = self.statistics.extra.get("recoveries", 0) + 1
+        return core.Reconnected(self._remaining())
 
     # ---- the end -------------------------------------------------------------------------
 
@@ -562,13 +757,13 @@ class Source:
     async def _stop_workers(self, finish: core.Finish) -> None:
         if self._pool is not None:
             await self._pool.close()
-        self.statistics.remember_processes(self._pool)
+        if self._background is not None:
+            await self._background.stop()
+        postcopy = self._background.pool if self._background is not None else None
+        self.statistics.remember_processes(self._pool, postcopy)
 
     async def _hang_up(self, finish: core.Finish) -> None:
-        if self._socket is not None:
-            self._socket.close()
-        if self._context is not None:
-            self._context.term()
+        await self._drop_connection()
 
     async def _last_words(self, finish: core.Finish) -> None:
         self.statistics.extra |= self.guest.describe()
@@ -578,6 +773,9 @@ class Source:
         """Keep the numbers, give the shared memory back."""
         if self._counters is not None:
             self.statistics.counters = self._counters.freeze()
+        if self._background is not None:
+            self.statistics.urgent = self._background.close()
+            self._background = None
         for part in (self._counters, self._table, self._bandwidth, self._hashes):
             if part is not None:
                 part.close()

@@ -17,12 +17,17 @@ class Status(enum.Enum):
     SETUP = "setup"
     ACTIVE = "active"
     DEVICE = "device"
+    POSTCOPY_ACTIVE = "postcopy-active"
+    POSTCOPY_PAUSED = "postcopy-paused"
+    POSTCOPY_RECOVER = "postcopy-recover"
     CANCELLING = "cancelling"
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
 
 
+# The guest was started at the destination before its memory was there.
+IN_POSTCOPY = (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER)
 FINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 
 TRANSITIONS: dict[Status, tuple[Status, ...]] = {
@@ -30,7 +35,17 @@ TRANSITIONS: dict[Status, tuple[Status, ...]] = {
     Status.SETUP: (Status.ACTIVE, Status.FAILED, Status.CANCELLING),
     Status.ACTIVE: (Status.DEVICE, Status.FAILED, Status.CANCELLING),
     # guest stopped; no way to cancelling once the destination was told to run
-    Status.DEVICE: (Status.COMPLETED, Status.FAILED, Status.CANCELLING),
+    Status.DEVICE: (
+        Status.COMPLETED,
+        Status.FAILED,
+        Status.CANCELLING,
+        Status.POSTCOPY_ACTIVE,
+        Status.POSTCOPY_PAUSED,
+    ),
+    # the guest runs at the destination, its memory follows
+    Status.POSTCOPY_ACTIVE: (Status.COMPLETED, Status.FAILED, Status.POSTCOPY_PAUSED),
+    Status.POSTCOPY_PAUSED: (Status.POSTCOPY_RECOVER, Status.FAILED),
+    Status.POSTCOPY_RECOVER: (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.FAILED),
     Status.CANCELLING: (Status.CANCELLED, Status.FAILED),
     Status.COMPLETED: (),
     Status.FAILED: (),
@@ -49,9 +64,11 @@ def diagram() -> str:
     """The table as a mermaid state diagram."""
     lines = ["stateDiagram-v2", "    [*] --> none"]
     for status, following in TRANSITIONS.items():
-        lines += [f"    {status.value} --> {f.value}" for f in following]
+        # mermaid takes no dash in a name
+        name = status.value.replace("-", "_")
+        lines += [f"    {name} --> {f.value.replace('-', '_')}" for f in following]
         if not following:
-            lines.append(f"    {status.value} --> [*]")
+            lines.append(f"    {name} --> [*]")
     return "\n".join(lines)
 
 

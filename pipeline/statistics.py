@@ -12,6 +12,7 @@ from typing import Any
 from ..transport.pages import PAGE_SIZE
 from ..workers.counters import Counters, FrozenCounters
 from ..workers.pool import Pool
+from ..workers.priority import NAMES
 from ..workers.usage import cpu_ns, own_memory
 from .convergence import Convergence
 from .state import Status
@@ -39,6 +40,9 @@ class Statistics:
         self.round_base = 0
         self.extra: dict[str, Any] = {}
         self.counters: Counters | FrozenCounters | None = None
+        # of the process that serves faults: one row
+        self.urgent: Counters | FrozenCounters | None = None
+        self.postcopy = False  # the guest was started before its memory was there
         self.processes: list[dict[str, Any]] = []
         self._peak = 0
         self._samples: list[tuple[float, int, int]] = []
@@ -49,7 +53,10 @@ class Statistics:
         self.round_base = self.pages_done
 
     def _total(self, field: str) -> int:
-        return self.counters.total(field) if self.counters is not None else 0
+        return sum(c.total(field) for c in (self.counters, self.urgent) if c is not None)
+
+    def _urgent(self, field: str) -> int:
+        return self.urgent.total(field) if self.urgent is not None else 0
 
     @property
     def pages_done(self) -> int:
@@ -78,8 +85,8 @@ class Statistics:
         now_, pages_, wire_ = self._samples[-1]
         return (pages_ - pages) * PAGE_SIZE / (now_ - then), (wire_ - wire) / (now_ - then)
 
-    def remember_processes(self, pool: Pool | None) -> None:
-        """Keep what this process and the workers of a closed pool cost."""
+    def remember_processes(self, *pools: Pool | None) -> None:
+        """Keep what this process and the workers of closed pools cost."""
         self._peak = max(self._peak, own_memory())
         self.processes = [
             {
@@ -89,7 +96,8 @@ class Statistics:
                 "peak-memory": self._peak,
             }
         ]
-        for name, pid, row in pool.costs if pool is not None else []:
+        costs = [cost for pool in pools if pool is not None for cost in pool.costs]
+        for name, pid, row in costs:
             self.processes.append(
                 {
                     "name": name,
@@ -144,9 +152,27 @@ class Statistics:
         first = [r["first_ns"] for r in self._rows() if r["first_ns"]]
         if first:
             report["first-page-time"] = round((min(first) / 1e9 - self.started) * 1000)
+        if self.postcopy:
+            report |= self._postcopy()
         if self.processes:
             report["processes"] = self.processes
         return report | self.extra
+
+    def _postcopy(self) -> dict[str, Any]:
+        """What only a postcopy has."""
+        rows = self._rows()
+        pages = [row["normal"] + row["duplicate"] - row["lost_pages"] for row in rows]
+        urgent = self._urgent("normal") + self._urgent("duplicate")
+        return {
+            "postcopy-requests": self._urgent("requests"),
+            "postcopy-pages": urgent,
+            "postcopy-elsewhere": self._urgent("elsewhere"),
+            "postcopy-priority": NAMES[self._urgent("priority")],
+            "pages-by-channel": [*pages, urgent],
+            "senders-paused-time": round(sum(row["paused_ns"] for row in rows) / 1e6),
+            "postcopy-already-there": self._total("already_there"),
+            "postcopy-resent": self._total("resent"),
+        }
 
     def _rows(self) -> list[dict[str, int]]:
         if self.counters is None:

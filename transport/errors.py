@@ -16,6 +16,7 @@
     ├── VerificationFailed             11   digests differ, or the oracle found wrong bytes
     ├── HostLacks                      12   the kernel or a permission is missing
     ├── ConfirmationLost               13   the destination may be running: the source stays stopped
+    ├── PostcopyFailed                 14   the guest runs there, its memory is not whole
     └── Cancelled                     130   somebody asked for it
 
 Errors carry data, pickle across processes, and know nothing of terminals or sockets.
@@ -130,6 +131,12 @@ class ConfirmationLost(PageferryError):
     """the destination was told to run and has not confirmed it: the source stays stopped"""
 
     exit_code = 13
+
+
+class PostcopyFailed(PageferryError):
+    """the guest was started at the destination and part of its memory never arrived"""
+
+    exit_code = 14
 
 
 class Cancelled(PageferryError):

@@ -10,16 +10,18 @@ taken for delivered: sessions and channels number and acknowledge.
 from __future__ import annotations
 
 import contextlib
+import hmac
 import os
 import re
+import select
 import socket
 import stat
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import zmq
 
-from .errors import ConnectError, DestinationError, UsageError
+from .errors import ConnectError, DestinationError, RemoteProtocolError, UsageError
 from .messages import MAX_MESSAGE
 from .wire import MAX_PAYLOAD
 
@@ -28,6 +30,12 @@ QUEUE_FRAMES = 64
 # Left to libzmq after close: long enough for a last Abort, short enough for Ctrl-C.
 LINGER_MS = 500
 CONNECT_SECONDS = 5.0
+# A direct link's read, and what it keeps for a peer that does not take it.
+_READ = 1 << 18
+_MOST_OUTPUT = 8 << 20
+# What routers and queues on the way may go by (RFC 4594): bulk is AF11, urgent AF22. Linux' own
+# pfifo_fast and prio put the first behind everything and the second before (bits 0x08 and 0x10).
+TOS_BULK, TOS_URGENT = 0x28, 0x50
 # sun_path holds 108 bytes; channel sockets add a suffix to the path.
 _MAX_IPC_PATH = 100
 
@@ -100,8 +108,12 @@ def probe(endpoint: Endpoint) -> None:
         ) from e
 
 
-def _prepare(sock: zmq.Socket[bytes], max_message: int, endpoint: Endpoint | None) -> None:
+def _prepare(
+    sock: zmq.Socket[bytes], max_message: int, endpoint: Endpoint | None, tos: int = 0
+) -> None:
     sock.linger = LINGER_MS
+    if tos:
+        sock.setsockopt(zmq.TOS, tos)
     sock.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
     sock.setsockopt(zmq.RCVHWM, QUEUE_FRAMES)
     sock.setsockopt(zmq.MAXMSGSIZE, max_message)
@@ -109,10 +121,10 @@ def _prepare(sock: zmq.Socket[bytes], max_message: int, endpoint: Endpoint | Non
         sock.setsockopt(zmq.IPV6, 1)
 
 
-def bind(context: Any, endpoint: Endpoint, *, control: bool) -> tuple[Any, Endpoint]:
+def bind(context: Any, endpoint: Endpoint, *, control: bool, tos: int = 0) -> tuple[Any, Endpoint]:
     """A listening ROUTER at `endpoint`, and where it really listens (port 0: the kernel's pick)."""
     sock = context.socket(zmq.ROUTER)
-    _prepare(sock, MAX_MESSAGE if control else MAX_PAYLOAD + 65536, endpoint)
+    _prepare(sock, MAX_MESSAGE if control else MAX_PAYLOAD + 65536, endpoint, tos)
     sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
     # A peer whose connection broke comes back under its own token.
     sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -165,10 +177,307 @@ def unbind(sock: zmq.Socket[bytes], endpoint: Endpoint) -> None:
             os.unlink(endpoint.path)
 
 
-def connect(context: Any, endpoint: Endpoint, token: bytes, *, control: bool) -> Any:
+def connect(context: Any, endpoint: Endpoint, token: bytes, *, control: bool, tos: int = 0) -> Any:
     """A DEALER whose identity is `token`, connecting to `endpoint`."""
     sock = context.socket(zmq.DEALER)
-    _prepare(sock, MAX_MESSAGE if control else 65536, endpoint)
+    _prepare(sock, MAX_MESSAGE if control else 65536, endpoint, tos)
     sock.setsockopt(zmq.ROUTING_ID, token)
     sock.connect(str(endpoint))
     return sock
+
+
+class UrgentLink(Protocol):
+    """One end of the urgent channel (urgent.py): whole messages, at once, never blocking.
+
+    `fd` becomes readable when something happens; its level is not kept: receive until None.
+    `broken`: the connection is gone and does not come back.
+    """
+
+    broken: bool
+
+    @property
+    def connected(self) -> bool:
+        """True between `listen` or `dial` and `close`."""
+
+    @property
+    def fd(self) -> int: ...
+
+    def listen(self, endpoint: Endpoint, token: bytes) -> Endpoint:
+        """Destination: take messages of the peer that knows `token`; where it listens."""
+
+    def dial(self, endpoint: Endpoint, token: bytes) -> None:
+        """Source: connect to where the destination listens."""
+
+    def send(self, data: bytes) -> bool:
+        """Hand `data` over; False if the peer is not there (yet)."""
+
+    def receive(self) -> bytes | None:
+        """The next message, or None if none waits."""
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
+class ZmqLink:
+    """The urgent channel over ZeroMQ. Its context's threads run at real-time priority `priority`
+    (0: as they are): two of their hand-overs are in every request."""
+
+    broken = False  # libzmq connects again by itself
+
+    def __init__(self, priority: int) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        if priority:
+            self._context.set(zmq.THREAD_SCHED_POLICY, os.SCHED_FIFO)
+            self._context.set(zmq.THREAD_PRIORITY, priority)
+        self._socket: Any = None
+        self._endpoint: Endpoint | None = None
+        self._token = b""
+
+    @property
+    def connected(self) -> bool:
+        return self._socket is not None
+
+    @property
+    def fd(self) -> int:
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def listen(self, endpoint: Endpoint, token: bytes) -> Endpoint:
+        self._token = token
+        self._socket, self._endpoint = bind(self._context, endpoint, control=False, tos=TOS_URGENT)
+        return self._endpoint
+
+    def dial(self, endpoint: Endpoint, token: bytes) -> None:
+        self._socket = connect(self._context, endpoint, token, control=False, tos=TOS_URGENT)
+
+    def send(self, data: bytes) -> bool:
+        try:
+            if self._token:
+                self._socket.send(self._token, zmq.SNDMORE | zmq.NOBLOCK)
+            self._socket.send(data, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as e:
+            if e.errno != zmq.EHOSTUNREACH:
+                raise
+            return False
+        return True
+
+    def receive(self) -> bytes | None:
+        sock = self._socket
+        while int(sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if not self._token:
+                return bytes(sock.recv(zmq.NOBLOCK))
+            parts = sock.recv_multipart(zmq.NOBLOCK)
+            if parts[0] == self._token and len(parts) == 2:
+                return bytes(parts[1])
+        return None
+
+    def close(self) -> None:
+        if self._socket is not None:
+            if self._endpoint is not None:
+                unbind(self._socket, self._endpoint)
+            else:
+                self._socket.close()
+            self._socket = None
+        self._context.term()
+
+
+class DirectLink:
+    """The urgent channel over a connection of its own, without libzmq's threads in between: each
+    message a length (u32) and its bytes. The peer says the token first; who does not is dropped."""
+
+    def __init__(self) -> None:
+        self.broken = False
+        self._epoll = select.epoll()
+        self._listening: socket.socket | None = None
+        self._endpoint: Endpoint | None = None
+        self._peer: socket.socket | None = None
+        self._token = b""
+        self._known = False  # the peer has said the token
+        self._input = bytearray()
+        self._output = bytearray()
+
+    @property
+    def connected(self) -> bool:
+        return self._listening is not None or self._peer is not None
+
+    @property
+    def fd(self) -> int:
+        return self._epoll.fileno()
+
+    def listen(self, endpoint: Endpoint, token: bytes) -> Endpoint:
+        self._token = token
+        family, address = _socket_address(endpoint)
+        if endpoint.scheme == "ipc" and not endpoint.path.startswith("@"):
+            clear_dead_socket(endpoint.path, str(endpoint))
+        self._listening = socket.socket(family)
+        before = os.umask(0o177)  # the path is ours alone before anybody can connect
+        try:
+            self._listening.bind(address)
+            self._listening.listen(4)
+        except OSError as e:
+            raise DestinationError(f"cannot listen at {endpoint}: {e.strerror}") from e
+        finally:
+            os.umask(before)
+        self._listening.setblocking(False)
+        self._epoll.register(self._listening.fileno(), select.EPOLLIN)
+        self._endpoint = endpoint
+        if endpoint.scheme == "tcp":
+            self._endpoint = Endpoint("tcp", endpoint.host, self._listening.getsockname()[1])
+        return self._endpoint
+
+    def dial(self, endpoint: Endpoint, token: bytes) -> None:
+        family, address = _socket_address(endpoint)
+        peer = socket.socket(family)
+        peer.settimeout(CONNECT_SECONDS)
+        try:
+            peer.connect(address)
+            peer.sendall(token)
+        except OSError as e:
+            peer.close()
+            raise ConnectError(f"cannot connect to {endpoint} ({e.strerror or e})") from e
+        self._known = True
+        self._take(peer)
+
+    def _take(self, peer: socket.socket) -> None:
+        peer.setblocking(False)
+        if peer.family != socket.AF_UNIX:
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if peer.family == socket.AF_INET:
+                peer.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, TOS_URGENT)
+        self._peer = peer
+        self._epoll.register(peer.fileno(), select.EPOLLIN)
+
+    def _drop(self) -> None:
+        """The peer is gone, or is somebody else."""
+        assert self._peer is not None
+        self._epoll.unregister(self._peer.fileno())
+        self._peer.close()
+        self._peer = None
+        self.broken = self.broken or self._known
+        self._known = False
+        self._input.clear()
+        self._output.clear()
+
+    def send(self, data: bytes) -> bool:
+        if self._peer is None or not self._known:
+            return False
+        framed = len(data).to_bytes(4, "little") + data
+        if self._output:
+            if len(self._output) > _MOST_OUTPUT:
+                return False
+            self._output += framed
+            return True
+        try:
+            sent = self._peer.send(framed)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._drop()
+            return False
+        if sent < len(framed):
+            self._output += framed[sent:]
+        return True
+
+    def _flush(self) -> None:
+        while self._output and self._peer is not None:
+            try:
+                sent = self._peer.send(self._output)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._drop()
+                return
+            del self._output[:sent]
+
+    @property
+    def unsent(self) -> bool:
+        """True if the kernel has not taken everything: call `receive` again soon."""
+        return bool(self._output)
+
+    def receive(self) -> bytes | None:
+        if self._output:
+            self._flush()
+        while True:
+            message = self._next()
+            if message is not None:
+                return message
+            if self._peer is None and not self._accept():
+                return None
+            if not self._read():
+                return None
+
+    def _accept(self) -> bool:
+        if self._listening is None or self.broken:
+            return False
+        try:
+            peer, _ = self._listening.accept()
+        except OSError:
+            return False
+        self._take(peer)
+        return True
+
+    def _read(self) -> bool:
+        """More bytes of the peer; False if there are none now."""
+        assert self._peer is not None
+        try:
+            data = self._peer.recv(_READ)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self._drop()
+            return False
+        self._input += data
+        return True
+
+    def _next(self) -> bytes | None:
+        """A whole message of what was read."""
+        if not self._known:
+            if len(self._input) < len(self._token) or self._peer is None:
+                return None
+            if not hmac.compare_digest(self._input[: len(self._token)], self._token):
+                self._drop()
+                return None
+            self._known = True
+            del self._input[: len(self._token)]
+        if len(self._input) < 4:
+            return None
+        size = int.from_bytes(self._input[:4], "little")
+        if size > MAX_PAYLOAD:
+            raise RemoteProtocolError(f"an urgent message of {size} bytes")
+        if len(self._input) < 4 + size:
+            return None
+        message = bytes(self._input[4 : 4 + size])
+        del self._input[: 4 + size]
+        return message
+
+    def close(self) -> None:
+        for sock in (self._peer, self._listening):
+            if sock is not None:
+                sock.close()
+        if self._listening is not None and self._endpoint is not None:
+            path = self._endpoint.path
+            if path and not path.startswith("@"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+        self._peer = self._listening = None
+        self._epoll.close()
+
+
+def _socket_address(endpoint: Endpoint) -> tuple[socket.AddressFamily, Any]:
+    if endpoint.scheme == "ipc":
+        path = endpoint.path
+        return socket.AF_UNIX, f"\0{path[1:]}" if path.startswith("@") else path
+    host = "0.0.0.0" if endpoint.host == "*" else endpoint.host
+    try:
+        found = socket.getaddrinfo(host, endpoint.port, type=socket.SOCK_STREAM)[0]
+    except OSError as e:
+        raise ConnectError(f"cannot find {endpoint.host}: {e.strerror}") from e
+    return found[0], found[4]
+
+
+def urgent_link(direct: bool, priority: int) -> UrgentLink:
+    """An urgent link of either kind."""
+    return DirectLink() if direct else ZmqLink(priority)

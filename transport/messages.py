@@ -52,6 +52,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
 
     An endpoint is "tcp:PORT" (the host is the one the source dialled) or "ipc:PATH".
     `fresh[i]`: block i reads as zero everywhere, so its zero pages need not travel.
+    `urgent`: endpoint and token of the urgent channel, if postcopy was asked for.
     """
 
     version: str
@@ -59,6 +60,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     tokens: list[bytes]
     fresh: list[bool]
     kind: str = ""
+    urgent: tuple[str, bytes] | None = None
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -71,6 +73,15 @@ class Refused(Message, frozen=True, tag="refused"):
 
 class Discard(Message, frozen=True, tag="discard"):
     """Source: these pages of `block` are zero, whatever they were."""
+
+    block: int
+    starts: list[int]
+    counts: list[int]
+
+
+class Missing(Message, frozen=True, tag="missing"):
+    """Source: these pages of `block` come only after the guest runs: throw away what you have of
+    them, and catch who touches them (QEMU: MIG_CMD_POSTCOPY_RAM_DISCARD)."""
 
     block: int
     starts: list[int]
@@ -105,6 +116,7 @@ class DeviceState(Message, frozen=True, tag="device-state"):
     kind: str
     state: bytes
     running: bool = True
+    postcopy: bool = False
 
 
 class StateLoaded(Message, frozen=True, tag="state-loaded"):
@@ -121,6 +133,38 @@ class Running(Message, frozen=True, tag="running"):
     detail: str = ""
 
 
+class PostcopyEnd(Message, frozen=True, tag="postcopy-end"):
+    """Source: every page has been sent and acknowledged."""
+
+
+class Ended(Message, frozen=True, tag="ended"):
+    """Destination: every page is here, nothing is caught any more; the source may go.
+
+    `latency`: the histogram of faults (workers/latency.py), `statistics`: numbers by name.
+    """
+
+    latency: list[int] = []
+    statistics: dict[str, int] = {}
+
+
+class Resume(Message, frozen=True, tag="resume"):
+    """Source: the connection of a postcopy broke; go on with `workers` channels."""
+
+    protocol: int
+    uuid: str
+    workers: int
+
+
+class Resumed(Message, frozen=True, tag="resumed"):
+    """Destination: new channels, as in Welcome, and what has arrived: a bit a page, a string a
+    block (numpy's packbits order)."""
+
+    endpoints: list[str]
+    tokens: list[bytes]
+    urgent: tuple[str, bytes]
+    received: list[bytes]
+
+
 class Abort(Message, frozen=True, tag="abort"):
     """Either end: stop, and why."""
 
@@ -135,8 +179,9 @@ class Ping(Message, frozen=True, tag="ping"):
 
 
 AnyMessage = (
-    Hello | Welcome | Refused | Discard | Discarded | Round | DigestRequest | Digests
-    | DeviceState | StateLoaded | Run | Running | Abort | Ping
+    Hello | Welcome | Refused | Discard | Missing | Discarded | Round | DigestRequest | Digests
+    | DeviceState | StateLoaded | Run | Running | PostcopyEnd | Ended | Resume | Resumed
+    | Abort | Ping
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

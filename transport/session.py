@@ -19,9 +19,14 @@ from .messages import (
     Digests,
     Discard,
     Discarded,
+    Ended,
     Hello,
+    Missing,
     Ping,
+    PostcopyEnd,
     Refused,
+    Resume,
+    Resumed,
     Round,
     Run,
     Running,
@@ -47,6 +52,8 @@ class Phase(enum.Enum):
     LOADED = "loaded"
     STARTING = "starting"
     RUNNING = "running"
+    ENDING = "ending"
+    RESUMING = "resuming"
     CLOSED = "closed"
 
 
@@ -57,6 +64,7 @@ TRANSITIONS: dict[tuple[Phase, Role, type[AnyMessage]], Phase] = {
     (Phase.GREETING, D, Welcome): Phase.MOVING,
     (Phase.GREETING, D, Refused): Phase.CLOSED,
     (Phase.MOVING, S, Discard): Phase.DISCARDING,
+    (Phase.MOVING, S, Missing): Phase.DISCARDING,
     (Phase.DISCARDING, D, Discarded): Phase.MOVING,
     (Phase.MOVING, S, Round): Phase.MOVING,
     (Phase.MOVING, S, DigestRequest): Phase.DIGESTING,
@@ -65,13 +73,20 @@ TRANSITIONS: dict[tuple[Phase, Role, type[AnyMessage]], Phase] = {
     (Phase.LOADING, D, StateLoaded): Phase.LOADED,
     (Phase.LOADED, S, Run): Phase.STARTING,
     (Phase.STARTING, D, Running): Phase.RUNNING,
+    # postcopy only: in precopy nothing follows
+    (Phase.RUNNING, S, PostcopyEnd): Phase.ENDING,
+    (Phase.ENDING, D, Ended): Phase.CLOSED,
+    (Phase.IDLE, S, Resume): Phase.RESUMING,
+    (Phase.RESUMING, D, Resumed): Phase.RUNNING,
+    (Phase.RESUMING, D, Refused): Phase.CLOSED,
 }
-# Abort ends every phase but the one in which the guest runs at the destination; once the source
-# has said Run, only the destination may still say that it does not.
+# Abort ends every phase, but once the source has said Run, only the destination may still say that
+# the guest does not run there (any more).
+_COMMITTED = (Phase.STARTING, Phase.RUNNING, Phase.ENDING, Phase.RESUMING)
 for _phase in Phase:
-    if _phase not in (Phase.IDLE, Phase.RUNNING, Phase.CLOSED):
+    if _phase not in (Phase.IDLE, Phase.CLOSED):
         for _role in Role:
-            if (_phase, _role) != (Phase.STARTING, S):
+            if not (_phase in _COMMITTED and _role is S):
                 TRANSITIONS[_phase, _role, Abort] = Phase.CLOSED
             TRANSITIONS[_phase, _role, Ping] = _phase
 

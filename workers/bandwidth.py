@@ -39,11 +39,15 @@ class Bandwidth:
         """Coordinator only. Takes effect with the next frame."""
         self._segment.array(np.uint64, 1)[0] = rate
 
+    def renew_lock(self, lock: Any) -> None:
+        """Coordinator, while there is no sender: whoever held the old one may be dead."""
+        self._lock = lock
+
     @property
     def rate(self) -> int:
         return int(self._segment.array(np.uint64, 1)[0])
 
-    def reserve(self, size: int) -> int:
+    def reserve(self, size: int, burst_ns: int = BURST_NS) -> int:
         """Nanoseconds to wait before `size` bytes may be sent; they are booked already."""
         rate = self.rate
         if rate == 0:
@@ -53,7 +57,7 @@ class Bandwidth:
         try:
             clock = self._segment.array(np.int64, 1, 8)
             now = time.monotonic_ns()
-            begin = max(int(clock[0]), now - BURST_NS)
+            begin = max(int(clock[0]), now - burst_ns)
             clock[0] = begin + size * 1_000_000_000 // rate
         finally:
             self._lock.release()

@@ -34,6 +34,20 @@ FIELDS = (
     "cpu_ns",
     "peak_memory",  # bytes of its own, guest memory not counted
     "first_ns",  # CLOCK_MONOTONIC of the first frame
+    # postcopy
+    "paused_ns",  # sender: standing aside for requests
+    "already_there",  # pages that somebody else had installed (EEXIST)
+    "requests",  # urgent requests asked, or received
+    "elsewhere",  # of these, answered "a multifd channel has it"
+    "repeated",  # faults on a page that was asked for already
+    "local_zero",  # faults on pages known to be zero: nobody was asked
+    "asked_again",  # requests whose answer stayed away
+    "resent",  # pages sent again
+    "ask_ns",  # fault read to request sent, sum
+    "held_ns",  # request received to answer sent, sum, as the source says
+    "install_ns",  # answer received to page installed, sum
+    "answered",  # what these three are sums of
+    "priority",  # priority.py
 )
 _INDEX = {name: i for i, name in enumerate(FIELDS)}
 
@@ -42,7 +56,7 @@ class Row:
     """One worker's numbers, for that worker to write."""
 
     def __init__(self, array: Any) -> None:
-        self._array = array
+        self._array = memoryview(array)  # an item of it costs a tenth of one of numpy's
         self._peak = 0
 
     def add(self, field: str, amount: int) -> None:

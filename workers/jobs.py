@@ -35,7 +35,8 @@ class Extent(Job, frozen=True, tag="extent"):
 
 
 class Barrier(Job, frozen=True, tag="barrier"):
-    """Coordinator to sender: agree with your receiver on what was placed in this round."""
+    """Coordinator to sender: agree with your receiver on what was placed in this round (0: in
+    whatever round this channel is)."""
 
     round: int
 
@@ -53,6 +54,27 @@ class Digest(Job, frozen=True, tag="digest"):
 
     block: int
     part: int
+
+
+class Postcopy(Job, frozen=True, tag="postcopy"):
+    """Coordinator to sender: from now on claim pages, piece by piece, and stand aside for urgent
+    requests; to receiver: from now on install pages in the guest. Answered with Ready."""
+
+
+class Unlink(Job, frozen=True, tag="unlink"):
+    """Coordinator to fault process: the source is gone. Go on with what can be done alone. From
+    it: the urgent channel broke."""
+
+
+class Relink(Job, frozen=True, tag="relink"):
+    """Coordinator to fault process: listen again, under a new token. Answered with Ready."""
+
+    token: bytes
+
+
+class Finish(Job, frozen=True, tag="finish"):
+    """Coordinator to fault process: all pages are here, catch nothing any more. Answered with
+    Ready; to the postcopy process: say Ready when all you sent is placed."""
 
 
 class Stop(Job, frozen=True, tag="stop"):
@@ -97,7 +119,7 @@ class Failed(Job, frozen=True, tag="failed"):
 
 
 AnyJob = (
-    Open | Extent | Barrier | Scan | Digest | Stop
+    Open | Extent | Barrier | Scan | Digest | Stop | Postcopy | Unlink | Relink | Finish
     | Ready | ExtentDone | BarrierDone | ScanDone | DigestDone | Failed
 )  # fmt: skip
 

@@ -11,14 +11,24 @@ Who writes, and when, so that no two ever write the same byte:
      sent, CLEAN when the receiver acknowledges it, DIRTY again when the frame is lost.
 So at the end of a round every page that is not CLEAN is still to be sent, whatever happened
 to the sender. Extents begin and end at host-page boundaries: a host page has one owner.
+
+In postcopy the postcopy process takes pages out of the extents that senders work on, so
+extents give no ownership any more. Then:
+  3. DIRTY becomes IN_FLIGHT by `claim` alone, which senders and the postcopy process call under
+     one lock, a whole host page at a time. Whoever claimed a page owns it for good: it alone
+     writes CLEAN when the page was placed, and if a frame is lost it sends the page again
+     itself; no page becomes DIRTY again. A page that is not DIRTY is somebody else's.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from ..transport.pages import Bytes8, Runs, mark
+from ..transport.errors import WorkerDied
+from ..transport.pages import Bytes8, Pages, Runs, mark
 from .segments import Segment
 
 CLEAN, DIRTY, IN_FLIGHT = 0, 1, 2
@@ -26,13 +36,18 @@ CLEAN, DIRTY, IN_FLIGHT = 0, 1, 2
 GROUP = 512
 # Pages counted at a time, so that 64 GiB of memory cost no 16 MiB temporary.
 _STEP = GROUP * 2048
+# Claims take microseconds: whoever holds the lock for this long is dead or stopped.
+_LOCK_SECONDS = 1.0
+_CLAIMED = bytes([IN_FLIGHT]) * 512
 
 
 class PageTable:
-    """States of all pages of all blocks, in the order of the blocks."""
+    """States of all pages of all blocks, in the order of the blocks. `lock`: a lock that
+    processes share; needed for `claim` only."""
 
-    def __init__(self, pages: list[int]) -> None:
+    def __init__(self, pages: list[int], lock: Any = None) -> None:
         self.pages = pages
+        self._lock = lock
         self._offsets = np.concatenate(([0], np.cumsum(pages))).tolist()
         self._segment = Segment(max(1, sum(pages)), "pagetable")
 
@@ -44,6 +59,51 @@ class PageTable:
     def mark_dirty(self, block: int, runs: Runs) -> None:
         """Coordinator, between rounds."""
         mark(self.view(block), runs, DIRTY)
+
+    def claim(self, block: int, first: int, count: int, most: int) -> Pages:
+        """The first `most` DIRTY pages of [first, first + count), now IN_FLIGHT and the caller's.
+
+        With host pages above 4 KiB, `first` and `most` are multiples of one, and the states of
+        its pages are always the same.
+        """
+        view = self.view(block)
+        if not self._lock.acquire(timeout=_LOCK_SECONDS):
+            raise WorkerDied("a process died while it claimed pages")
+        try:
+            return claim(view, first, count, most)
+        finally:
+            self._lock.release()
+
+    def claim_one(self, view: memoryview, page: int, count: int) -> bool:
+        """Claim the host page of `count` pages at `page`, or none of it. `view`: the bytes of its
+        block. What `claim` does, at a tenth of the cost."""
+        if not self._lock.acquire(timeout=_LOCK_SECONDS):
+            raise WorkerDied("a process died while it claimed pages")
+        try:
+            if view[page] != DIRTY:
+                return False
+            view[page : page + count] = _CLAIMED[:count]
+            return True
+        finally:
+            self._lock.release()
+
+    def renew_lock(self, lock: Any) -> None:
+        """Coordinator, while there is no worker: whoever held the old one may be dead."""
+        self._lock = lock
+
+    def resume(self, block: int, received: Bytes8) -> None:
+        """Coordinator, while nobody sends: what the destination has is CLEAN, the rest DIRTY."""
+        self.view(block)[:] = np.where(received != 0, CLEAN, DIRTY)
+
+    def whole_host_pages(self, block: int, host: int) -> None:
+        """Coordinator, between rounds: a host page of `host` pages that is dirty anywhere is
+        dirty everywhere, because it is installed whole."""
+        view = self.view(block)
+        whole = len(view) // host * host
+        groups = view[:whole].reshape(-1, host)
+        groups[(groups != CLEAN).any(axis=1)] = DIRTY
+        if (view[whole:] != CLEAN).any():
+            view[whole:] = DIRTY
 
     def remaining(self) -> int:
         """Pages of all blocks that still have to travel."""
@@ -62,3 +122,11 @@ class PageTable:
 
     def close(self) -> None:
         self._segment.close()
+
+
+def claim(table: Bytes8, first: int, count: int, most: int) -> Pages:
+    """The claim itself, on the bytes of one block: the caller holds the lock."""
+    part = table[first : first + count]
+    found = np.flatnonzero(part == DIRTY)[:most]
+    part[found] = IN_FLIGHT
+    return (found + first).astype(np.int64, copy=False)

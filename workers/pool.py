@@ -96,6 +96,7 @@ class Pool:
         loop = asyncio.get_running_loop()
         self._started = time.monotonic()
         for index, payload in enumerate(payloads):
+            self.counters.row(index).set("heartbeat_ns", 0)  # of a process before this one
             # Not to be cancelled half-way: `close` waits for it and ends what it started.
             self._starting = loop.run_in_executor(None, self._start_one, target, index, payload)
             await asyncio.shield(self._starting)
@@ -139,6 +140,13 @@ class Pool:
     def _fail(self, error: Exception) -> None:
         if not self._closing:
             self._on_failure(error)
+
+    @property
+    def alive(self) -> bool:
+        """True if it was started, and no worker has ended."""
+        return bool(self.workers) and all(
+            not w.cause and w.process.is_alive() for w in self.workers
+        )
 
     def check(self) -> None:
         """Raise WorkerDied if a worker has been silent for too long."""

@@ -23,10 +23,24 @@ from ..transport.wire import Buffer, Frame
 from . import jobs
 from .counters import Counters
 from .digest import CHUNK_BYTES, part_digest
+from .guests.base import ArmedMemory
+from .placing import FramePlacer, GuestPlacer
+from .priority import become_background
 from .process import HEARTBEAT_SECONDS, Desk, run_worker
 from .ram import RamBlock
+from .received import Received, Waiting
 
 _CODEC_FIELD = {1: "lz4_pages", 2: "zstd_pages", 3: "zlib_pages"}
+
+
+@dataclass
+class ArmedGuest:
+    """An armed guest, as a receiver needs it. `tell`: the pipe to the fault process."""
+
+    memory: ArmedMemory
+    received: Received
+    waiting: Waiting
+    tell: Any
 
 
 @dataclass
@@ -38,6 +52,7 @@ class ReceiverJob:
     `writing`: held while pages are written. The kernel lets one writer into a file at a time
     and has the others spin; waiting here instead leaves the processor to the senders (two
     receivers, one fresh file: half the processor time a byte, same rate).
+    `guest`: what postcopy needs; `installing`: the guest runs already.
     """
 
     blocks: list[RamBlock]
@@ -46,6 +61,8 @@ class ReceiverJob:
     token: bytes
     fresh: list[bool]
     writing: Any
+    guest: ArmedGuest | None = None
+    installing: bool = False
 
 
 # Nobody writes a frame for this long: whoever holds the lock is dead or stopped.
@@ -65,6 +82,9 @@ class Receiver:
         self.desk, self.job, self.row = desk, job, desk.row
         self.channel = ReceivingChannel()
         self.decoders = Decoders()
+        self.placer: FramePlacer | None = None
+        if job.installing:
+            self._start_installing()
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
 
     def run(self) -> None:
@@ -93,9 +113,20 @@ class Receiver:
                     block = self.job.blocks[job.block]
                     digest = part_digest(block, job.part, bytearray(CHUNK_BYTES))
                     self.desk.say(jobs.DigestDone(job.block, job.part, digest))
+                case jobs.Postcopy():
+                    self._start_installing()
+                    self.desk.say(jobs.Ready())
                 case _:
                     raise LocalProtocolError(f"a receiver was told {type(job).__name__}")
         return True
+
+    def _start_installing(self) -> None:
+        guest = self.job.guest
+        if guest is None:
+            raise LocalProtocolError("postcopy into memory that is not armed")
+        become_background()
+        placer = GuestPlacer(guest.memory, guest.received, self.row)
+        self.placer = FramePlacer(self.job.blocks, placer, guest.waiting, guest.tell.fileno())
 
     def _message(self) -> bool:
         """Handle one message; False if none is waiting or it is time to look at the pipe."""
@@ -134,7 +165,7 @@ class Receiver:
         for runs in (frame.zero, frame.raw, frame.packed):
             if not check_runs(runs, block.pages):
                 raise RemoteProtocolError(f"frame with pages outside of block {block.name}")
-        if self.channel.round > 1 or not self.job.fresh[frame.block]:
+        if self.placer is None and (self.channel.round > 1 or not self.job.fresh[frame.block]):
             block.clear(frame.zero)
         view = memoryview(payload)
         raw = frame.raw_size
@@ -146,10 +177,17 @@ class Receiver:
         if not self.job.writing.acquire(timeout=_LOCK_SECONDS):
             raise WorkerDied("another receiver does not finish a write")
         try:
-            _write_runs(block, frame.raw, view[:raw])
-            _write_runs(block, frame.packed, unpacked)
+            if self.placer is None:
+                _write_runs(block, frame.raw, view[:raw])
+                _write_runs(block, frame.packed, unpacked)
+            else:
+                self.placer.place(frame.block, frame.raw, view[:raw])
+                self.placer.place(frame.block, frame.packed, unpacked)
+                self.placer.place(frame.block, frame.zero, b"")
         finally:
             self.job.writing.release()
+        if self.placer is not None:
+            self.placer.tell_arrivals(frame.block, (frame.raw, frame.packed, frame.zero))
         self._count(frame, n_packed)
 
     def _count(self, frame: Frame, n_packed: int) -> None:

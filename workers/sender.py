@@ -5,6 +5,9 @@ in flight as credit allows, and answers when every page of the extent is acknowl
 order of its writes to the page table is in page_table.py. Counterpart: receiver.py; in QEMU,
 multifd_send_thread in migration/multifd.c.
 
+In postcopy it is the background: it claims pages piece by piece, because the postcopy process takes
+pages out of its extents, stands aside while that answers a request, and keeps little in flight.
+
 A buffer handed to ZeroMQ without a copy must not change until it is sent. A batch of a live
 guest is copied first (QEMU learnt that the hard way: "multifd: Copy pages before compressing
 them with zlib"); memory that changes anyway is caught by the checksum and sent again.
@@ -12,6 +15,7 @@ them with zlib"); memory that changes anyway is caught by the checksum and sent 
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -24,7 +28,7 @@ import zmq
 from ..transport.channel import Acked, Lost, SendingChannel, Synced
 from ..transport.errors import LocalProtocolError, PeerLost
 from ..transport.links import connect, parse_endpoint
-from ..transport.pages import NO_RUNS, Pages, runs_of
+from ..transport.pages import NO_RUNS, PAGE_SIZE, Pages, runs_of
 from ..transport.wire import MAX_RUNS, Frame, Kind, encode_data
 from . import jobs
 from .bandwidth import Bandwidth
@@ -32,6 +36,9 @@ from .batches import Batch, BatchMaker, BlockReader, page_hashes
 from .counters import Counters
 from .digest import CHUNK_BYTES, part_digest
 from .page_table import CLEAN, DIRTY, IN_FLIGHT, PageTable
+from .postcopy import ROUTED
+from .preemption import Preemption, Reader, page_key
+from .priority import become_background
 from .process import HEARTBEAT_SECONDS, Desk, run_worker
 from .ram import RamBlock
 from .segments import Segment
@@ -44,6 +51,11 @@ _MAX_CREDIT = 64 << 20
 # Pages looked at together for zeros: as many as a frame's run table can hold.
 _WINDOW = MAX_RUNS
 _FAST_LINK = 1.25e9  # bytes a second a channel may fill: 10 Gbit/s
+# Postcopy: pieces claimed at once while all is zero; how long to stand aside before looking
+# around, and how much of that without sleeping; what may be sent at once after a pause.
+_MOST_AHEAD = 64
+_ASIDE_NS, _SPIN_NS = 5_000_000, 100_000
+_POSTCOPY_BURST_NS = 200_000
 # No acknowledgement for this long with frames in flight: this channel is gone. A peer or a link
 # that is gone altogether shows on the control link, within four seconds.
 STALL_SECONDS = 30.0
@@ -51,7 +63,8 @@ STALL_SECONDS = 30.0
 
 @dataclass
 class SenderJob:
-    """Everything a sender needs, pickled into it once."""
+    """Everything a sender needs, pickled into it once. `preemption`: for postcopy; `route`: without
+    preemption, the pipe of requests to be answered in line (postcopy.py)."""
 
     blocks: list[RamBlock]
     table: PageTable
@@ -62,6 +75,9 @@ class SenderJob:
     level: int | None
     batch_pages: int
     credit: int = CREDIT
+    tos: int = 0
+    preemption: Preemption | None = None
+    route: Any = None
 
 
 @dataclass(slots=True)
@@ -108,6 +124,8 @@ class Sender:
         self.round_trip = float("inf")  # the shortest seen, seconds
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket: zmq.Socket[bytes] | None = None
+        self.preemption: Reader | None = None  # in postcopy
+        self.again: deque[_Sent] = deque()  # in postcopy: what was lost and is still ours
         self.poller = zmq.Poller()
         self.poller.register(desk.pipe.fileno(), zmq.POLLIN)
 
@@ -116,9 +134,11 @@ class Sender:
         try:
             while True:
                 self._take_jobs()
-                if self.queue:
+                if self.again:
+                    self._send_again()
+                elif self.queue:
                     self._do(self.queue.popleft())
-                else:
+                elif not self._send_routed():
                     self._wait()
         except _Stopped:
             pass
@@ -138,10 +158,18 @@ class Sender:
         match job:
             case jobs.Open():
                 endpoint = parse_endpoint(job.endpoint)
-                self.socket = connect(self.context, endpoint, job.token, control=False)
+                self.socket = connect(
+                    self.context, endpoint, job.token, control=False, tos=self.job.tos
+                )
                 self.poller.register(self.socket, zmq.POLLIN)
             case jobs.Extent():
-                self._send_extent(job)
+                if self.preemption is not None:
+                    self._send_background(job, self.preemption)
+                else:
+                    self._send_extent(job)
+            case jobs.Postcopy():
+                self._enter_postcopy()
+                self.desk.say(jobs.Ready())
             case jobs.Barrier():
                 self._barrier(job)
                 self.desk.say(jobs.BarrierDone(job.round))
@@ -184,6 +212,108 @@ class Sender:
         for at in range(0, len(pages), self.job.batch_pages):
             self._send_batch(extent, job.block, pages[at : at + self.job.batch_pages], job.live)
             self._take_jobs()
+
+    # ---- postcopy ------------------------------------------------------------------------
+
+    def _enter_postcopy(self) -> None:
+        assert self.job.preemption is not None
+        self.preemption = Reader(self.job.preemption)
+        if self.job.route is None:
+            become_background()
+            self.channel.credit = self.preemption.credit
+        else:
+            os.set_blocking(self.job.route.fileno(), False)
+            self.poller.register(self.job.route.fileno(), zmq.POLLIN)
+
+    def _send_background(self, job: jobs.Extent, preemption: Reader) -> None:
+        """Send what is still nobody's of an extent, claiming a little at a time: more at once
+        only while it is all zeros."""
+        extent, table = _Extent(), self.job.table
+        host = self.job.blocks[job.block].spec.page_size // PAGE_SIZE
+        at, end, ahead = job.first, job.first + job.count, 1
+        while at < end:
+            piece = self._piece(preemption)
+            self._my_turn(preemption, piece, 0)
+            most = max(min(piece * ahead, MAX_RUNS) // host * host, host)
+            pages = table.claim(job.block, at, end - at, most)
+            if not len(pages):
+                break
+            at = int(pages[-1]) + 1
+            if self._reader(job.block).zero(pages).all():
+                ahead = min(ahead * 2, _MOST_AHEAD)
+                self._send_zero(extent, job.block, pages)
+            else:
+                ahead = 1
+                self._send_claimed(extent, job.block, pages, piece)
+        extent.all_sent = True
+        self._answer(extent)
+
+    def _send_claimed(self, extent: _Extent, block: int, pages: Pages, piece: int) -> None:
+        """Send pages that are ours, standing aside between two pieces, unless somebody waits for
+        just these."""
+        assert self.preemption is not None
+        for at in range(0, len(pages), piece):
+            if at:
+                self._my_turn(self.preemption, piece, page_key(block, int(pages[0])))
+            self._send_batch(extent, block, pages[at : at + piece], live=False)
+
+    def _piece(self, preemption: Reader) -> int:
+        return self.job.batch_pages if self.job.route is not None else preemption.piece_pages
+
+    def _my_turn(self, preemption: Reader, piece: int, key: int) -> None:
+        """Wait until a piece may be sent. `key`: the host page that is being sent; if a request is
+        for that, it is not stood aside for."""
+        while True:
+            self._take_jobs()
+            self._send_routed()
+            if self.job.route is None:
+                self.channel.credit = preemption.credit
+            if self.again:
+                self._send_again()
+            elif preemption.request_open and not (key and preemption.in_front(key)):
+                self._stand_aside(preemption)
+            elif not self.channel.may_send(piece * PAGE_SIZE):
+                self._wait_for_credit(piece * PAGE_SIZE)
+            elif (delay := self.job.bandwidth.reserve(0, _POSTCOPY_BURST_NS)) > 0:
+                self._pause(delay)
+            else:
+                return
+
+    def _stand_aside(self, preemption: Reader) -> None:
+        """Leave the processor and the link to the postcopy process."""
+        begin = time.monotonic_ns()
+        while preemption.request_open and (now := time.monotonic_ns()) - begin < _ASIDE_NS:
+            # a request takes about 100 us: shorter than a sleep
+            if now - begin < _SPIN_NS:
+                os.sched_yield()
+            else:
+                time.sleep(_SPIN_NS / 1e9)
+        self.row.add("paused_ns", time.monotonic_ns() - begin)
+
+    def _send_again(self) -> None:
+        """A lost frame's pages: nobody else may send them."""
+        sent = self.again.popleft()
+        sent.extent.waiting -= 1
+        self.row.add("resent", len(sent.pages))
+        self._send_batch(sent.extent, sent.block, sent.pages, live=False)
+
+    def _send_routed(self) -> bool:
+        """Without preemption: a page that the destination waits for, next in line."""
+        if self.job.route is None or self.preemption is None:
+            return False
+        try:
+            data = os.read(self.job.route.fileno(), ROUTED.size)
+        except BlockingIOError:
+            return False
+        if not data:
+            return False
+        block, first = ROUTED.unpack(data)
+        host = self.job.blocks[block].spec.page_size // PAGE_SIZE
+        pages = self.job.table.claim(block, first, host, host)
+        if len(pages):
+            extent = _Extent()  # nobody asked for an answer
+            self._send_claimed(extent, block, pages, self.job.batch_pages)
+        return True
 
     def _send_zero(self, extent: _Extent, block: int, pages: Pages) -> None:
         hashes = np.zeros(len(pages), np.uint64) if self.job.hashes is not None else None
@@ -258,9 +388,16 @@ class Sender:
             self.maker.choice.waited((before - self.channel.in_flight) / max(spent, 1) * 1e9)
 
     def _wait_for_bandwidth(self, size: int) -> None:
-        delay = self.job.bandwidth.reserve(size)
-        if delay == 0:
+        if self.preemption is not None:
+            # the wait was before the pages were claimed
+            self.job.bandwidth.reserve(size, _POSTCOPY_BURST_NS)
             return
+        delay = self.job.bandwidth.reserve(size)
+        if delay:
+            self._pause(delay)
+
+    def _pause(self, delay: int) -> None:
+        """Wait `delay` nanoseconds, reading answers."""
         self.row.add("paced_ns", delay)
         until = time.monotonic() + delay / 1e9
         while (left := until - time.monotonic()) > 0:
@@ -291,12 +428,17 @@ class Sender:
     def _settle(self, event: Acked[_Sent] | Lost[_Sent]) -> None:
         sent = event.token
         if isinstance(event, Acked):
-            if (took := time.monotonic() - sent.at) < self.round_trip:
+            if (took := time.monotonic() - sent.at) < self.round_trip and self.preemption is None:
                 self.round_trip = took
                 self.channel.credit = min(self.job.credit + int(took * _FAST_LINK), _MAX_CREDIT)
             if sent.hashes is not None:
                 self._hash_table(sent.block)[sent.pages] = sent.hashes
             self._store(self._table(sent.block), sent.pages, CLEAN)
+        elif self.preemption is not None:
+            self.again.append(sent)
+            self.row.add("lost_frames", 1)
+            self.row.add("lost_pages", len(sent.pages))
+            return
         else:
             self._store(self._table(sent.block), sent.pages, DIRTY)
             sent.extent.lost += len(sent.pages)
@@ -306,12 +448,18 @@ class Sender:
         self._answer(sent.extent)
 
     def _barrier(self, job: jobs.Barrier) -> None:
-        if self.channel.round != job.round:
+        number = job.round or self.channel.round
+        if self.channel.round != number:
             raise LocalProtocolError(f"barrier of round {job.round} in {self.channel!r}")
         assert self.socket is not None
+        while self.again or not self.channel.idle:  # only where pages were not part of an extent
+            if self.again:
+                self._send_again()
+            else:
+                self._wait()
         self.socket.send(self.channel.sync())
         self.last_answer = begin = time.monotonic()
-        while self.channel.round == job.round:
+        while self.channel.round == number:
             self._wait()
             if time.monotonic() - begin > STALL_SECONDS:
                 raise PeerLost(f"no answer to the barrier of round {job.round}")

@@ -1,4 +1,5 @@
-"""`pageferry status | set | cancel MONITOR`: talks QMP to a running migration."""
+"""`pageferry status | set | cancel | start-postcopy | pause | recover MONITOR`: talks QMP to a
+running migration."""
 
 from __future__ import annotations
 
@@ -73,3 +74,31 @@ def set_command(monitor: str, parameters: tuple[str, ...]) -> None:
             raise UsageError(f"{parameter!r} sets nothing: write NAME=VALUE")
         arguments[name] = value
     asyncio.run(_ask(monitor, "migrate-set-parameters", arguments))
+
+
+@click.command("start-postcopy")
+@click.argument("monitor")
+def start_postcopy_command(monitor: str) -> None:
+    """Start the guest at its destination now; its memory follows.
+
+    The migration at MONITOR must have been started with --postcopy.
+    """
+    asyncio.run(_ask(monitor, "migrate-start-postcopy"))
+
+
+@click.command("pause")
+@click.argument("monitor")
+def pause_command(monitor: str) -> None:
+    """Drop the connection of the postcopy at MONITOR; `recover` takes it up again."""
+    asyncio.run(_ask(monitor, "migrate-pause"))
+
+
+@click.command("recover")
+@click.argument("monitor")
+@click.argument("endpoint", required=False)
+def recover_command(monitor: str, endpoint: str | None) -> None:
+    """Connect the paused postcopy at MONITOR (the source's) again.
+
+    ENDPOINT: where the destination is to be reached now, if not where it was.
+    """
+    asyncio.run(_ask(monitor, "migrate-recover", {"uri": endpoint} if endpoint else None))

@@ -25,6 +25,10 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "status": ("control", False, "Show a running migration."),
     "set": ("control", False, "Change a running migration's parameters."),
     "cancel": ("control", False, "Cancel a running migration."),
+    "start-postcopy": ("control", False, "Start the guest at its destination now."),
+    "pause": ("control", False, "Drop the connection of a postcopy, to recover it later."),
+    "recover": ("control", False, "Connect a paused postcopy again."),
+    "check": ("check", False, "Show what this host can do."),
 }
 
 
@@ -41,7 +45,8 @@ class _Group(click.Group):
         if starts_workers and "--help" not in sys.argv:
             warm_up()
         found: click.Command = getattr(
-            importlib.import_module(f".{module}", __package__), f"{cmd_name}_command"
+            importlib.import_module(f".{module}", __package__),
+            f"{cmd_name.replace('-', '_')}_command",
         )
         return found
 

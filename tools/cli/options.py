@@ -30,6 +30,19 @@ def migration_options(function: F) -> F:
                          help="How long the guest may stand still."),
             click.option("--max-rounds", metavar="N", default="30", show_default=True,
                          help="Give up after this many rounds that did not converge."),
+            click.option("--postcopy", metavar="WHEN", default="never", show_default=True,
+                         help="Start the guest there before its memory: now, after=ROUNDS, auto "
+                         "(when it would not converge), manual (when start-postcopy says so)."),
+            click.option("--no-preempt", is_flag=True,
+                         help="Answer page faults in line with the background, for comparison."),
+            click.option("--max-postcopy-bandwidth", metavar="RATE", default="0",
+                         help="For the background of a postcopy. Default: no limit."),
+            click.option("--postcopy-latency-target", metavar="TIME", default="500us",
+                         show_default=True,
+                         help="How long a fault may wait behind the background."),
+            click.option("--postcopy-link", type=click.Choice(["zmq", "direct"]), default="zmq",
+                         show_default=True, help="What requested pages travel on: ZeroMQ, or a "
+                         "connection without its threads in between."),
             click.option("--batch-pages", metavar="N", default="256", show_default=True,
                          help="4 KiB pages in a frame."),
             click.option("--verify", is_flag=True,
@@ -66,6 +79,11 @@ def parameters(options: dict[str, Any]) -> Parameters:
         max_rounds=_integer("max-rounds", options["max_rounds"]) or 0,
         batch_pages=_integer("batch-pages", options["batch_pages"]) or 0,
         verify=options["verify"],
+        postcopy=options["postcopy"],
+        preempt=not options["no_preempt"],
+        postcopy_link=options["postcopy_link"],
+        max_postcopy_bandwidth=parse_rate(options["max_postcopy_bandwidth"]),
+        postcopy_latency_target=parse_duration(options["postcopy_latency_target"]),
     ).checked()
 
 

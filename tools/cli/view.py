@@ -26,6 +26,12 @@ def phase_of(report: dict[str, Any]) -> str:
             return f"round {max(1, report['ram']['dirty-sync-count'])}"
         case "device":
             return "switchover"
+        case "postcopy-active":
+            return "postcopy"
+        case "postcopy-paused":
+            return "paused"
+        case "postcopy-recover":
+            return "recovering"
         case other:
             return str(other)
 
@@ -34,7 +40,12 @@ def phase_line(report: dict[str, Any]) -> str:
     """Bytes, rate, dirty rate, ETA of the phase."""
     ram, progress = report["ram"], report.get("progress", {})
     parts = []
-    if report["status"] in ("active", "device"):
+    if report["status"] == "postcopy-paused":
+        parts.append(f"{format_bytes(ram['remaining'])} still to come")
+        if "paused-because" in report:
+            parts.append(str(report["paused-because"]))
+        parts.append("`pageferry recover` goes on")
+    elif report["status"] in ("active", "device", "postcopy-active"):
         parts.append(f"{format_bytes(ram['remaining'])} left of {format_bytes(ram['total'])}")
         parts.append(format_rate(progress.get("rate", 0)))
         if progress.get("dirty-rate"):
@@ -169,6 +180,7 @@ def summary(report: dict[str, Any]) -> str:
         ("wire", f"{format_bytes(report['wire-bytes'])}, "
                  f"{format_rate(report['wire-bytes'] / max(seconds, 1e-3))} on average"),
         ("codec", _codecs(report)),
+        *_postcopy(report),
         ("processes", _processes(report)),
     ]  # fmt: skip
     if report.get("dirty-tracking", "none") != "none":
@@ -199,6 +211,27 @@ def _times(report: dict[str, Any]) -> str:
         text += f", downtime {format_seconds(report['downtime'] / 1000)}"
         text += f" (limit {format_seconds(report['downtime-limit'] / 1000)})"
     return text
+
+
+def _postcopy(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows that only a postcopy has."""
+    if "postcopy-requests" not in report:
+        return []
+    rows = [(
+        "postcopy",
+        f"{report['postcopy-requests']} requests, {report['postcopy-pages']} pages ahead of the "
+        f"background, {report['postcopy-priority']}",
+    )]  # fmt: skip
+    if "postcopy-latency-percentiles" in report:
+        p = report["postcopy-latency-percentiles"]
+        rows.append((
+            "fault latency",
+            f"mean {report['postcopy-latency'] / 1000:.0f} us, p50 {p['p50']:.0f}, "
+            f"p90 {p['p90']:.0f}, p99 {p['p99']:.0f}, max {p['max']:.0f}",
+        ))  # fmt: skip
+    if report.get("recoveries"):
+        rows.append(("recoveries", str(report["recoveries"])))
+    return rows
 
 
 def _codecs(report: dict[str, Any]) -> str:

@@ -7,7 +7,10 @@ block for a while: coordinators call them off their event loop.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 from ...transport.messages import Block, Hello
@@ -18,6 +21,47 @@ from ..ram import RamBlock
 TRACKING_NONE = "none"  # nobody writes
 TRACKING_PAGEMAP = "pagemap-scan"  # userfaultfd WP_ASYNC + PAGEMAP_SCAN: exact, cheap
 TRACKING_HASH = "content-hash"  # reads everything each round
+
+
+# What a Hello says when the guest may start before its memory has arrived.
+POSTCOPY = "postcopy-ram"
+
+
+@dataclass(frozen=True)
+class Region:
+    """Pages [first, first + pages) of `block` are at `address` in the guest's address space, on
+    host pages of `page_size` bytes."""
+
+    block: int
+    first: int
+    pages: int
+    address: int
+    page_size: int
+
+
+class ArmedMemory:
+    """A guest's memory whose missing pages are caught: who touches one sleeps until it is
+    installed through `uffd`. Owns the descriptor; pickles into workers, taking it along."""
+
+    def __init__(self, uffd: int, regions: list[Region]) -> None:
+        self.uffd = uffd
+        self.regions = regions
+
+    def __repr__(self) -> str:
+        return f"<ArmedMemory uffd={self.uffd} {len(self.regions)} regions>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_attach_memory, (DupFd(self.uffd), self.regions))
+
+    def close(self) -> None:
+        """Idempotent. Memory stays armed while its owner holds a descriptor too."""
+        if self.uffd >= 0:
+            os.close(self.uffd)
+            self.uffd = -1
+
+
+def _attach_memory(dup: Any, regions: list[Region]) -> ArmedMemory:
+    return ArmedMemory(dup.detach(), regions)
 
 
 class SourceGuest(ABC):
@@ -71,10 +115,15 @@ class DestinationGuest(ABC):
     kind: str
     blocks: list[RamBlock]
     fresh: list[bool]  # this block reads as zero everywhere
+    # Its memory, armed before anything can touch it; only if hello.capabilities has POSTCOPY.
+    memory: ArmedMemory | None = None
 
     @abstractmethod
     def lay_out(self, hello: Hello) -> None:
-        """Make RAM for `hello.blocks`, or raise: DestinationTooSmall, PeerRefused, …"""
+        """Make RAM for `hello.blocks`, or raise: DestinationTooSmall, PeerRefused, …
+
+        If `hello.capabilities` has POSTCOPY: also arm `memory`, or raise PeerRefused.
+        """
 
     def load_state(self, kind: str, state: bytes, running: bool) -> None:
         """Take the device state and make everything durable. All pages have arrived."""

@@ -1,21 +1,31 @@
 """demo:, the bundled guest, from the outside: start it, stop it, ask it.
 
 `demo:?size=512M&rate=20000&content=text`: `rate` in pages a second (0: as fast as it can),
-content zero, text or random. The guest's process is demo_process.py.
+content zero, text or random. `access=random&vcpus=4`: pages in a pseudo-random order, by four
+processors at once. `hugepages=2M`: its memory, here and there, is on pages of 2 MiB. The
+guest's process is demo_process.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from ...transport.errors import PeerRefused, RemoteProtocolError, SourceError, UsageError
+from ...transport.errors import (
+    HostLacks,
+    PeerRefused,
+    RemoteProtocolError,
+    SourceError,
+    UsageError,
+)
 from ...transport.messages import Block, Hello
 from ...transport.pages import PAGE_SIZE, Runs
 from ...transport.quantities import parse_size
@@ -23,8 +33,27 @@ from ..forking import start_process
 from ..kernel.pagemap import PagemapScanner
 from ..ram import RamBlock, RamFile
 from ..segments import Segment
-from .base import TRACKING_HASH, TRACKING_PAGEMAP, DestinationGuest, SourceGuest
-from .demo_process import CONTENTS, Answer, Command, Registers, Verdict
+from .base import (
+    POSTCOPY,
+    TRACKING_HASH,
+    TRACKING_PAGEMAP,
+    ArmedMemory,
+    DestinationGuest,
+    Region,
+    SourceGuest,
+)
+from .demo_process import (
+    ACCESSES,
+    CONTENTS,
+    MAX_REGISTER,
+    MAX_VCPUS,
+    RANDOM,
+    SEQUENTIAL,
+    Answer,
+    Command,
+    Registers,
+    Verdict,
+)
 from .demo_process import main as guest_main
 from .handover import HandoverSocket
 from .uri import GuestUri
@@ -36,24 +65,79 @@ RUN_ON_SECONDS = 1.0
 _ANSWER_SECONDS = 60.0
 
 
-class GuestProcess:
-    """A demo guest and the memory it owns. The coordinator only keeps the name of it."""
+HUGE_PAGE = 2 << 20
+_HUGE_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 
-    def __init__(self, size: int, registers: Registers, handover: str = "") -> None:
-        self.segment = Segment(size, "demo", reserve=False)
+
+def _huge_file(size: int) -> RamFile:
+    """Memory on 2 MiB pages, reserved and not there yet (memfd_create(2) MFD_HUGETLB). Nobody
+    has to unlink it."""
+    try:
+        flags = os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB
+        file = RamFile(os.memfd_create("pageferry-demo", flags), "demo memory on huge pages")
+    except OSError as e:
+        raise HostLacks(f"this host has no huge pages of 2 MiB: {e.strerror}") from e
+    try:
+        os.ftruncate(file.fd, size)
+        file.mapping()  # reserves: a guest that finds none left later would die of SIGBUS
+    except OSError as e:
+        file.close()
+        if e.errno != errno.ENOMEM:
+            raise HostLacks(f"cannot map huge pages: {e.strerror}") from e
+        raise HostLacks(_too_few(size // HUGE_PAGE)) from e
+    return file
+
+
+def _too_few(pages: int) -> str:
+    total, free, reserved = (
+        int((_HUGE_POOL / f"{name}_hugepages").read_text()) for name in ("nr", "free", "resv")
+    )
+    return (
+        f"the guest needs {pages} huge pages of 2 MiB and {free - reserved} are free: "
+        f"sysctl vm.nr_hugepages={total + pages - (free - reserved)}"
+    )
+
+
+class GuestProcess:
+    """A demo guest and the memory it owns. The coordinator only keeps a descriptor of it."""
+
+    def __init__(
+        self,
+        size: int,
+        page_size: int,
+        registers: Registers,
+        handover: str = "",
+        *,
+        arriving: bool = False,
+    ) -> None:
+        self._segment: Segment | None = None
+        self.page_size = page_size
+        self.file = self._make_memory(size)
         self._ours, theirs = multiprocessing.Pipe()
         try:
             self.process = start_process(
-                guest_main, (theirs, self.segment, registers, handover), "pageferry-demo"
+                guest_main,
+                (theirs, self.file, page_size, registers, handover, arriving),
+                "pageferry-demo",
             )
         except BaseException:
             self._ours.close()
-            self.segment.close()
+            self._drop_memory()
             raise
         finally:
             theirs.close()
-        path = f"/dev/shm/{self.segment.name}"
-        self.file = RamFile(os.open(path, os.O_RDWR | os.O_CLOEXEC), path)
+
+    def _make_memory(self, size: int) -> RamFile:
+        if self.page_size == HUGE_PAGE:
+            return _huge_file(size)
+        self._segment = Segment(size, "demo", reserve=False)
+        path = f"/dev/shm/{self._segment.name}"
+        return RamFile(os.open(path, os.O_RDWR | os.O_CLOEXEC), path)
+
+    def _drop_memory(self) -> None:
+        self.file.close()
+        if self._segment is not None:
+            self._segment.close()
 
     def ask(self, what: str, registers: Registers | None = None) -> Answer:
         """One command, one answer; SourceError if the guest is gone."""
@@ -77,8 +161,38 @@ class GuestProcess:
             os.kill(self.process.pid or 0, signal.SIGKILL)
             self.process.join()
         self.process.close()
-        self.file.close()
-        self.segment.close()
+        self._drop_memory()
+
+
+def _registers(uri: GuestUri) -> Registers:
+    """What a guest begins with."""
+    content = uri.options.get("content", "random")
+    access = uri.options.get("access", SEQUENTIAL)
+    for name, value, known in (("content", content, CONTENTS), ("access", access, ACCESSES)):
+        if value not in known:
+            raise UsageError(f"demo: {name} is one of {', '.join(known)}, not {value!r}")
+    rate, seed = uri.integer("rate", _DEFAULT_RATE), uri.integer("seed", 1)
+    if max(rate, seed) > MAX_REGISTER:
+        raise UsageError(f"demo: rate and seed are {MAX_REGISTER} at the most")
+    vcpus = uri.integer("vcpus", 1)
+    if not 1 <= vcpus <= MAX_VCPUS:
+        raise UsageError(f"demo: vcpus is 1 to {MAX_VCPUS}, not {vcpus}")
+    if vcpus > 1 and access != RANDOM:
+        raise UsageError(f"demo: several vcpus need random access: write access={RANDOM}")
+    return Registers(0, 0, rate, content, seed, access, vcpus)
+
+
+def _memory_size(uri: GuestUri) -> tuple[int, int]:
+    """Size and page size."""
+    size = parse_size(uri.options.get("size", _DEFAULT_SIZE))
+    page_size = PAGE_SIZE
+    if "hugepages" in uri.options:
+        page_size = HUGE_PAGE
+        if uri.options["hugepages"] != "2M":
+            raise UsageError(f"demo: hugepages is 2M, not {uri.options['hugepages']!r}")
+    if size < page_size or size % page_size:
+        raise UsageError(f"demo: size must be a multiple of {page_size} bytes")
+    return size, page_size
 
 
 class DemoSource(SourceGuest):
@@ -90,21 +204,14 @@ class DemoSource(SourceGuest):
     can_stop = True
 
     def __init__(self, uri: GuestUri) -> None:
-        size = parse_size(uri.options.get("size", _DEFAULT_SIZE))
-        content = uri.options.get("content", "random")
-        if content not in CONTENTS:
-            raise UsageError(f"demo: content is one of {', '.join(CONTENTS)}, not {content!r}")
-        if size < PAGE_SIZE or size % PAGE_SIZE:
-            raise UsageError(f"demo: size must be a multiple of {PAGE_SIZE} bytes")
-        registers = Registers(
-            0, 0, uri.integer("rate", _DEFAULT_RATE), content, uri.integer("seed", 1)
-        )
+        registers = _registers(uri)
+        size, page_size = _memory_size(uri)
         self.image_size = size
         self._scanner: PagemapScanner | None = None
         self._uffd = -1
         handover = HandoverSocket()
         try:
-            self._guest = GuestProcess(size, registers, handover.path)
+            self._guest = GuestProcess(size, page_size, registers, handover.path)
             try:
                 mappings, descriptors = handover.accept()
                 self._attach(mappings[0].base_host_virt_addr, descriptors)
@@ -113,7 +220,7 @@ class DemoSource(SourceGuest):
                 raise
         finally:
             handover.close()
-        self.blocks = [RamBlock(Block("demo.ram", size), self._guest.file, 0)]
+        self.blocks = [RamBlock(Block("demo.ram", size, page_size), self._guest.file, 0)]
         self._stopped = False
         self._guest.ask("run")
 
@@ -163,6 +270,10 @@ class DemoSource(SourceGuest):
             self._uffd = -1
 
 
+# Until the registers come.
+_BLANK = Registers(0, 0, 0, "zero", 0)
+
+
 class DemoDestination(DestinationGuest):
     """A demo guest that waits for its memory and registers."""
 
@@ -175,9 +286,34 @@ class DemoDestination(DestinationGuest):
         if hello.kind != "demo" or len(hello.blocks) != 1:
             raise PeerRefused(f"a {hello.kind}: guest cannot go on as a demo: guest", field="kind")
         spec = hello.blocks[0]
-        self._guest = GuestProcess(spec.size, Registers(0, 0, 0, "zero", 0))
+        if spec.page_size not in (PAGE_SIZE, HUGE_PAGE):
+            raise PeerRefused(
+                f"a demo: guest is on pages of {PAGE_SIZE} or {HUGE_PAGE} bytes, "
+                f"not {spec.page_size}",
+                field="page-size",
+            )
+        if spec.size < spec.page_size or spec.size % spec.page_size:
+            raise PeerRefused("a demo: guest has whole pages only", field="size")
+        if POSTCOPY in hello.capabilities:
+            self._start_armed(spec)
+        else:
+            self._guest = GuestProcess(spec.size, spec.page_size, _BLANK)
+        assert self._guest is not None
         self.blocks = [RamBlock(spec, self._guest.file, 0)]
         self.fresh = [True]
+
+    def _start_armed(self, spec: Block) -> None:
+        """Start the guest, which arms its memory before it touches any."""
+        with contextlib.closing(HandoverSocket()) as handover:
+            self._guest = GuestProcess(
+                spec.size, spec.page_size, _BLANK, handover.path, arriving=True
+            )
+            mappings, descriptors = handover.accept()
+        if not descriptors:
+            raise PeerRefused(self._guest.ask("arming").unarmed, field=POSTCOPY)
+        base = mappings[0].base_host_virt_addr
+        region = Region(0, 0, spec.size // PAGE_SIZE, base, spec.page_size)
+        self.memory = ArmedMemory(descriptors[0], [region])
 
     def load_state(self, kind: str, state: bytes, running: bool) -> None:
         assert self._guest is not None
@@ -185,8 +321,7 @@ class DemoDestination(DestinationGuest):
             registers = msgspec.msgpack.decode(state, type=Registers)
         except msgspec.DecodeError as e:
             raise RemoteProtocolError(f"demo registers that make no sense: {e}") from e
-        if registers.content not in CONTENTS:
-            raise RemoteProtocolError(f"demo registers with content {registers.content!r}")
+        _check_registers(registers, self.blocks[0].pages)
         self._guest.ask("load", registers)
 
     def run(self) -> str:
@@ -195,16 +330,35 @@ class DemoDestination(DestinationGuest):
         return f"demo: (process {self._guest.process.pid})"
 
     def conclude(self) -> dict[str, Any]:
-        """Let it run on, stop it, ask the oracle."""
+        """How long it waited for its memory; let it run on, stop it, ask the oracle."""
         assert self._guest is not None
+        latency = self._guest.ask("latency").latency
         time.sleep(RUN_ON_SECONDS)
         self._guest.ask("stop")
-        verdict = self._guest.ask("check").verdict
-        return {"oracle": msgspec.to_builtins(verdict)}
+        found = {"oracle": msgspec.to_builtins(self._guest.ask("check").verdict)}
+        if latency is not None:
+            found["guest-latency"] = msgspec.to_builtins(latency)
+        return found
 
     def discard(self) -> None:
         self.close()
 
     def close(self) -> None:
+        # The guest first: armed to its end, it never sees zeros where a page is missing. One
+        # that waits for a page can be killed.
         if self._guest is not None:
             self._guest.close()
+        if self.memory is not None:
+            self.memory.close()
+
+
+def _check_registers(registers: Registers, pages: int) -> None:
+    """RemoteProtocolError for what no demo guest of `pages` pages has."""
+    if registers.content not in CONTENTS:
+        raise RemoteProtocolError(f"demo registers with content {registers.content!r}")
+    if registers.access not in ACCESSES:
+        raise RemoteProtocolError(f"demo registers with access {registers.access!r}")
+    if registers.vcpus > 1 and registers.access != RANDOM:
+        raise RemoteProtocolError("demo registers with several vcpus and sequential access")
+    if registers.position >= pages:
+        raise RemoteProtocolError(f"demo registers at page {registers.position} of {pages}")

@@ -1,5 +1,6 @@
 """The demo guest itself: a process that owns memory and increments one byte per page, in order,
-for ever, like the guest of QEMU's migration tests (tests/migration/x86-a-b-bootblock.S).
+for ever, like the guest of QEMU's migration tests (tests/migration/x86-a-b-bootblock.S), or in
+a pseudo-random order with several processors at once.
 
 Its registers say exactly what every byte must be, so a migration that loses or tears one page
 is found. It knows nothing of migration but how to hand over its userfaultfd.
@@ -8,11 +9,16 @@ is found. It knows nothing of migration but how to hand over its userfaultfd.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import random
+import resource
+import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -21,31 +27,51 @@ import numpy.typing as npt
 from ...transport.errors import HostLacks
 from ...transport.pages import PAGE_SIZE
 from ..kernel import userfaultfd
-from ..kernel.libc import die_with_parent, set_process_name
-from ..segments import Segment
+from ..kernel.libc import die_with_parent, set_process_name, store_byte
+from ..ram import RamFile
 from .handover import Mapping, send_mappings
 
 CONTENTS = ("zero", "text", "random")
+SEQUENTIAL, RANDOM = "sequential", "random"
+ACCESSES = (SEQUENTIAL, RANDOM)
+MAX_VCPUS = 64
+# Registers are summed and multiplied in 64 bits.
+MAX_REGISTER = 1 << 62
 # Content is made this many bytes at a time.
 _CHUNK = 16 << 20
 # Pages touched between two looks at the pipe: a stop takes effect within about 100 us.
 _BURST = 256
+# The same in random order, and for each of many processors: where each page has to be fetched
+# first, which takes about 1 ms, a stop still takes effect within 64 ms.
+_RANDOM_BURST, _VCPU_BURST = 64, 16
 # A guest with a rate wakes this often.
 _TICK = 0.001
+# A touch that took longer and faulted waited for its page: one that is there costs about 1 us.
+_WAITED_NS = 15_000
+# Waits that are kept: 1.6 MB, more than a guest of 512 MiB can have.
+_MAX_WAITS = 200_000
+# Tells the generator of page orders from that of content.
+_ORDER = 0x6F72646572
+# A processor whose page has come does not wait 5 ms for the interpreter.
+_SWITCH_SECONDS = 0.0001
+
+_Register = Annotated[int, msgspec.Meta(ge=0, le=MAX_REGISTER)]
 
 
 class Registers(msgspec.Struct):
     """The demo guest's device state.
 
-    `position`: the next page to increment; `passes`: complete rounds over memory; `rate`:
-    pages a second, 0 for as fast as it can.
+    `position`: the next page to increment, a place in the pass's order; `passes`: complete
+    rounds over memory; `rate`: pages a second, 0 for as fast as it can.
     """
 
-    position: int
-    passes: int
-    rate: int
+    position: _Register
+    passes: _Register
+    rate: _Register
     content: str
-    seed: int
+    seed: _Register
+    access: str = SEQUENTIAL
+    vcpus: Annotated[int, msgspec.Meta(ge=1, le=MAX_VCPUS)] = 1
 
 
 class Verdict(msgspec.Struct, rename="kebab"):
@@ -59,8 +85,22 @@ class Verdict(msgspec.Struct, rename="kebab"):
     ok: bool
 
 
+class Latency(msgspec.Struct, frozen=True):
+    """How long touches waited for their page, in microseconds."""
+
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+
 class Command(msgspec.Struct, frozen=True):
-    """To the guest: run, stop, load, check, quit."""
+    """To the guest: run, stop, load, check, arming, latency, quit.
+
+    Any but latency stops it, too; latency ends the taking of times.
+    """
 
     what: str
     registers: Registers | None = None
@@ -71,6 +111,8 @@ class Answer(msgspec.Struct, frozen=True):
 
     registers: Registers
     verdict: Verdict | None = None
+    latency: Latency | None = None  # None: nothing waited
+    unarmed: str = ""  # why missing pages are not caught
 
 
 def _text_block(seed: int) -> npt.NDArray[np.uint8]:
@@ -105,6 +147,22 @@ class Content:
         return pages
 
 
+def order_of(registers: Registers, pages: int) -> npt.NDArray[np.int64]:
+    """The pages in the order in which the present pass of a guest with random access goes."""
+    seeds = [registers.seed, registers.passes, _ORDER]
+    return np.random.Generator(np.random.PCG64(seeds)).permutation(pages)
+
+
+def _ahead(registers: Registers, pages: int) -> npt.NDArray[np.bool_]:
+    """Which pages the present pass has been at."""
+    ahead = np.zeros(pages, np.bool_)
+    if registers.access == RANDOM:
+        ahead[order_of(registers, pages)[: registers.position]] = True
+    else:
+        ahead[: registers.position] = True
+    return ahead
+
+
 def check(memory: npt.NDArray[np.uint8], registers: Registers, ran_on: int) -> Verdict:
     """The oracle: every byte against the registers, shape (pages, 4096).
 
@@ -112,27 +170,111 @@ def check(memory: npt.NDArray[np.uint8], registers: Registers, ran_on: int) -> V
     """
     n, wrong = len(memory), 0
     content = Content(registers.content, registers.seed)
+    ahead = _ahead(registers, n)
     step = _CHUNK // PAGE_SIZE
     for first in range(0, n, step):
         pages = memory[first : first + step]
         expected = content.chunk(first // step, pages.size).copy()
-        number = np.arange(first, first + len(pages))
-        expected[:, 0] = (registers.passes + (number < registers.position)) % 256
+        expected[:, 0] = (registers.passes + ahead[first : first + step]) % 256
         same = (pages.view(np.uint64) == expected.view(np.uint64)).all(axis=1)
         wrong += int(np.count_nonzero(~same))
     return Verdict(n, wrong, registers.passes, registers.position, ran_on, wrong == 0)
 
 
-class DemoGuest:
-    """The guest's processor."""
+def _touch(addresses: list[int], value: int) -> list[int]:
+    """Store `value` at each address; nothing of how long it took."""
+    for address in addresses:
+        store_byte(address, value)
+    return []
 
-    def __init__(self, pipe: Connection, segment: Segment, registers: Registers) -> None:
+
+def _faults() -> int:
+    usage = resource.getrusage(resource.RUSAGE_THREAD)
+    return usage.ru_minflt + usage.ru_majflt
+
+
+def _touch_timed(addresses: list[int], value: int) -> list[int]:
+    """As `_touch`; returns the nanoseconds of those that waited for their page.
+
+    Page faults are counted, too: without one, who took long waited for a processor.
+    """
+    waits = []
+    for address in addresses:
+        faults = _faults()
+        begin = time.perf_counter_ns()
+        store_byte(address, value)
+        took = time.perf_counter_ns() - begin
+        if took > _WAITED_NS and _faults() > faults:
+            waits.append(took)
+    return waits
+
+
+def reduce_waits(waits: list[int]) -> Latency | None:
+    """Nanoseconds as a Latency; None if there are none."""
+    if not waits:
+        return None
+    us = np.array(waits) / 1000
+    marks = [us.mean(), *np.percentile(us, [50, 90, 99]), us.max()]
+    return Latency(len(waits), *(round(float(mark), 1) for mark in marks))
+
+
+class Processors:
+    """Threads that touch pages at the same time. They last until `close`.
+
+    One store a page, of a value that the registers give: a guest that read first would fault
+    twice.
+    """
+
+    def __init__(self, vcpus: int) -> None:
+        self.vcpus = vcpus
+        self._threads = ThreadPoolExecutor(vcpus, "vcpu") if vcpus > 1 else None
+
+    def touch(self, addresses: list[int], value: int, *, timed: bool) -> list[int]:
+        """Store `value` at all addresses; returns when all have. What waited, if `timed`."""
+        how = _touch_timed if timed else _touch
+        if self._threads is None:
+            return how(addresses, value)
+        parts = [addresses[i :: self.vcpus] for i in range(self.vcpus)]
+        done = [self._threads.submit(how, part, value) for part in parts if part]
+        return [took for part in done for took in part.result()]
+
+    def close(self) -> None:
+        """End the threads. Idempotent."""
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
+
+
+class DemoGuest:
+    """The guest's processors and their memory.
+
+    Mapping memory touches none of it: it can be armed afterwards.
+    """
+
+    def __init__(self, pipe: Connection, file: RamFile, registers: Registers) -> None:
         self.pipe = pipe
-        flat: npt.NDArray[np.uint8] = segment.array(np.uint8, segment.size)
-        self.memory = flat.reshape(-1, PAGE_SIZE)
+        flat = np.frombuffer(mmap.mmap(file.fd, os.fstat(file.fd).st_size), np.uint8)
+        self.memory: npt.NDArray[np.uint8] = flat.reshape(-1, PAGE_SIZE)
         self.counters = self.memory[:, 0]
+        self.base = int(flat.ctypes.data)
+        self.unarmed = ""
+        self.uffd = -1
+        self._processors = Processors(1)
+        self.load(registers)
+        self.timed = False
+
+    def load(self, registers: Registers) -> None:
+        """Go on where `registers` say. Memory may still have to come: touches are timed."""
         self.registers = registers
         self.steps = 0
+        self.timed, self._waits = True, list[int]()
+        self._order: npt.NDArray[np.int64] | None = None
+        self._burst = _BURST
+        if registers.access == RANDOM:
+            self._burst = max(_RANDOM_BURST, _VCPU_BURST * registers.vcpus)
+        if registers.vcpus != self._processors.vcpus:
+            self._processors.close()
+            self._processors = Processors(registers.vcpus)
 
     def fill(self) -> None:
         """Give memory its first content."""
@@ -144,70 +286,135 @@ class DemoGuest:
             part = self.memory[first : first + step]
             part[:] = content.chunk(first // step, part.size)
 
-    def step(self, pages: int) -> None:
-        """Increment one byte in each of the next `pages` pages, in order."""
-        while pages > 0:
+    def _touch_next(self, n: int) -> None:
+        """Increment one byte in each of the next `n` pages of a random order."""
+        r = self.registers
+        if self._order is None:
+            self._order = order_of(r, len(self.memory))
+        pages = self._order[r.position : r.position + n]
+        addresses = (self.base + pages * PAGE_SIZE).tolist()
+        waits = self._processors.touch(addresses, (r.passes + 1) % 256, timed=self.timed)
+        self._waits += waits[: _MAX_WAITS - len(self._waits)]
+
+    def step(self, pages: int) -> int:
+        """Increment one byte in each of the next `pages` pages; how many that were: less if
+        something came by the pipe."""
+        left = pages
+        while left > 0:
             r = self.registers
-            n = min(pages, _BURST, len(self.memory) - r.position)
-            self.counters[r.position : r.position + n] += 1
+            n = min(left, self._burst, len(self.memory) - r.position)
+            if r.access == RANDOM:
+                self._touch_next(n)
+            else:
+                self.counters[r.position : r.position + n] += 1
             r.position += n
             if r.position == len(self.memory):
-                r.position, r.passes = 0, r.passes + 1
-            pages -= n
+                r.position, r.passes, self._order = 0, r.passes + 1, None
+            left -= n
             self.steps += n
+            if left and self.pipe.poll(0):
+                break
+        return pages - left
 
     def run(self) -> None:
         """Run until told otherwise."""
         begin, done = time.monotonic(), 0
+        most = max(_BURST, self._burst)
         while not self.pipe.poll(0 if not self.registers.rate else _TICK):
-            due = _BURST
+            due = most
             if self.registers.rate:
-                due = min(int((time.monotonic() - begin) * self.registers.rate) - done, _BURST)
+                due = min(int((time.monotonic() - begin) * self.registers.rate) - done, most)
                 due = max(due, 0)
-                if due == _BURST:  # never owes more than a burst a look
-                    begin, done = time.monotonic(), -_BURST
-            self.step(due)
-            done += due
+                if due == most:  # never owes more than a burst a look
+                    begin, done = time.monotonic(), -most
+            done += self.step(due)
+
+    def latency(self) -> Latency | None:
+        """What waited since `load`. From now on nothing is timed."""
+        waits, self._waits, self.timed = self._waits, [], False
+        return reduce_waits(waits)
+
+    def obey(self, command: Command) -> Answer:
+        """One command, carried out; but for run, which only begins."""
+        verdict = latency = None
+        match command.what:
+            case "load":
+                assert command.registers is not None
+                self.load(command.registers)
+            case "check":
+                verdict = check(self.memory, self.registers, self.steps)
+            case "latency":
+                latency = self.latency()
+        return Answer(self.registers, verdict, latency, self.unarmed)
 
     def serve(self) -> None:
         """Obey until told to quit."""
+        running = False
         while True:
-            command = msgspec.msgpack.decode(self.pipe.recv_bytes(), type=Command)
-            verdict = None
-            match command.what:
-                case "load":
-                    assert command.registers is not None
-                    self.registers = command.registers
-                    self.steps = 0
-                case "check":
-                    verdict = check(self.memory, self.registers, self.steps)
-                case "quit":
-                    return
-            self.pipe.send_bytes(msgspec.msgpack.encode(Answer(self.registers, verdict)))
-            if command.what == "run":
+            if running:
                 self.run()
+            command = msgspec.msgpack.decode(self.pipe.recv_bytes(), type=Command)
+            if command.what == "quit":
+                return
+            self.pipe.send_bytes(msgspec.msgpack.encode(self.obey(command)))
+            running = command.what == "run" or (running and command.what == "latency")
+
+    def track_writes(self) -> None:
+        """Have the kernel note what is written; no descriptor where it cannot."""
+        self._register(userfaultfd.create_tracking, userfaultfd.register_write_protect)
+
+    def catch_missing(self) -> None:
+        """Have touches of pages that are not there wait; no descriptor where the kernel cannot."""
+        self._register(userfaultfd.create_missing, userfaultfd.register_missing)
+
+    def _register(
+        self, create: Callable[[], int], register: Callable[[int, int, int], None]
+    ) -> None:
+        try:
+            uffd = create()
+        except HostLacks as e:
+            self.unarmed = e.message
+            return
+        try:
+            register(uffd, self.base, self.memory.nbytes)
+        except OSError as e:
+            os.close(uffd)
+            self.unarmed = f"userfaultfd does not take the guest's memory: {e.strerror}"
+            return
+        self.uffd = uffd
+
+    def hand_over(self, where: str, page_size: int) -> None:
+        """The coordinator gets a duplicate; ours keeps the registration while we live."""
+        mapping = Mapping(self.base, self.memory.nbytes, 0, page_size)
+        send_mappings(where, [mapping], [self.uffd] if self.uffd >= 0 else [])
+
+    def close(self) -> None:
+        self._processors.close()
 
 
-def _track_writes(memory: npt.NDArray[Any]) -> int:
-    """A userfaultfd over `memory` that tracks writes; -1 where the kernel cannot."""
-    try:
-        uffd = userfaultfd.create_tracking()
-        userfaultfd.register_write_protect(uffd, memory.ctypes.data, memory.nbytes)
-    except (HostLacks, OSError):
-        return -1
-    return uffd
-
-
-def main(pipe: Connection, segment: Segment, registers: Registers, handover: str) -> None:
-    """The process. `handover`: where to hand over the userfaultfd; "" at the destination."""
+def main(
+    pipe: Connection,
+    file: RamFile,
+    page_size: int,
+    registers: Registers,
+    handover: str,
+    arriving: bool,
+) -> None:
+    """The process. `handover`: where to hand over the userfaultfd, "" if none is wanted: one
+    that tracks writes, or in a guest that is `arriving` one that catches missing pages."""
     die_with_parent(os.getppid())
     set_process_name("pf-demo-guest")
-    guest = DemoGuest(pipe, segment, registers)
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    guest = DemoGuest(pipe, file, registers)
     if handover:
-        guest.fill()
-        uffd = _track_writes(guest.memory)
-        mapping = Mapping(guest.memory.ctypes.data, guest.memory.nbytes, 0, PAGE_SIZE)
-        send_mappings(handover, [mapping], [uffd] if uffd >= 0 else [])
-        # the coordinator holds a duplicate; ours keeps the registration while we live
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        guest.serve()
+        if arriving:
+            guest.catch_missing()
+        else:
+            guest.fill()
+            guest.track_writes()
+        guest.hand_over(handover, page_size)
+    try:
+        with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+            guest.serve()
+    finally:
+        guest.close()

@@ -3,7 +3,7 @@
 image:PATH                a memory image in a file: raw, or an ELF core
 ram:PATH[?pid=PID]        live memory in a shared-memory file
 shm:NAME                  the same, by its POSIX shared-memory name
-demo:[?size=&rate=&content=]   the bundled guest
+demo:[?size=&rate=&content=&access=&vcpus=&hugepages=]   the bundled guest
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _OPTIONS: dict[str, set[str]] = {
     "image": set(),
     "ram": {"pid"},
     "shm": {"pid"},
-    "demo": {"size", "rate", "content", "seed"},
+    "demo": {"size", "rate", "content", "seed", "access", "vcpus", "hugepages"},
 }
 
 

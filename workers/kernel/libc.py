@@ -10,6 +10,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 _libc.syscall.restype = ctypes.c_long
+_libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -60,3 +61,23 @@ def keep_buffers() -> None:
 def syscall(number: int, *args: int) -> int:
     """A raw system call with integer arguments; OSError if it fails (syscall(2))."""
     return _check(_libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, args)), "syscall")
+
+
+def ioctl_raw(fd: int, request: int, address: int) -> int:
+    """ioctl(2) on a structure at `address`; 0 or the errno. fcntl.ioctl copies the structure and
+    raises, which costs more than the call."""
+    if _libc.ioctl(fd, request, address) == 0:
+        return 0
+    return ctypes.get_errno()
+
+
+_libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+
+def store_byte(address: int, value: int) -> None:
+    """One store to memory, without the interpreter's lock: a page fault holds up this thread
+    alone (memset(3)).
+
+    SAFETY: `address` must be mapped, writable and stay so.
+    """
+    _libc.memset(address, value, 1)

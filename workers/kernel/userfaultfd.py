@@ -1,40 +1,61 @@
-"""userfaultfd(2): create one, register a range for asynchronous write protection.
+"""userfaultfd(2): create, register, and serve: track writes, or supply missing pages.
 
-Numbers from <linux/userfaultfd.h>. WP_ASYNC (Linux 6.7) lets the kernel resolve
-write-protect faults by itself and remember the write; PAGEMAP_SCAN then reads and re-arms
-in one call (Documentation/admin-guide/mm/pagemap.rst). Nobody has to serve anything.
+Numbers from <linux/userfaultfd.h>. Two uses:
+
+* Write tracking. WP_ASYNC (Linux 6.7) lets the kernel resolve write-protect faults by itself and
+  remember the write; PAGEMAP_SCAN then reads and re-arms in one call
+  (Documentation/admin-guide/mm/pagemap.rst). Nobody has to serve anything.
+* Missing pages (postcopy). Who touches a page that is not there sleeps until somebody installs it
+  with UFFDIO_COPY. The kernel makes each install happen once: the second gets EEXIST. In QEMU,
+  migration/postcopy-ram.c.
+
+A descriptor acts on the address space of the process that created it, whoever holds it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import os
 import platform
 import struct
+from dataclasses import dataclass
+from typing import Any
 
-from ...transport.errors import HostLacks
-from .libc import syscall
+from ...transport.errors import DestinationError, HostLacks
+from .libc import ioctl_raw, syscall
 
 _SYSCALL = {"x86_64": 323, "aarch64": 282}
-_API, _REGISTER = 0xC018AA3F, 0xC020AA00
+_API, _REGISTER, _UNREGISTER = 0xC018AA3F, 0xC020AA00, 0x8010AA01
+_COPY, _ZEROPAGE, _WAKE = 0xC028AA03, 0xC020AA04, 0x8010AA02
 _API_VERSION = 0xAA
+FEATURE_EVENT_REMOVE = 1 << 3
+FEATURE_MISSING_HUGETLBFS, FEATURE_MISSING_SHMEM = 1 << 4, 1 << 5
 _FEATURE_WP_HUGETLBFS_SHMEM, _FEATURE_WP_UNPOPULATED, _FEATURE_WP_ASYNC = 1 << 12, 1 << 13, 1 << 15
-_MODE_WP = 2
+_MODE_MISSING, _MODE_WP = 1, 2
 _USER_MODE_ONLY = 1
 
+# struct uffd_msg: event, then a union; 32 bytes
+_MESSAGE = struct.Struct("<BxxxxxxxQQQ")
+_EVENT_PAGEFAULT, _EVENT_REMOVE, _EVENT_UNMAP = 0x12, 0x15, 0x16
+# Messages a read takes.
+_READ_MESSAGES = 64
 
-def create() -> int:
+
+def create(*, user_mode_only: bool = False) -> int:
     """A new userfaultfd of this process, restricted to user-mode faults if the host insists."""
     number = _SYSCALL.get(platform.machine())
     if number is None:
         raise HostLacks(f"userfaultfd is not wired up for {platform.machine()}")
     flags = os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        return syscall(number, flags)
-    except PermissionError:
-        pass
-    except OSError as e:
-        raise HostLacks(f"this kernel has no userfaultfd: {e.strerror}") from e
+    if not user_mode_only:
+        try:
+            return syscall(number, flags)
+        except PermissionError:
+            pass
+        except OSError as e:
+            raise HostLacks(f"this kernel has no userfaultfd: {e.strerror}") from e
     try:
         return syscall(number, flags | _USER_MODE_ONLY)
     except OSError as e:
@@ -44,15 +65,36 @@ def create() -> int:
         ) from e
 
 
+def features(uffd: int, wanted: int) -> int:
+    """Enable `wanted` features of a new descriptor; what the kernel has besides. OSError EINVAL
+    if it lacks one; after that the descriptor is of no use."""
+    argument = bytearray(struct.pack("QQQ", _API_VERSION, wanted, 0))
+    fcntl.ioctl(uffd, _API, argument)
+    return int(struct.unpack("QQQ", argument)[1])
+
+
 def create_tracking() -> int:
     """A userfaultfd that tracks writes by itself (WP_ASYNC); HostLacks before Linux 6.7."""
     uffd = create()
-    features = _FEATURE_WP_HUGETLBFS_SHMEM | _FEATURE_WP_UNPOPULATED | _FEATURE_WP_ASYNC
     try:
-        fcntl.ioctl(uffd, _API, bytearray(struct.pack("QQQ", _API_VERSION, features, 0)))
+        features(uffd, _FEATURE_WP_HUGETLBFS_SHMEM | _FEATURE_WP_UNPOPULATED | _FEATURE_WP_ASYNC)
     except OSError as e:
         os.close(uffd)
         raise HostLacks("this kernel cannot track writes (userfaultfd WP_ASYNC, Linux 6.7)") from e
+    return uffd
+
+
+def create_missing(extra: int = 0) -> int:
+    """A userfaultfd for missing pages of shared memory and hugetlbfs; HostLacks without."""
+    uffd = create()
+    try:
+        features(uffd, FEATURE_MISSING_SHMEM | FEATURE_MISSING_HUGETLBFS | extra)
+    except OSError as e:
+        os.close(uffd)
+        raise HostLacks(
+            "this kernel cannot catch missing pages of shared memory (userfaultfd "
+            "MISSING_SHMEM, Linux 4.11): postcopy is not possible here"
+        ) from e
     return uffd
 
 
@@ -62,3 +104,118 @@ def register_write_protect(uffd: int, start: int, length: int) -> None:
     SAFETY: the range must be mapped, and stay mapped while it is tracked; page-aligned.
     """
     fcntl.ioctl(uffd, _REGISTER, bytearray(struct.pack("QQQQ", start, length, _MODE_WP, 0)))
+
+
+def register_missing(uffd: int, start: int, length: int) -> None:
+    """From now on who touches a page of [start, start + length) that is not there sleeps.
+
+    SAFETY: as above. Somebody must serve the descriptor, or touching threads sleep for ever.
+    """
+    fcntl.ioctl(uffd, _REGISTER, bytearray(struct.pack("QQQQ", start, length, _MODE_MISSING, 0)))
+
+
+def unregister(uffd: int, start: int, length: int) -> None:
+    """Nothing is caught any more; who sleeps on the range wakes."""
+    fcntl.ioctl(uffd, _UNREGISTER, bytearray(struct.pack("QQ", start, length)))
+
+
+def wake(uffd: int, start: int, length: int) -> None:
+    """Wake who sleeps on the range: they touch again, and sleep again if the page is missing."""
+    fcntl.ioctl(uffd, _WAKE, bytearray(struct.pack("QQ", start, length)))
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Somebody sleeps on the page at `address`."""
+
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """The owner gave [start, end) back (madvise MADV_DONTNEED, MADV_REMOVE) or unmapped it: it
+    reads as zero from now on. The owner sleeps until this message was read."""
+
+    start: int
+    end: int
+
+
+def read_messages(uffd: int) -> list[Fault | Removed]:
+    """What waits at the descriptor; empty if nothing does."""
+    try:
+        data = os.read(uffd, _MESSAGE.size * _READ_MESSAGES)
+    except BlockingIOError:
+        return []
+    found: list[Fault | Removed] = []
+    for event, first, second, _ in _MESSAGE.iter_unpack(data):
+        if event == _EVENT_PAGEFAULT:
+            found.append(Fault(second))  # flags, address
+        elif event in (_EVENT_REMOVE, _EVENT_UNMAP):
+            found.append(Removed(first, second))
+    return found
+
+
+class MemoryChanging(Exception):
+    """The owner's memory map is changing (a REMOVE waits to be read): read events, try again."""
+
+
+class Installer:
+    """Installs pages in the address space behind one descriptor."""
+
+    def __init__(self, uffd: int) -> None:
+        self.uffd = uffd
+        # struct uffdio_copy: dst, src, len, mode, copy; uffdio_zeropage: start, len, mode, zeroed
+        self._copy = (ctypes.c_uint64 * 5)()
+        self._copy_at = ctypes.addressof(self._copy)
+
+    def copy(self, address: int, source: int, length: int, step: int) -> int:
+        """Install `length` bytes from our address `source`; who sleeps on them wakes.
+
+        Returns the bytes that were there already (EEXIST): these are left as they are, `step`
+        (the host page) at a time. Raises MemoryChanging with nothing lost: call again.
+        SAFETY: [source, source + length) must be ours and stay so; multiples of `step`.
+        """
+        return self._all(_COPY, address, source, length, step)
+
+    def zero(self, address: int, length: int, step: int) -> int:
+        """Install zero pages. As `copy`; not for hugetlbfs."""
+        return self._all(_ZEROPAGE, address, 0, length, step)
+
+    def _all(self, request: int, address: int, source: int, length: int, step: int) -> int:
+        there = done = 0
+        while done < length:
+            n, error = self._once(request, address + done, source + done, length - done)
+            done += n
+            if error == 0:
+                continue
+            if error == errno.EEXIST:
+                # somebody else installed it; who came to sleep in between is woken here
+                wake(self.uffd, address + done, step)
+                there, done = there + step, done + step
+            elif error == errno.EAGAIN:
+                if n == 0:
+                    raise MemoryChanging
+            elif error == errno.ESRCH:
+                raise DestinationError("the guest is gone: its memory cannot be filled any more")
+            else:
+                raise DestinationError(
+                    f"cannot install guest memory at {address + done:#x}: {os.strerror(error)}"
+                )
+        return there
+
+    def _once(self, request: int, address: int, source: int, length: int) -> tuple[int, int]:
+        """One ioctl: bytes installed, errno."""
+        argument: Any = self._copy
+        if request == _COPY:
+            argument[0], argument[1], argument[2], argument[3], argument[4] = (
+                address, source, length, 0, 0,
+            )  # fmt: skip
+            result_at = 4
+        else:
+            argument[0], argument[1], argument[2], argument[3] = address, length, 0, 0
+            result_at = 3
+        error = ioctl_raw(self.uffd, request, self._copy_at)
+        if error == 0:
+            return length, 0
+        result = ctypes.c_int64(argument[result_at]).value
+        return (result, error) if result > 0 else (0, error)

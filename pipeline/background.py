@@ -1,0 +1,139 @@
+"""The source's part of a postcopy beside the senders: the postcopy process and the pace.
+
+Source (source.py) says when; this knows what belongs to it: one process with its counters, the
+words that it and the coordinator share with the senders, and the pacer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ..transport.errors import LocalProtocolError
+from ..transport.links import TOS_BULK
+from ..workers import jobs, postcopy, sender
+from ..workers.bandwidth import Bandwidth
+from ..workers.counters import Counters, FrozenCounters
+from ..workers.guests.base import POSTCOPY
+from ..workers.page_table import PageTable
+from ..workers.pool import Pool, Worker
+from ..workers.preemption import Preemption
+from ..workers.ram import RamBlock
+from .agreement import DIRECT
+from .pacing import Pacer, Sample
+from .parameters import Parameters
+
+TICK_SECONDS = 0.05
+
+
+class Background:
+    """What a migration that may end by postcopy has besides. Made once, started once a
+    connection."""
+
+    def __init__(
+        self,
+        blocks: list[RamBlock],
+        table: PageTable,
+        parameters: Parameters,
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        self._blocks = blocks
+        self._table = table
+        self._preempt = parameters.preempt
+        self._direct = parameters.postcopy_link == "direct"
+        self._on_failure = on_failure
+        self.counters = Counters(1)
+        self.pacer = Pacer(
+            parameters.workers, parameters.postcopy_latency_target,
+            parameters.max_postcopy_bandwidth,
+        )  # fmt: skip
+        pace = self.pacer.tick(Sample(time.monotonic(), 0, 0, 0, 0))
+        self._preemption = Preemption(pace.piece_pages, pace.credit)
+        self._route: tuple[Connection, Connection] | None = None
+        if not self._preempt:
+            ends = os.pipe2(os.O_CLOEXEC)
+            self._route = Connection(ends[0], writable=False), Connection(ends[1], readable=False)
+        self.pool: Pool | None = None
+        self._answers: asyncio.Queue[jobs.AnyJob] = asyncio.Queue()
+
+    @property
+    def capabilities(self) -> list[str]:
+        """For Hello."""
+        return [POSTCOPY, DIRECT] if self._direct else [POSTCOPY]
+
+    def equip(self, job: sender.SenderJob) -> None:
+        """Give a sender what it needs for postcopy."""
+        job.tos = TOS_BULK
+        job.preemption = self._preemption
+        job.route = self._route[0] if self._route is not None else None
+
+    async def start(self) -> None:
+        """Start the postcopy process."""
+        route = self._route[1] if self._route is not None else None
+        job = postcopy.PostcopyJob(
+            self._blocks, self._table, self.counters, self._preemption, route, self._direct
+        )
+        self._answers = asyncio.Queue()
+        self.pool = Pool("postcopy", self.counters, self._on_job, self._on_failure)
+        await self.pool.start(postcopy.main, [job])
+        await self._ready()
+
+    def _on_job(self, worker: Worker, job: jobs.AnyJob) -> None:
+        self._answers.put_nowait(job)
+
+    async def _ready(self) -> None:
+        answer = await self._answers.get()
+        if not isinstance(answer, jobs.Ready):
+            raise LocalProtocolError(f"the postcopy process said {answer!r}")
+
+    def dial(self, endpoint: str, token: bytes) -> None:
+        """Connect it to the destination's fault process."""
+        assert self.pool is not None
+        self.pool.say_all(jobs.Open(endpoint, token))
+
+    async def drained(self) -> None:
+        """Wait until everything that it sent is placed."""
+        assert self.pool is not None
+        self.pool.say_all(jobs.Finish())
+        await self._ready()
+
+    async def keep_pace(self, counters: Counters, bandwidth: Bandwidth) -> None:
+        """Tell senders how fast to go. Runs until cancelled."""
+        while True:
+            pace = self.pacer.tick(
+                Sample(
+                    time.monotonic(),
+                    counters.total("wire_bytes"),
+                    counters.total("wait_ns") / 1e9,
+                    counters.total("paused_ns") / 1e9,
+                    self.counters.total("requests"),
+                )
+            )
+            bandwidth.set_rate(pace.rate if self._preempt else self.pacer.limit)
+            self._preemption.pace(pace.piece_pages, pace.credit)
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def stop(self) -> None:
+        """End the process. Idempotent."""
+        if self.pool is not None:
+            await self.pool.close()
+
+    def close(self) -> FrozenCounters:
+        """Give the shared memory back; the last numbers."""
+        frozen = self.counters.freeze()
+        for part in (self.counters, self._preemption):
+            part.close()
+        for end in self._route or ():
+            end.close()
+        return frozen
+
+    def describe(self) -> dict[str, Any]:
+        """For query-migrate."""
+        return {
+            "postcopy-preempt": self._preempt,
+            "postcopy-link": "direct" if self._direct else "zmq",
+        }

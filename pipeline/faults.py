@@ -1,0 +1,137 @@
+"""The destination's part of a postcopy beside the receivers: the fault process and what it shares.
+
+Arrival (destination.py) says when; this knows what belongs to it: one process with its counters and
+histogram, the map of what was received, and the pipe on which receivers tell it what came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ..transport.errors import LocalProtocolError, PeerLost
+from ..workers import fault, jobs
+from ..workers.counters import Counters, FrozenCounters
+from ..workers.guests.base import ArmedMemory
+from ..workers.latency import Latency
+from ..workers.latency import report as latency_report
+from ..workers.pool import Pool, Worker
+from ..workers.ram import RamBlock
+from ..workers.received import Received, Waiting
+from ..workers.receiver import ArmedGuest
+
+
+class Faults:
+    """What an arrival that may run before its memory is there has besides."""
+
+    def __init__(
+        self,
+        blocks: list[RamBlock],
+        memory: ArmedMemory,
+        listen: str,
+        on_failure: Callable[[Exception], None],
+        *,
+        direct: bool,
+    ) -> None:
+        self._blocks = blocks
+        self._memory = memory
+        self._listen = listen
+        self._on_failure = on_failure
+        self._direct = direct
+        self.counters = Counters(1)
+        self.received = Received([block.pages for block in blocks])
+        self._waiting = Waiting()
+        self._latency = Latency()
+        ends = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(ends[1], False)
+        self._arrivals = Connection(ends[0], writable=False)
+        self._tell = Connection(ends[1], readable=False)
+        self.pool: Pool | None = None
+        self._answers: asyncio.Queue[jobs.AnyJob] = asyncio.Queue()
+
+    def for_receivers(self) -> ArmedGuest:
+        return ArmedGuest(self._memory, self.received, self._waiting, self._tell)
+
+    async def start(self, token: bytes) -> str:
+        """Start the fault process; where it listens. Also after it died: nothing is forgotten that
+        the guest does not ask for again."""
+        job = fault.FaultJob(
+            self._blocks, self._memory, self.received, self._waiting, self._arrivals,
+            self._latency, self.counters, self._listen, token, self._direct,
+        )  # fmt: skip
+        self._answers = asyncio.Queue()
+        self.pool = Pool("fault", self.counters, self._on_job, self._on_failure)
+        await self.pool.start(fault.main, [job])
+        return await self._ready()
+
+    def _on_job(self, worker: Worker, job: jobs.AnyJob) -> None:
+        if isinstance(job, jobs.Unlink):
+            self._on_failure(PeerLost("the urgent channel broke"))
+        else:
+            self._answers.put_nowait(job)
+
+    async def _ready(self) -> str:
+        answer = await self._answers.get()
+        if not isinstance(answer, jobs.Ready):
+            raise LocalProtocolError(f"the fault process said {answer!r}")
+        return answer.endpoint
+
+    @property
+    def alive(self) -> bool:
+        return self.pool is not None and self.pool.alive
+
+    def unlink(self) -> None:
+        """The source is gone: go on with what can be done alone."""
+        if self.alive and self.pool is not None:
+            self.pool.say_all(jobs.Unlink())
+
+    async def relink(self, token: bytes) -> str:
+        """Listen again, with a new process if the old one is gone."""
+        if not self.alive:
+            await self.stop()
+            return await self.start(token)
+        assert self.pool is not None
+        self.pool.say_all(jobs.Relink(token))
+        return await self._ready()
+
+    async def finish(self) -> None:
+        """All pages are here: catch nothing any more."""
+        assert self.pool is not None
+        self.pool.say_all(jobs.Finish())
+        await self._ready()
+
+    def latency(self) -> list[int]:
+        return self._latency.numbers()
+
+    def statistics(self) -> dict[str, int]:
+        """Numbers that only this end knows, by the names of query-migrate."""
+        row = self.counters.read(0)
+        answered = max(1, row["answered"])
+        return {
+            "postcopy-duplicates": row["repeated"],
+            "postcopy-zero-faults": row["local_zero"],
+            "postcopy-asked-again": row["asked_again"],
+            "postcopy-fault-to-request-ns": row["ask_ns"] // max(1, row["requests"]),
+            "postcopy-at-source-ns": row["held_ns"] // answered,
+            "postcopy-answer-to-installed-ns": row["install_ns"] // answered,
+        }
+
+    def report(self) -> dict[str, Any]:
+        return latency_report(self.latency()) | self.statistics()
+
+    async def stop(self) -> None:
+        """End the process. Idempotent."""
+        if self.pool is not None:
+            await self.pool.close()
+
+    def close(self) -> FrozenCounters:
+        """Give the shared memory back; the last numbers."""
+        frozen = self.counters.freeze()
+        for part in (self.counters, self.received, self._waiting, self._latency):
+            part.close()
+        self._arrivals.close()
+        self._tell.close()
+        return frozen

@@ -1,0 +1,301 @@
+"""The fault process: reads who sleeps on a missing page, asks for it, installs what comes.
+
+One process at the destination, at real-time priority where that is permitted. A fault on a page
+that is to come is asked for once, however many threads sleep on it; one on a page that is
+known to be zero (a hole, or given back by the guest) is answered here. Answers are installed with
+UFFDIO_COPY, which wakes who sleeps. In QEMU, postcopy_ram_fault_thread and
+postcopy_preempt_thread (migration/postcopy-ram.c, ram.c).
+
+While the source is gone it goes on with zero pages and keeps what was asked for, to ask again
+once the channel is back.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ..transport.errors import LocalProtocolError
+from ..transport.links import Endpoint, UrgentLink, parse_endpoint, urgent_link
+from ..transport.pages import PAGE_SIZE
+from ..transport.urgent import Elsewhere, Page, Requesting
+from . import jobs
+from .counters import Counters
+from .guests.base import ArmedMemory, Region
+from .kernel.userfaultfd import Fault, Removed, read_messages, unregister, wake
+from .latency import Latency
+from .placing import ARRIVAL, GuestPlacer
+from .priority import FIFO, FIFO_PRIORITY, become_urgent, collect_seldom
+from .process import HEARTBEAT_SECONDS, Desk, run_worker
+from .ram import RamBlock
+from .received import Received, Waiting, WaitingWriter
+
+# An answer that stays away for this long was lost with its connection: ask again.
+ASK_AGAIN_SECONDS = 1.0
+# Installed pages are reported with the next request, or this long after the last, or so many.
+_REPORT_SECONDS = 0.005
+_REPORT_PAGES = 32
+_ARRIVALS = 256
+
+
+@dataclass
+class FaultJob:
+    """Everything it needs, pickled into it once. `arrivals`: the pipe from the receivers."""
+
+    blocks: list[RamBlock]
+    memory: ArmedMemory
+    received: Received
+    waiting: Waiting
+    arrivals: Any
+    latency: Latency
+    counters: Counters
+    listen: str
+    token: bytes
+    direct: bool = False
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """A host page that somebody sleeps on. Times: CLOCK_MONOTONIC, nanoseconds."""
+
+    block: int
+    page: int
+    since: int
+    asked: int = 0  # when it was asked for last; 0: not yet
+    number: int = -1  # of that request
+
+
+def main(pipe: Connection, index: int, job: FaultJob) -> None:
+    run_worker("pf-fault", pipe, job.counters, index, lambda desk: FaultProcess(desk, job).run())
+
+
+class FaultProcess:
+    """The process's one object."""
+
+    def __init__(self, desk: Desk, job: FaultJob) -> None:
+        self.desk, self.job, self.row = desk, job, desk.row
+        self.uffd = job.memory.uffd
+        self.placer = GuestPlacer(job.memory, job.received, self.row)
+        self.waiting = WaitingWriter(job.waiting)
+        self.latency = job.latency.writer()
+        self.session: Requesting[_Wanted] = Requesting()
+        self.wanted: dict[tuple[int, int], _Wanted] = {}
+        self.link: UrgentLink | None = None
+        self.poll = select.poll()
+        self.armed = True
+        self.looked = self.reported = time.monotonic()
+
+    def run(self) -> None:
+        rank = become_urgent()
+        collect_seldom()
+        self.row.set("priority", rank)
+        self.priority = FIFO_PRIORITY if rank == FIFO else 0
+        os.set_blocking(self.job.arrivals.fileno(), False)
+        for fd in (self.desk.pipe.fileno(), self.uffd, self.job.arrivals.fileno()):
+            self.poll.register(fd, select.POLLIN)
+        self._listen(self.job.token)
+        # whoever was read by a process before this one sleeps and is told of no more
+        for region in self.job.memory.regions:
+            wake(self.uffd, region.address, region.pages * PAGE_SIZE)
+        try:
+            ready = {self.desk.pipe.fileno(), self.uffd, self.job.arrivals.fileno()}
+            while self.desk.pipe.fileno() not in ready or self._commands():
+                # faults first: each turn of the loop is a part of somebody's sleep
+                if self.uffd in ready:
+                    self._faults()
+                self._answers()
+                if self.job.arrivals.fileno() in ready:
+                    self._arrivals()
+                self._look_after()
+                ready = {fd for fd, _ in self.poll.poll(self._patience() * 1000)}
+        finally:
+            self._unlink()
+
+    def _patience(self) -> float:
+        return _REPORT_SECONDS if self.session.unsaid else HEARTBEAT_SECONDS
+
+    # ---- the coordinator -----------------------------------------------------------------
+
+    def _commands(self) -> bool:
+        """Jobs of the coordinator; False when told to stop."""
+        while self.desk.waiting():
+            match self.desk.take():
+                case jobs.Stop():
+                    return False
+                case jobs.Unlink():
+                    self._unlink()
+                case jobs.Relink() as job:
+                    self._unlink()
+                    self._listen(job.token)
+                case jobs.Finish():
+                    self._disarm()
+                    self.desk.say(jobs.Ready())
+                case job:
+                    raise LocalProtocolError(f"the fault process was told {job!r}")
+        return True
+
+    def _listen(self, token: bytes) -> None:
+        self.session = Requesting()
+        self.link = urgent_link(self.job.direct, self.priority)
+        endpoint = self.link.listen(parse_endpoint(self.job.listen), token)
+        self.poll.register(self.link.fd, select.POLLIN)
+        for wanted in self.wanted.values():
+            wanted.asked, wanted.number = 0, -1
+        self.desk.say(jobs.Ready(_short(endpoint)))
+
+    def _unlink(self) -> None:
+        if self.link is not None:
+            self.poll.unregister(self.link.fd)
+            self.link.close()
+            self.link = None
+
+    def _disarm(self) -> None:
+        """Everything has arrived: what is still a hole is zero, as any hole is."""
+        self._faults()
+        if self.armed:
+            self.armed = False
+            self.poll.unregister(self.uffd)
+            for region in self.job.memory.regions:
+                unregister(self.uffd, region.address, region.pages * PAGE_SIZE)
+        self._report()
+
+    # ---- faults --------------------------------------------------------------------------
+
+    def _faults(self) -> None:
+        while self.armed and (events := read_messages(self.uffd)):
+            came = time.monotonic_ns()
+            for event in events:
+                if isinstance(event, Fault):
+                    found = self.placer.map.locate(event.address)
+                    if found is not None:
+                        self._fault(*found, came)
+                else:
+                    self._removed(event)
+
+    def _fault(self, region: Region, page: int, came: int) -> None:
+        host = region.page_size // PAGE_SIZE
+        page -= (page - region.first) % host
+        if self.placer.view(region.block)[page]:
+            # known to be zero, or it has just been installed: then this only wakes
+            self.placer.install(region.block, page, host, b"")
+            self.row.add("local_zero", host)
+            return
+        if (region.block, page) in self.wanted:
+            self.row.add("repeated", 1)
+            return
+        wanted = self.wanted[region.block, page] = _Wanted(region.block, page, came)
+        self.waiting.add(region.block, page)
+        self._ask(wanted)
+
+    def _ask(self, wanted: _Wanted) -> None:
+        """Ask for it; if nobody is there to be asked, `_look_after` does later."""
+        if self.link is None:
+            return
+        data = self.session.ask(wanted.block, wanted.page, wanted, instead=wanted.number)
+        wanted.number = self.session.last
+        if not self.link.send(data):
+            return
+        now = time.monotonic_ns()
+        if wanted.asked:
+            self.row.add("asked_again", 1)
+        else:
+            self.row.add("requests", 1)
+            self.row.add("ask_ns", now - wanted.since)
+        wanted.asked = now
+
+    def _removed(self, event: Removed) -> None:
+        """The guest gave memory back: it reads as zero from now on, and what comes is stale."""
+        raise LocalProtocolError(f"{event!r} from a guest that did not ask for such events")
+
+    # ---- answers -------------------------------------------------------------------------
+
+    def _answers(self) -> None:
+        link = self.link
+        if link is None:
+            return
+        while (data := link.receive()) is not None:
+            came = time.monotonic_ns()
+            answer = self.session.receive(data)
+            if isinstance(answer, Page):
+                self._install(answer, came)
+            elif isinstance(answer, Elsewhere):
+                self.row.add("elsewhere", 1)
+                self._arrived(answer.block, answer.page, came)
+        if link.broken:
+            self._unlink()
+            self.desk.say(jobs.Unlink())
+        elif self.session.unsaid >= _REPORT_PAGES:
+            self._report()
+
+    def _install(self, answer: Page[_Wanted], came: int) -> None:
+        block, page = answer.block, answer.page
+        region = self.placer.map.region(block, page)
+        host = region.page_size // PAGE_SIZE
+        if len(answer.content) not in (0, host * PAGE_SIZE):
+            raise LocalProtocolError("an answer that is no host page")
+        if host == 1 and len(answer.content):
+            self.placer.install_page(region, page, answer.content)
+        else:
+            self.placer.install(block, page, host, answer.content)
+        now = time.monotonic_ns()
+        self.session.placed(answer.number)
+        self.row.add("normal" if len(answer.content) else "duplicate", host)
+        self.row.add("wire_bytes", len(answer.content))
+        self.row.add("held_ns", answer.held)
+        self.row.add("install_ns", now - came)
+        self.row.add("answered", 1)
+        self._close(block, page, now)
+
+    def _close(self, block: int, page: int, now: int) -> None:
+        """Nobody waits for this page any more."""
+        wanted = self.wanted.pop((block, page), None)
+        if wanted is not None:
+            self.waiting.remove(block, page)
+            self.latency.add(now - wanted.since)
+
+    def _arrived(self, block: int, page: int, when: int) -> None:
+        """If a receiver has installed it, the wait is over."""
+        if (block, page) in self.wanted and self.placer.view(block)[page]:
+            self._close(block, page, when)
+
+    def _arrivals(self) -> None:
+        """What receivers say they installed."""
+        try:
+            data = os.read(self.job.arrivals.fileno(), ARRIVAL.size * _ARRIVALS)
+        except BlockingIOError:
+            return
+        for block, page, when in ARRIVAL.iter_unpack(data):
+            self._arrived(block, page, when)
+
+    # ---- now and then --------------------------------------------------------------------
+
+    def _look_after(self) -> None:
+        """Report what is placed; look at waits that nobody told the end of, ask again."""
+        now = time.monotonic()
+        if self.session.unsaid and now - self.reported > _REPORT_SECONDS:
+            self._report()
+        if now - self.looked < HEARTBEAT_SECONDS / 2:
+            return
+        self.looked = now
+        self._report(also_nothing=True)  # makes good a report that was lost
+        for wanted in list(self.wanted.values()):
+            self._arrived(wanted.block, wanted.page, time.monotonic_ns())
+            waits = time.monotonic_ns() - wanted.asked
+            if waits > ASK_AGAIN_SECONDS * 1e9 and (wanted.block, wanted.page) in self.wanted:
+                self._ask(wanted)
+
+    def _report(self, *, also_nothing: bool = False) -> None:
+        while self.link is not None and (self.session.unsaid or also_nothing):
+            also_nothing = False
+            if not self.link.send(self.session.report()):
+                break
+        self.reported = time.monotonic()
+
+
+def _short(endpoint: Endpoint) -> str:
+    """The endpoint as Welcome carries it: the source knows the host better than we do."""
+    return f"ipc:{endpoint.path}" if endpoint.scheme == "ipc" else f"tcp:{endpoint.port}"
