@@ -51,7 +51,7 @@ class Background:
             parameters.workers, parameters.postcopy_latency_target,
             parameters.max_postcopy_bandwidth,
         )  # fmt: skip
-        pace = self.pacer.tick(Sample(time.monotonic(), 0, 0, 0, 0))
+        pace = self.pacer.tick(Sample(time.monotonic()))
         self._preemption = Preemption(pace.piece_pages, pace.credit)
         self._route: tuple[Connection, Connection] | None = None
         if not self._preempt:
@@ -108,9 +108,11 @@ class Background:
                 Sample(
                     time.monotonic(),
                     counters.total("wire_bytes"),
-                    counters.total("wait_ns") / 1e9,
                     counters.total("paused_ns") / 1e9,
                     self.counters.total("requests"),
+                    self.counters.total("on_wire"),
+                    self.counters.total("on_wire_ns") / 1e9,
+                    self.counters.total("shortest_ns") / 1e9,
                 )
             )
             bandwidth.set_rate(pace.rate if self._preempt else self.pacer.limit)

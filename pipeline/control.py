@@ -75,7 +75,7 @@ class Control:
         waiting, self._waiting = self._waiting, None
         if waiting is None or waiting.done():
             return message
-        if isinstance(message, messages.Abort):
+        if isinstance(message, messages.Abort | messages.Paused):
             waiting.cancel()
             return message
         waiting.set_result(message)
@@ -101,6 +101,11 @@ class Control:
                 raise PeerLost(f"{self.peer} has been silent for {LOST_SECONDS:.0f} s")
             if now - self._said > PING_SECONDS:
                 await self.say(messages.Ping(self._said_count))
+
+    async def pause(self, error: PageferryError) -> None:
+        """Tell the peer that this connection is over, if it may be told."""
+        if self.session.may_pause:
+            await self.say(messages.Paused(error.message))
 
     async def abort(self, error: PageferryError) -> None:
         """Tell the peer that it is over, if it may be told."""

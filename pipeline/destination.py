@@ -277,6 +277,8 @@ class Arrival:
             return
         if isinstance(message, messages.Abort):
             self.fail(messages.error_of(message))
+        elif isinstance(message, messages.Paused):
+            self.fail(PeerLost(f"the source paused: {message.message}"))
         elif isinstance(message, messages.Run):
             self._committed = True  # before anything else can happen
             self._starting = asyncio.get_running_loop().create_task(self._start_guest())
@@ -396,6 +398,8 @@ class Arrival:
         """Drop everything that used the connection."""
         mine = asyncio.current_task()
         tasks, self._tasks = [task for task in self._tasks if task is not mine], []
+        with contextlib.suppress(PageferryError, zmq.ZMQError):
+            await self.control.pause(PeerLost(self.statistics.extra["paused-because"]))
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -49,7 +49,7 @@ class Parameters:
     postcopy: str = NEVER
     preempt: bool = True
     max_postcopy_bandwidth: int = 0
-    postcopy_latency_target: float = 0.0005
+    postcopy_latency_target: float = 0.0001
     postcopy_link: str = "zmq"
 
     def checked(self) -> Parameters:
@@ -64,7 +64,7 @@ class Parameters:
             _within(f"{shown} (bytes a second)", getattr(p, name), 0, 1 << 50)
             if 0 < getattr(p, name) < 100_000:
                 raise UsageError(f"{shown} below 100 kB/s would never end; 0 means no limit")
-        _within("postcopy-latency-target (us)", p.postcopy_latency_target * 1e6, 50, 1e6)
+        _within("postcopy-latency-target (us)", p.postcopy_latency_target * 1e6, 20, 1e6)
         p.postcopy_rounds  # noqa: B018  raises if `postcopy` makes no sense
         if p.postcopy_link not in ("zmq", "direct"):
             raise UsageError(f"postcopy-link is zmq or direct, not {p.postcopy_link!r}")

@@ -445,6 +445,10 @@ class Source:
             if isinstance(message, messages.Abort):
                 self._failed(messages.error_of(message), by_peer=True)
                 return
+            if isinstance(message, messages.Paused):
+                reason = f"the destination paused: {message.message}"
+                self._failed(PeerLost(reason), link=True)
+                return
             if message is not None:
                 raise RemoteProtocolError(f"nobody asked for {type(message).__name__}")
 
@@ -639,16 +643,24 @@ class Source:
     async def _pause(self, error: PageferryError) -> None:
         """Drop the connection and everything that used it. The page table stays."""
         _log.warning("postcopy paused: %s", error)
+        self.statistics.extra["paused-because"] = error.message
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        if self._socket is not None:
+            with contextlib.suppress(PageferryError, zmq.ZMQError):
+                await self._control.pause(error)
         await self._drop_connection()
         if self._table is not None:
             self.core.remaining = self._remaining()
-        self.statistics.extra["paused-because"] = error.message
+        asked = []
         while not self._events.empty():  # of the connection that is gone
-            self._events.get_nowait()
+            event = self._events.get_nowait()
+            if isinstance(event, core.RecoverAsked | core.CancelAsked):
+                asked.append(event)
+        for event in asked:
+            self._events.put_nowait(event)
         while not self._replies.empty():
             self._replies.get_nowait()
         self._task(self._show_paused())

@@ -25,6 +25,10 @@ from .errors import ConnectError, DestinationError, RemoteProtocolError, UsageEr
 from .messages import MAX_MESSAGE
 from .wire import MAX_PAYLOAD
 
+# libzmq's numbers as plain integers: what pyzmq has are enums, and an operation on one costs as
+# much as the call that it is for.
+POLLIN, EVENTS = int(zmq.POLLIN), int(zmq.EVENTS)
+NOBLOCK, SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)
 # Frames a socket queues before it pushes back; credit keeps far below it.
 QUEUE_FRAMES = 64
 # Left to libzmq after close: long enough for a last Abort, short enough for Ctrl-C.
@@ -252,8 +256,8 @@ class ZmqLink:
     def send(self, data: bytes) -> bool:
         try:
             if self._token:
-                self._socket.send(self._token, zmq.SNDMORE | zmq.NOBLOCK)
-            self._socket.send(data, zmq.NOBLOCK)
+                self._socket.send(self._token, SNDMORE | NOBLOCK)
+            self._socket.send(data, NOBLOCK)
         except zmq.Again:
             return False
         except zmq.ZMQError as e:
@@ -264,10 +268,10 @@ class ZmqLink:
 
     def receive(self) -> bytes | None:
         sock = self._socket
-        while int(sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        while sock.getsockopt(EVENTS) & POLLIN:
             if not self._token:
-                return bytes(sock.recv(zmq.NOBLOCK))
-            parts = sock.recv_multipart(zmq.NOBLOCK)
+                return bytes(sock.recv(NOBLOCK))
+            parts = sock.recv_multipart(NOBLOCK)
             if parts[0] == self._token and len(parts) == 2:
                 return bytes(parts[1])
         return None
@@ -377,7 +381,13 @@ class DirectLink:
             return False
         if sent < len(framed):
             self._output += framed[sent:]
+            self._watch(select.EPOLLIN | select.EPOLLOUT)
         return True
+
+    def _watch(self, events: int) -> None:
+        """`fd` becomes readable when the kernel takes more, as well."""
+        if self._peer is not None:
+            self._epoll.modify(self._peer.fileno(), events)
 
     def _flush(self) -> None:
         while self._output and self._peer is not None:
@@ -389,11 +399,7 @@ class DirectLink:
                 self._drop()
                 return
             del self._output[:sent]
-
-    @property
-    def unsent(self) -> bool:
-        """True if the kernel has not taken everything: call `receive` again soon."""
-        return bool(self._output)
+        self._watch(select.EPOLLIN)
 
     def receive(self) -> bytes | None:
         if self._output:

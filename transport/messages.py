@@ -165,6 +165,12 @@ class Resumed(Message, frozen=True, tag="resumed"):
     received: list[bytes]
 
 
+class Paused(Message, frozen=True, tag="paused"):
+    """Either end, in postcopy: this connection is over, and why; to be recovered on another."""
+
+    message: str
+
+
 class Abort(Message, frozen=True, tag="abort"):
     """Either end: stop, and why."""
 
@@ -181,7 +187,7 @@ class Ping(Message, frozen=True, tag="ping"):
 AnyMessage = (
     Hello | Welcome | Refused | Discard | Missing | Discarded | Round | DigestRequest | Digests
     | DeviceState | StateLoaded | Run | Running | PostcopyEnd | Ended | Resume | Resumed
-    | Abort | Ping
+    | Paused | Abort | Ping
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -22,6 +22,7 @@ from .messages import (
     Ended,
     Hello,
     Missing,
+    Paused,
     Ping,
     PostcopyEnd,
     Refused,
@@ -89,6 +90,8 @@ for _phase in Phase:
             if not (_phase in _COMMITTED and _role is S):
                 TRANSITIONS[_phase, _role, Abort] = Phase.CLOSED
             TRANSITIONS[_phase, _role, Ping] = _phase
+            if _phase in _COMMITTED:
+                TRANSITIONS[_phase, _role, Paused] = Phase.CLOSED
 
 
 class Session:
@@ -121,15 +124,20 @@ class Session:
         return message
 
     @property
+    def may_pause(self) -> bool:
+        return (self.phase, self.role, Paused) in TRANSITIONS
+
+    @property
     def may_abort(self) -> bool:
         return (self.phase, self.role, Abort) in TRANSITIONS
 
 
 def diagram() -> str:
-    """The table as a mermaid state diagram; Abort and Ping, legal nearly everywhere, left out."""
+    """The table as a mermaid state diagram; Abort, Paused and Ping, legal nearly everywhere, left
+    out."""
     lines = ["stateDiagram-v2", "    [*] --> idle"]
     for (phase, role, message), following in TRANSITIONS.items():
-        if message not in (Abort, Ping):
+        if message not in (Abort, Paused, Ping):
             lines.append(
                 f"    {phase.value} --> {following.value}: {role.value}: {message.__name__}"
             )

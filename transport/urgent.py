@@ -7,7 +7,8 @@ ram.c).
 
     header   magic, version, kind, block, count, number, held, page, payload sum, header sum
 
-    REQUEST     destination: the host page at `page` of `block` is waited for; `number` counts up
+    REQUEST     destination: the host page at `page` of `block` is waited for; `number` counts up,
+                `held` is how long the last answer was on the wire
     PAGE        source: here it is, `count` pages of content; `number` is the request's
     ZERO        source: it is zero, all `count` pages
     ELSEWHERE   source: a multifd channel has it, or had it
@@ -122,6 +123,7 @@ class Request:
     number: int
     block: int
     page: int
+    took: int = 0  # nanoseconds the last answer was on the wire, there and back; 0: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +157,13 @@ class Answering(Generic[T]):
             if message.number < self._next:
                 raise RemoteProtocolError(f"request {message.number} came again")
             self._next = message.number + 1
-            return Request(message.number, message.block, message.page)
+            return Request(message.number, message.block, message.page, message.held)
         if message.kind != _PLACED:
             raise RemoteProtocolError(f"unexpected {Kind(message.kind).name}")
         numbers = struct.unpack(f"<{message.count}I", message.payload)
-        highest = max(max(numbers, default=0), message.page - 1)
-        if highest >= self._next:
-            raise RemoteProtocolError(f"page {highest} is placed and was never asked for")
+        # `page` may be beyond what came: requests may have been lost
+        if numbers and max(numbers) >= self._next:
+            raise RemoteProtocolError(f"{max(numbers)} is placed and was never asked for")
         below = [n for n in self._waiting if n < message.page]
         settled = [n for n in numbers if n in self._waiting and n >= message.page]
         return Placed([self._waiting.pop(n) for n in (*below, *dict.fromkeys(settled))])
@@ -222,16 +224,20 @@ class Requesting(Generic[T]):
         """The number of the last request."""
         return self._next - 1
 
-    def ask(self, block: int, page: int, token: T, instead: int = -1) -> bytes:
+    def ask(self, block: int, page: int, token: T, instead: int = -1, took: int = 0) -> bytes:
         """Ask for the host page at `page`; `instead` of a number whose answer stays away."""
         number = self._next
         if number > _MAX_NUMBER:
             raise LocalProtocolError("more requests than there are numbers")
         self._next += 1
-        if instead in self._open:
-            self._late[instead] = self._open.pop(instead)
+        self.forget(instead)
         self._open[number] = (block, page, token)
-        return encode(_REQUEST, number, block, page)
+        return encode(_REQUEST, number, block, page, held=took)
+
+    def forget(self, number: int) -> None:
+        """Nobody waits for the answer to `number` any more; it may still come."""
+        if number in self._open:
+            self._late[number] = self._open.pop(number)
 
     def receive(self, data: Buffer) -> Page[T] | Elsewhere[T] | None:
         """What the source answers; None if it is damaged: then it is asked for again.

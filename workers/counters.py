@@ -47,6 +47,9 @@ FIELDS = (
     "held_ns",  # request received to answer sent, sum, as the source says
     "install_ns",  # answer received to page installed, sum
     "answered",  # what these three are sums of
+    "on_wire_ns",  # request sent to answer received without held_ns, sum, as told to the source
+    "on_wire",  # what this is a sum of
+    "shortest_ns",  # the shortest of these
     "priority",  # priority.py
 )
 _INDEX = {name: i for i, name in enumerate(FIELDS)}

@@ -87,6 +87,7 @@ class FaultProcess:
         self.link: UrgentLink | None = None
         self.poll = select.poll()
         self.armed = True
+        self.took = 0  # what the last answer was on the wire, nanoseconds
         self.looked = self.reported = time.monotonic()
 
     def run(self) -> None:
@@ -195,7 +196,10 @@ class FaultProcess:
         """Ask for it; if nobody is there to be asked, `_look_after` does later."""
         if self.link is None:
             return
-        data = self.session.ask(wanted.block, wanted.page, wanted, instead=wanted.number)
+        data = self.session.ask(
+            wanted.block, wanted.page, wanted, instead=wanted.number, took=self.took
+        )
+        self.took = 0
         wanted.number = self.session.last
         if not self.link.send(data):
             return
@@ -242,6 +246,7 @@ class FaultProcess:
         else:
             self.placer.install(block, page, host, answer.content)
         now = time.monotonic_ns()
+        self.took = max(1, came - answer.token.asked - answer.held)
         self.session.placed(answer.number)
         self.row.add("normal" if len(answer.content) else "duplicate", host)
         self.row.add("wire_bytes", len(answer.content))
@@ -255,6 +260,7 @@ class FaultProcess:
         wanted = self.wanted.pop((block, page), None)
         if wanted is not None:
             self.waiting.remove(block, page)
+            self.session.forget(wanted.number)
             self.latency.add(now - wanted.since)
 
     def _arrived(self, block: int, page: int, when: int) -> None:

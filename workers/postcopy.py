@@ -79,6 +79,7 @@ class PostcopyProcess:
         self.under_way: dict[int, _Sent] = {}  # by page_key
         self.unsent: deque[bytes] = deque()
         self.finishing = False
+        self.shortest = 0
 
     def run(self) -> None:
         rank = become_urgent() if self.job.route is None else 0
@@ -143,6 +144,8 @@ class PostcopyProcess:
     def _answer(self, request: Request, came: int) -> None:
         block, first, count = self._host_page(request)
         self.row.add("requests", 1)
+        if request.took:
+            self._took(request.took)
         key = page_key(block, first)
         if self.job.route is not None:
             os.write(self.job.route.fileno(), ROUTED.pack(block, first))
@@ -165,6 +168,14 @@ class PostcopyProcess:
         self._send(answer)
         if again is None:
             self._count(len(answer), count, zero)
+
+    def _took(self, took: int) -> None:
+        """What the last request waited on the wire: the pacer goes by it."""
+        self.row.add("on_wire_ns", took)
+        self.row.add("on_wire", 1)
+        if not self.shortest or took < self.shortest:
+            self.shortest = took
+            self.row.set("shortest_ns", took)
 
     def _host_page(self, request: Request) -> tuple[int, int, int]:
         """Block, first page and pages of the host page that is asked for."""

@@ -35,6 +35,7 @@ class RamFile:
         self.fd = fd
         self.name = name
         self._map: mmap.mmap | None = None
+        self._writable: mmap.mmap | None = None
 
     def __repr__(self) -> str:
         return f"<RamFile {self.name} fd={self.fd}>"
@@ -49,6 +50,12 @@ class RamFile:
             self._map = mmap.mmap(self.fd, size, prot=mmap.PROT_READ)
         return self._map
 
+    def writable(self) -> mmap.mmap:
+        """The whole file, mapped for writing; mapped once."""
+        if self._writable is None:
+            self._writable = mmap.mmap(self.fd, os.fstat(self.fd).st_size)
+        return self._writable
+
     def close(self) -> None:
         """Idempotent. Views of the mapping keep it alive until they are gone."""
         if self._map is not None:
@@ -56,6 +63,9 @@ class RamFile:
             with contextlib.suppress(BufferError):
                 self._map.close()
             self._map = None
+        if self._writable is not None:
+            self._writable.close()
+            self._writable = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -143,6 +153,11 @@ class RamBlock:
         """Store whole pages from `page`; what lies behind the block's end is dropped."""
         offset = page * PAGE_SIZE
         view = memoryview(data)[: self.size - offset]
+        if self.spec.page_size > PAGE_SIZE:
+            # hugetlbfs has no write(2); its pages were reserved when it was mapped
+            at = self.start + offset
+            self.file.writable()[at : at + len(view)] = view
+            return
         try:
             while view:
                 n = os.pwrite(self.file.fd, view, self.start + offset)

@@ -17,7 +17,7 @@ import zmq
 from ..transport.channel import ReceivingChannel
 from ..transport.codecs import Decoders
 from ..transport.errors import LocalProtocolError, RemoteProtocolError, WorkerDied
-from ..transport.links import Endpoint, bind, parse_endpoint, unbind
+from ..transport.links import NOBLOCK, Endpoint, bind, parse_endpoint, unbind
 from ..transport.pages import PAGE_SIZE, Runs, check_runs, total_pages
 from ..transport.wire import Buffer, Frame
 from . import jobs
@@ -131,7 +131,7 @@ class Receiver:
     def _message(self) -> bool:
         """Handle one message; False if none is waiting or it is time to look at the pipe."""
         try:
-            parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            parts = self.socket.recv_multipart(NOBLOCK, copy=False)
         except zmq.Again:
             self._answer(idle=True)
             return False

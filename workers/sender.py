@@ -27,7 +27,7 @@ import zmq
 
 from ..transport.channel import Acked, Lost, SendingChannel, Synced
 from ..transport.errors import LocalProtocolError, PeerLost
-from ..transport.links import connect, parse_endpoint
+from ..transport.links import EVENTS, NOBLOCK, POLLIN, SNDMORE, connect, parse_endpoint
 from ..transport.pages import NO_RUNS, PAGE_SIZE, Pages, runs_of
 from ..transport.wire import MAX_RUNS, Frame, Kind, encode_data
 from . import jobs
@@ -342,7 +342,7 @@ class Sender:
         )  # fmt: skip
         self._record(_Sent(extent, block, pages, hashes, time.monotonic()), batch, len(meta))
         if batch.payload:
-            self.socket.send(meta, zmq.SNDMORE)
+            self.socket.send(meta, SNDMORE)
             # two parts (raw and packed) become one buffer: the copy costs less than a frame
             whole = batch.payload[0] if len(batch.payload) == 1 else b"".join(batch.payload)
             self.socket.send(whole, copy=False)
@@ -418,8 +418,8 @@ class Sender:
     def _read_answers(self) -> None:
         assert self.socket is not None
         # asking first costs 2 us; an exception for "nothing there" 15
-        while int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            meta = self.socket.recv(zmq.NOBLOCK)
+        while int(self.socket.getsockopt(EVENTS)) & POLLIN:
+            meta = self.socket.recv(NOBLOCK)
             self.last_answer = time.monotonic()
             for event in self.channel.receive(meta):
                 if not isinstance(event, Synced):

@@ -1,5 +1,6 @@
 """What several test files need: content, the command line as a process, waiting without sleep."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -116,3 +117,11 @@ def sweep(pid: int) -> None:
     for name in os.listdir("/dev/shm"):
         if name.startswith(f"pageferry-{pid}-"):
             os.unlink(f"/dev/shm/{name}")
+
+
+async def until_async(condition, what: str, limit: float = GIVE_UP) -> None:
+    """`until`, for a condition that changes in this event loop."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, f"never: {what}"
+        await asyncio.sleep(0.002)

@@ -5,7 +5,7 @@ import uuid
 import msgspec
 import pytest
 
-from pageferry.pipeline.agreement import check_hello
+from pageferry.pipeline.agreement import CAPABILITIES, DIRECT, check_hello
 from pageferry.transport.errors import PeerRefused
 from pageferry.transport.messages import (
     MAX_BLOCK_SIZE,
@@ -16,6 +16,7 @@ from pageferry.transport.messages import (
     Hello,
 )
 from pageferry.transport.wire import MAX_BATCH_PAGES
+from pageferry.workers.guests.base import POSTCOPY
 
 GOOD = Hello(
     PROTOCOL, "0.1.0", str(uuid.UUID(int=5)), "demo",
@@ -77,6 +78,7 @@ def test_what_fits_is_accepted(change):
         ({"batch_pages": 0}, "batch-pages"),
         ({"batch_pages": MAX_BATCH_PAGES + 1}, "batch-pages"),
         ({"capabilities": ["postcopy"]}, "capabilities"),
+        ({"capabilities": [POSTCOPY, DIRECT, "colo"]}, "capabilities"),
         ({"blocks": []}, "blocks"),
         ({"blocks": [Block(str(i), 1, 4096, i) for i in range(MAX_BLOCKS + 1)]}, "blocks"),
         ({"image_size": -1}, "image-size"),
@@ -109,6 +111,41 @@ def test_each_field_that_does_not_fit_is_named(change, field):
 def test_each_part_of_a_block_that_does_not_fit_is_named(block, field):
     """By the block's name; overlapping blocks are refused by the second one's offset."""
     assert refusal(with_blocks(Block("low", 8192), block)) == field
+
+
+# Memory that is installed host page by host page.
+WHOLE = [Block("low", 8192), Block("huge", 4 << 20, 2 << 20, 8192)]
+
+
+@pytest.mark.parametrize("capabilities", [[], [POSTCOPY], [POSTCOPY, DIRECT], [DIRECT, POSTCOPY]])
+def test_capabilities_that_are_known(capabilities):
+    """In any order, or none."""
+    check_hello(msgspec.structs.replace(GOOD, blocks=WHOLE, capabilities=capabilities), None)
+
+
+def test_a_refusal_names_the_capabilities_on_both_sides():
+    """What was asked for and is not known, and what is; the known ones are not complained of."""
+    with pytest.raises(PeerRefused) as caught:
+        check_hello(msgspec.structs.replace(GOOD, capabilities=["colo", POSTCOPY]), None)
+    message = caught.value.message
+    assert "capabilities is colo," in message
+    assert all(name in message for name in CAPABILITIES)
+
+
+@pytest.mark.parametrize(
+    ("block", "field"),
+    [
+        (Block("b", 5000), "block 'b' size"),
+        (Block("b", (2 << 20) + 4096, 2 << 20), "block 'b' size"),
+        (Block("b", 4 << 20, 4 << 20), "block 'b' page-size"),
+        (Block("b", 1 << 30, 1 << 30), "block 'b' page-size"),
+    ],
+)
+def test_postcopy_needs_whole_host_pages_that_fit_a_message(block, field):
+    """Without postcopy the same block is welcome."""
+    hello = with_blocks(block)
+    check_hello(hello, None)
+    assert refusal(msgspec.structs.replace(hello, capabilities=[POSTCOPY])) == field
 
 
 def test_a_long_name_does_not_fill_the_screen():

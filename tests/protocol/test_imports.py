@@ -16,11 +16,11 @@ SHARED = {"_version"}
 # No clock, no socket, no process, no log: what is in here is tested without any of them.
 SANS_IO = {
     *(f"transport/{name}.py" for name in ("wire", "channel", "session", "messages", "pages")),
-    *(f"transport/{name}.py" for name in ("errors", "quantities", "__init__")),
+    *(f"transport/{name}.py" for name in ("errors", "quantities", "urgent", "__init__")),
     "transport/codecs/__init__.py",
     "transport/codecs/choice.py",
     *(f"pipeline/{name}.py" for name in ("migration", "state", "convergence", "partition")),
-    *(f"pipeline/{name}.py" for name in ("agreement", "parameters", "__init__")),
+    *(f"pipeline/{name}.py" for name in ("agreement", "pacing", "parameters", "__init__")),
     "_version.py",
 }
 IO_MODULES = {

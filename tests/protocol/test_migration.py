@@ -8,15 +8,27 @@ from hypothesis import strategies as st
 
 from pageferry.pipeline.convergence import Convergence
 from pageferry.pipeline.migration import (
+    Abandoned,
+    BackgroundDone,
     CancelAsked,
     ChannelsReady,
     Confirmed,
+    CutRound,
+    EndPostcopy,
     Failed,
     Finish,
     GuestStopped,
     Migration,
+    MissingTold,
     OpenChannels,
+    Pause,
+    PostcopyAsked,
+    PostcopyEnded,
+    Reconnect,
+    Reconnected,
+    RecoverAsked,
     RoundDone,
+    SendBackground,
     SendRound,
     SendRun,
     SendState,
@@ -26,6 +38,7 @@ from pageferry.pipeline.migration import (
     TakeDirty,
     TakeInitial,
     Taken,
+    TellMissing,
     Verified,
     Verify,
 )
@@ -36,6 +49,7 @@ from pageferry.transport.errors import (
     LocalProtocolError,
     NotConverging,
     PeerLost,
+    PostcopyFailed,
     SourceError,
     VerificationFailed,
     WorkerDied,
@@ -46,8 +60,11 @@ examples = settings(max_examples=150, deadline=None, derandomize=True, database=
 BIG = 10**6  # pages that no downtime limit here allows
 
 
-def migration(*, live=False, can_stop=False, verify=False, limit=0.3, max_rounds=30):
-    return Migration(live, can_stop, verify, Convergence(limit, max_rounds))
+def migration(
+    *, live=False, can_stop=False, verify=False, limit=0.3, max_rounds=30, postcopy="never",
+    after=None,
+):  # fmt: skip
+    return Migration(live, can_stop, verify, Convergence(limit, max_rounds), postcopy, after)
 
 
 def taken(pages, written=None):
@@ -448,3 +465,457 @@ def test_whatever_happens_in_any_order(kind, events):
             else:
                 assert said
         assert (finished is not None) == (core.status in FINAL)
+
+
+# ---- postcopy: the guest starts before its memory is there -----------------------------------
+
+
+LOST = PeerLost("the cable")
+
+
+def leaving(path):
+    """From the stop of a guest that is to leave by postcopy to Run."""
+    path.step(GuestStopped(), TakeDirty(), Status.DEVICE)
+    path.step(taken(500), TellMissing(), Status.DEVICE)
+    path.step(MissingTold(), SendState(postcopy=True), Status.DEVICE)
+    return path.step(StateLoaded(), SendRun(), Status.DEVICE)
+
+
+def background(path):
+    """From the destination's word that the guest runs to the end."""
+    path.step(Confirmed(), SendBackground(), Status.POSTCOPY_ACTIVE)
+    path.step(BackgroundDone(), EndPostcopy(), Status.POSTCOPY_ACTIVE)
+    return path.step(PostcopyEnded(), Finish(None, resume=False), Status.COMPLETED)
+
+
+def by_postcopy(mode, **more):
+    return opening(Path({"live": True, "can_stop": True, "postcopy": mode, **more}))
+
+
+def now():
+    path = by_postcopy("now")
+    path.step(taken(BIG), StopGuest(), Status.DEVICE)
+    return background(leaving(path))
+
+
+def after(rounds):
+    """Even though it would not converge sooner; `max_rounds` is not reached."""
+    path = by_postcopy(f"after={rounds}", after=rounds)
+    for number in range(1, rounds + 1):
+        path.step(taken(BIG), SendRound(number, live=True), Status.ACTIVE)
+        path.step(done(BIG), TakeDirty(), Status.ACTIVE)
+    path.step(taken(BIG), StopGuest(), Status.DEVICE)
+    return background(leaving(path))
+
+
+def hopeless():
+    """auto: the guest writes as fast as it is moved, and the second round says so."""
+    path = by_postcopy("auto")
+    for number in (1, 2):
+        path.step(taken(BIG), SendRound(number, live=True), Status.ACTIVE)
+        path.step(done(BIG), TakeDirty(), Status.ACTIVE)
+    path.step(taken(BIG), StopGuest(), Status.DEVICE)
+    return background(leaving(path))
+
+
+def out_of_rounds():
+    """auto: it might still converge, but the rounds are over."""
+    path = by_postcopy("auto", max_rounds=1)
+    path.step(taken(BIG), SendRound(1, live=True), Status.ACTIVE)
+    path.step(done(BIG), TakeDirty(), Status.ACTIVE)
+    path.step(taken(BIG // 2), StopGuest(), Status.DEVICE)
+    return background(leaving(path))
+
+
+def asked_before_the_first_round():
+    """manual: nothing to cut, and no round begins."""
+    path = opening(Path({"live": True, "can_stop": True, "postcopy": "manual"}))
+    path.step(PostcopyAsked(), None, Status.ACTIVE)
+    path.step(taken(BIG), StopGuest(), Status.DEVICE)
+    return background(leaving(path))
+
+
+def asked_during_a_round(number):
+    """manual: the round is cut, and what is left of it goes by postcopy."""
+    path = by_postcopy("manual")
+    for n in range(1, number):
+        path.step(taken(BIG), SendRound(n, live=True), Status.ACTIVE)
+        path.step(done(BIG), TakeDirty(), Status.ACTIVE)
+    path.step(taken(BIG), SendRound(number, live=True), Status.ACTIVE)
+    path.step(PostcopyAsked(), CutRound(), Status.ACTIVE)
+    path.step(done(1000, lost=BIG - 1000), TakeDirty(), Status.ACTIVE)
+    path.step(taken(BIG), StopGuest(), Status.DEVICE)
+    return background(leaving(path))
+
+
+def recovering():
+    """It breaks after Run and before the confirmation, and once more while it recovers."""
+    path = by_postcopy("now")
+    path.step(taken(BIG), StopGuest(), Status.DEVICE)
+    leaving(path)
+    path.step(Failed(LOST), Pause(LOST), Status.POSTCOPY_PAUSED)
+    path.step(RecoverAsked(), Reconnect(""), Status.POSTCOPY_RECOVER)
+    path.step(Failed(LOST), Pause(LOST), Status.POSTCOPY_PAUSED)
+    path.step(RecoverAsked("tcp://b:1"), Reconnect("tcp://b:1"), Status.POSTCOPY_RECOVER)
+    path.step(Reconnected(300), SendBackground(), Status.POSTCOPY_ACTIVE)
+    path.step(Failed(LOST), Pause(LOST), Status.POSTCOPY_PAUSED)
+    path.step(RecoverAsked(), Reconnect(""), Status.POSTCOPY_RECOVER)
+    path.step(Reconnected(200), SendBackground(), Status.POSTCOPY_ACTIVE)
+    path.step(BackgroundDone(), EndPostcopy(), Status.POSTCOPY_ACTIVE)
+    return path.step(PostcopyEnded(), Finish(None, resume=False), Status.COMPLETED)
+
+
+POSTCOPY_PATHS = {
+    "now": now(),
+    "after=1": after(1),
+    "after=3": after(3),
+    "auto, hopeless": hopeless(),
+    "auto, out of rounds": out_of_rounds(),
+    "manual, asked before the first round": asked_before_the_first_round(),
+    "manual, asked during round 1": asked_during_a_round(1),
+    "manual, asked during round 3": asked_during_a_round(3),
+    "recovered": recovering(),
+}
+IN_POSTCOPY = {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER}
+AT_THE_END = [BackgroundDone(), PostcopyEnded(), Confirmed(), PostcopyAsked(), RecoverAsked()]
+
+
+@pytest.mark.parametrize("name", POSTCOPY_PATHS)
+def test_a_postcopy_in_which_all_ends_well(name):
+    """Each event, what is done next, the status; nothing after the end."""
+    path = POSTCOPY_PATHS[name]
+    core = migration(**path.settings)
+    for event, instruction, status in path.steps:
+        assert core.handle(event) == ([] if instruction is None else [instruction]), event
+        assert core.status is status, event
+    for event in (*AT_THE_END, Failed(LOST), CancelAsked(), Abandoned(LOST)):
+        assert core.handle(event) == []
+    assert core.status is Status.COMPLETED
+
+
+@pytest.mark.parametrize("mode", ["now", "auto", "manual", "after=1"])
+def test_a_guest_of_which_nothing_is_left_at_the_stop(mode):
+    """What postcopy could bring later is nothing: it ends as ever, and can be resumed until Run."""
+    core = migration(
+        live=True, can_stop=True, postcopy=mode, after=1 if mode == "after=1" else None,
+        max_rounds=1,
+    )  # fmt: skip
+    core.handle(Started())
+    core.handle(ChannelsReady())
+    if mode != "now":
+        core.handle(taken(BIG))
+        core.handle(PostcopyAsked())
+        core.handle(done(BIG))
+    assert core.handle(taken(BIG)) == [StopGuest()]
+    assert core.handle(GuestStopped()) == [TakeDirty()]
+    assert core.handle(taken(0)) == [SendRound(core.round, live=False)]
+    assert not core.leaving
+    assert core.handle(done(0)) == [SendState()]
+    assert core.handle(StateLoaded()) == [SendRun()]
+    assert core.handle(Confirmed()) == [Finish(None, resume=False)]
+    assert core.status is Status.COMPLETED
+
+
+@pytest.mark.parametrize("mode", ["auto", "manual", "after=5"])
+def test_a_guest_that_converges_does_not_need_postcopy(mode):
+    """Asked for or not: a switchover within the limit is the better one."""
+    path = PATHS["live"]
+    core = migration(**path.settings, postcopy=mode, after=5 if mode == "after=5" else None)
+    for event, instruction, _ in path.steps:
+        assert core.handle(event) == [instruction]
+    assert core.status is Status.COMPLETED
+
+
+def test_manual_waits_until_it_is_asked():
+    """However hopeless it is, and when the rounds are over, it has failed."""
+    core = migration(live=True, can_stop=True, postcopy="manual", max_rounds=4)
+    for event in (Started(), ChannelsReady(), taken(BIG)):
+        core.handle(event)
+    for number in (2, 3, 4):
+        assert core.handle(done(BIG)) == [TakeDirty()]
+        assert core.handle(taken(BIG)) == [SendRound(number, live=True)]
+    core.handle(done(BIG))
+    finish = finish_of(core.handle(taken(BIG)))
+    assert type(finish.error) is NotConverging and finish.resume
+
+
+def test_auto_waits_while_it_gets_better():
+    """Each round leaves less than the one before."""
+    core = migration(live=True, can_stop=True, postcopy="auto")
+    for event in (Started(), ChannelsReady(), taken(BIG)):
+        core.handle(event)
+    left = BIG
+    for number in (2, 3, 4):
+        core.handle(done(left))
+        left //= 2
+        assert core.handle(taken(left)) == [SendRound(number, live=True)]
+
+
+def test_asked_twice():
+    """The second time there is nothing left to cut, or it is cut again; it leaves once."""
+    core = walk(POSTCOPY_PATHS["manual, asked during round 1"], 4)
+    assert core.handle(PostcopyAsked()) in ([], [CutRound()])
+    assert core.handle(done(10, lost=BIG)) == [TakeDirty()]
+    assert core.handle(taken(BIG)) == [StopGuest()]
+    for event in (GuestStopped(), taken(BIG), MissingTold(), StateLoaded(), Confirmed()):
+        assert core.handle(PostcopyAsked()) == []
+        core.handle(event)
+    assert core.status is Status.POSTCOPY_ACTIVE
+
+
+def test_asked_when_the_guest_stands_still_for_the_last_round():
+    """Too late to be of use: that round is not cut, it would be taken for lost frames."""
+    core = walk(PATHS["live"], 9)
+    core.postcopy = "manual"
+    assert core.stopped
+    assert core.handle(PostcopyAsked()) == []
+    assert core.handle(done(10, lost=2)) == [SendRound(4, live=False)]
+
+
+def states_of(path):
+    """Each state of a path: steps gone, a migration that has gone them."""
+    for steps in range(1, len(path.steps)):
+        yield steps, walk(path, steps)
+
+
+@pytest.mark.parametrize("name", POSTCOPY_PATHS)
+def test_failure_in_every_state_of_a_postcopy(name):
+    """Before Run: the guest goes on here. After it: paused, never resumed; paused: nothing new."""
+    seen = set()
+    for steps, core in states_of(POSTCOPY_PATHS[name]):
+        before, error = core.status, WorkerDied("sender 0 died")
+        seen.add((before, core.run_said))
+        instructions = core.handle(Failed(error))
+        if not core.run_said:
+            assert instructions == [Finish(error, resume=True)], steps
+            assert core.status is Status.FAILED
+            continue
+        assert instructions == ([] if before is Status.POSTCOPY_PAUSED else [Pause(error)]), steps
+        assert core.status is Status.POSTCOPY_PAUSED
+        assert core.handle(Failed(error)) == []
+        assert core.handle(RecoverAsked()) == [Reconnect("")]
+    assert {(Status.DEVICE, False), (Status.DEVICE, True)} <= seen
+    assert (Status.POSTCOPY_ACTIVE, True) in seen
+    if name == "recovered":
+        assert {(status, True) for status in IN_POSTCOPY} <= seen
+
+
+@pytest.mark.parametrize("name", POSTCOPY_PATHS)
+def test_failure_that_the_destination_says_in_every_state_of_a_postcopy(name):
+    """Until it has said that the guest runs there, it goes on here. From then on it is lost with
+    the memory that it had written there: an older one must not run."""
+    for steps, core in states_of(POSTCOPY_PATHS[name]):
+        before, error = core.status, SourceError("the disk is full")
+        finish = finish_of(core.handle(Failed(error, by_peer=True)))
+        assert core.status is Status.FAILED
+        if before not in IN_POSTCOPY:
+            assert finish == Finish(error, resume=True), steps
+            continue
+        assert not finish.resume
+        assert type(finish.error) is PostcopyFailed
+        assert "the disk is full" in finish.error.message
+        assert finish.error.data["remaining"] == core.remaining * 4096
+        assert core.handle(RecoverAsked()) == []
+
+
+@pytest.mark.parametrize("name", POSTCOPY_PATHS)
+def test_cancel_in_every_state_of_a_postcopy(name):
+    """Before Run the guest goes on here. After it there is nothing to cancel, except a pause that
+    nobody wants to end: then it has failed, and the guest does not go on here."""
+    path = POSTCOPY_PATHS[name]
+    for steps in range(len(path.steps)):
+        core = walk(path, steps)
+        before = core.status
+        instructions = core.handle(CancelAsked())
+        if not core.run_said:
+            finish = finish_of(instructions)
+            assert type(finish.error) is Cancelled and finish.resume
+            assert core.status is Status.CANCELLED
+        elif before is Status.POSTCOPY_PAUSED:
+            finish = finish_of(instructions)
+            assert type(finish.error) is PostcopyFailed and not finish.resume
+            assert core.status is Status.FAILED
+        else:
+            assert instructions == [] and core.status is before
+            # it goes on as if nobody had asked
+            event, instruction, status = path.steps[steps]
+            assert core.handle(event) == [instruction] and core.status is status
+
+
+@pytest.mark.parametrize("name", POSTCOPY_PATHS)
+def test_abandoned_in_every_state_of_a_postcopy(name):
+    """Nobody waits for its end: before Run the guest goes on here, after it it is a failure."""
+    for steps, core in states_of(POSTCOPY_PATHS[name]):
+        error, said = Cancelled("interrupted"), core.run_said
+        finish = finish_of(core.handle(Abandoned(error)))
+        assert core.status is Status.FAILED
+        if said:
+            assert not finish.resume, steps
+            assert type(finish.error) is PostcopyFailed
+            assert "interrupted" in finish.error.message
+        else:
+            assert finish == Finish(error, resume=True), steps
+        assert core.handle(Abandoned(error)) == []
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_abandoned_in_every_state_without_postcopy(name):
+    """It is a failure like any other."""
+    for _, core in states_of(PATHS[name]):
+        error, said = WorkerDied("sender 0 died"), core.run_said
+        finish = finish_of(core.handle(Abandoned(error)))
+        assert finish.resume is not said
+        assert type(finish.error) is (ConfirmationLost if said else WorkerDied)
+
+
+def test_a_precopy_that_was_told_to_run_does_not_pause():
+    """Postcopy was allowed and not needed: there is nothing to recover, and nothing to resume."""
+    path = PATHS["live"]
+    core = migration(**path.settings, postcopy="auto")
+    for event, _, _ in path.steps[:-1]:
+        core.handle(event)
+    assert core.run_said and not core.leaving
+    finish = finish_of(core.handle(Failed(LOST)))
+    assert type(finish.error) is ConfirmationLost and not finish.resume
+
+
+@pytest.mark.parametrize("steps", [8, 10, 11, 13])
+def test_words_of_a_connection_that_is_gone_change_nothing(steps):
+    """They were on their way when it broke: while it is paused, and while it recovers."""
+    core = walk(POSTCOPY_PATHS["recovered"], steps)
+    assert core.status in (Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER)
+    before = vars(core).copy()
+    for event in (BackgroundDone(), Confirmed(), PostcopyEnded(), PostcopyAsked()):
+        assert core.handle(event) == []
+    if core.status is Status.POSTCOPY_PAUSED:
+        assert core.handle(Failed(LOST)) == []
+    assert vars(core) | {"asked": False} == before | {"asked": False}
+
+
+def test_recover_when_there_is_nothing_to_recover():
+    """In every other state; also a second time."""
+    for path in (*POSTCOPY_PATHS.values(), *PATHS.values()):
+        for steps in range(len(path.steps)):
+            core = walk(path, steps)
+            before = core.status
+            if before is Status.POSTCOPY_PAUSED:
+                assert core.handle(RecoverAsked("tcp://b:2")) == [Reconnect("tcp://b:2")]
+                before = Status.POSTCOPY_RECOVER
+            assert core.handle(RecoverAsked()) == []
+            assert core.status is before
+
+
+def test_a_recovery_that_nobody_asked_for_is_our_bug():
+    core = walk(POSTCOPY_PATHS["recovered"], 8)
+    assert core.status is Status.POSTCOPY_PAUSED
+    with pytest.raises(LocalProtocolError):
+        core.handle(Reconnected(5))
+    assert core.status is Status.POSTCOPY_PAUSED
+
+
+def test_what_is_left_is_what_the_destination_lacks():
+    """As it said when it was found again."""
+    core = walk(POSTCOPY_PATHS["recovered"], 12)
+    assert core.status is Status.POSTCOPY_ACTIVE and core.remaining == 300
+    finish = finish_of(core.handle(Abandoned(LOST)))
+    assert finish.error.data["remaining"] == 300 * 4096
+
+
+# What the coordinator reports after each instruction of a postcopy.
+POSTCOPY_ANSWERS = ANSWERS | {
+    TellMissing: st.just(MissingTold()),
+    SendBackground: st.just(BackgroundDone()),
+    EndPostcopy: st.just(PostcopyEnded()),
+    Reconnect: st.builds(Reconnected, pages),
+}
+postcopy_kinds = st.fixed_dictionaries(
+    {
+        "live": st.just(True),
+        "can_stop": st.just(True),
+        "limit": st.sampled_from([0.001, 0.3]),
+        "max_rounds": st.integers(1, 6),
+        "postcopy": st.sampled_from(["now", "auto", "manual", "after=2"]),
+    }
+).map(lambda kind: kind | {"after": 2 if kind["postcopy"] == "after=2" else None})
+abandoned = st.builds(Abandoned, st.builds(PeerLost))
+
+
+def resumes(instructions):
+    return any(isinstance(i, Finish) and i.resume for i in instructions)
+
+
+@given(postcopy_kinds, st.data())
+@examples
+def test_whatever_happens_to_a_postcopy_in_a_legal_order(kind, data):
+    """Each instruction answered with any result; failures, cancels and questions at any time: it
+    ends, follows the table, and runs in one place."""
+    core = migration(**kind)
+    instruction, event = None, Started()
+    at_any_time = {
+        0: failures,
+        1: st.just(CancelAsked()),
+        2: st.just(PostcopyAsked()),
+        3: st.just(RecoverAsked()),
+        4: abandoned,
+    }
+    for _ in range(300):
+        before, said = core.status, core.run_said
+        instructions = core.handle(event)
+        assert core.status in reachable(before)
+        assert len(instructions) <= 1
+        if said:
+            by_peer = isinstance(event, Failed) and event.by_peer
+            assert resumes(instructions) == (by_peer and before is Status.DEVICE)
+        if instructions and not isinstance(instructions[0], CutRound):
+            (instruction,) = instructions
+        if isinstance(instruction, SendState):
+            assert instruction.postcopy == core.leaving
+            assert instruction.postcopy or core.remaining == 0
+        if isinstance(instruction, (SendBackground, EndPostcopy, Pause, Reconnect)):
+            assert core.run_said and core.leaving
+        if isinstance(instruction, Finish):
+            break
+        if isinstance(instruction, Pause):
+            answer = st.just(RecoverAsked())
+        else:
+            answer = POSTCOPY_ANSWERS[type(instruction)]
+        event = data.draw(at_any_time.get(data.draw(st.integers(0, 30)), answer))
+        # a cancel or a question is answered by nothing: what was under way still is
+    assert isinstance(instruction, Finish), "it does not end"
+    assert core.status in FINAL
+    assert (instruction.error is None) == (core.status is Status.COMPLETED)
+    assert core.run_said or core.status is not Status.COMPLETED
+
+
+any_postcopy_event = st.one_of(
+    any_event,
+    st.sampled_from(
+        [PostcopyAsked(), MissingTold(), BackgroundDone(), PostcopyEnded(), RecoverAsked()]
+    ),
+    st.builds(Reconnected, pages),
+    abandoned,
+)
+
+
+@given(postcopy_kinds | kinds, st.integers(0, 8), st.lists(any_postcopy_event, max_size=25))
+@settings(examples, max_examples=400)
+def test_a_guest_that_left_is_never_resumed(kind, steps, events):
+    """In any order, from the beginning or from the middle of a postcopy: once Run was said, the
+    guest goes on here only if the destination itself says, before it said that it runs, that it
+    does not."""
+    core = migration(**kind)
+    if kind.get("postcopy") == "now":
+        core = walk(POSTCOPY_PATHS["now"], steps)
+    for event in events:
+        before, said, ended = core.status, core.run_said, core.status in FINAL
+        try:
+            instructions = core.handle(event)
+        except LocalProtocolError:
+            assert core.status is before and not ended
+            continue
+        assert core.status in reachable(before)
+        assert core.run_said or not said
+        if said and resumes(instructions):
+            assert isinstance(event, Failed) and event.by_peer and before is Status.DEVICE
+        if ended:
+            assert instructions == [] and core.status is before

@@ -15,12 +15,13 @@ examples = settings(max_examples=120, deadline=None, derandomize=True, database=
 
 
 class Guest:
-    """What a monitor looks at: parameters that can be changed, a cancel that is remembered."""
+    """What a monitor looks at: parameters that can be changed, commands that are remembered."""
 
     def __init__(self):
         self.parameters = Parameters(workers=1)
         self.cancelled = 0
         self.frozen = False
+        self.asked = []
 
     def query(self):
         return {"status": "active", "ram": {"total": 4096}}
@@ -35,6 +36,20 @@ class Guest:
 
     def cancel(self):
         self.cancelled += 1
+
+    def start_postcopy(self):
+        self._ask("start-postcopy")
+
+    def pause(self):
+        self._ask("pause")
+
+    def recover(self, where):
+        self._ask("recover", where)
+
+    def _ask(self, *what):
+        if self.frozen:
+            raise UsageError("not now")
+        self.asked.append(what)
 
 
 def conversation(negotiated=True):
@@ -66,11 +81,13 @@ def test_the_greeting_names_the_version():
 def test_nothing_is_answered_before_capabilities_are_negotiated():
     """Known and unknown commands alike; afterwards they are, and asking again does no harm."""
     talk = conversation(negotiated=False)
-    for command in ("query-migrate", "migrate_cancel", "query-commands", "no-such"):
+    for command in (
+        "query-migrate", "migrate_cancel", "query-commands", "migrate-start-postcopy", "no-such",
+    ):  # fmt: skip
         answer = say(talk, execute=command)
         assert error_class(answer) == "CommandNotFound"
         assert "negotiation" in answer["error"]["desc"]
-    assert talk._migration.cancelled == 0
+    assert talk._migration.cancelled == 0 and talk._migration.asked == []
     assert not talk.negotiated
     assert say(talk, execute="qmp_capabilities") == {"return": {}}
     assert talk.negotiated
@@ -84,7 +101,8 @@ def test_every_command_that_is_listed_is_there():
     listed = {row["name"] for row in say(talk, execute="query-commands")["return"]}
     assert listed == {
         "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
-        "migrate-set-parameters", "migrate_cancel", "query-version",
+        "migrate-set-parameters", "migrate_cancel", "query-version", "migrate-start-postcopy",
+        "migrate-pause", "migrate-recover",
     }  # fmt: skip
     for command in listed:
         assert "return" in say(talk, execute=command)
@@ -131,6 +149,41 @@ def test_cancel_is_passed_on():
     assert say(talk, execute="migrate_cancel") == {"return": {}}
     assert say(talk, execute="migrate_cancel") == {"return": {}}
     assert talk._migration.cancelled == 2
+
+
+def test_postcopy_commands_are_passed_on():
+    """In order; an address only if one is given."""
+    talk = conversation()
+    for command, arguments in (
+        ("migrate-start-postcopy", {}),
+        ("migrate-pause", {}),
+        ("migrate-recover", {}),
+        ("migrate-recover", {"uri": "tcp://b:4444"}),
+    ):
+        assert say(talk, execute=command, arguments=arguments) == {"return": {}}
+    assert talk._migration.asked == [
+        ("start-postcopy",), ("pause",), ("recover", None), ("recover", "tcp://b:4444"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["migrate-start-postcopy", "migrate-pause", "migrate-recover"])
+def test_postcopy_commands_at_the_wrong_time(command):
+    """The migration's own error is the answer."""
+    talk = conversation()
+    talk._migration.frozen = True
+    answer = say(talk, execute=command)
+    assert error_class(answer) == "GenericError"
+    assert answer["error"]["desc"] == "not now"
+
+
+@pytest.mark.parametrize("uri", [4, ["tcp://b:1"], {"a": 1}, True])
+def test_an_address_to_recover_at_is_text(uri):
+    """Or the migration never hears of it."""
+    talk = conversation()
+    answer = say(talk, execute="migrate-recover", arguments={"uri": uri})
+    assert error_class(answer) == "GenericError"
+    assert "uri" in answer["error"]["desc"]
+    assert talk._migration.asked == []
 
 
 @pytest.mark.parametrize("identity", [7, "abc", None, [1, {"a": 2}], {"x": "y"}, 0, ""])
@@ -182,11 +235,16 @@ json_values = st.recursive(
     max_leaves=6,
 )
 commands = st.fixed_dictionaries(
-    {"execute": st.sampled_from(["migrate-set-parameters", "query-migrate", "migrate_cancel"])},
+    {
+        "execute": st.sampled_from(
+            ["migrate-set-parameters", "query-migrate", "migrate_cancel", "migrate-recover"]
+        )
+    },
     optional={
         "arguments": json_values
         | st.dictionaries(
-            st.sampled_from(["max-bandwidth", "downtime-limit", "max-rounds", "x"]), json_values
+            st.sampled_from(["max-bandwidth", "downtime-limit", "max-rounds", "uri", "x"]),
+            json_values,
         ),
         "id": json_values,
     },

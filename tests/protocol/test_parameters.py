@@ -33,6 +33,8 @@ def test_defaults_are_legal_and_workers_follow_the_cpus():
         ("max-rounds", [1, 100_000], [0, -1, 100_001]),
         ("downtime-limit", [0.001, 2000.0], [0.0, 0.0009, 2000.1, -1.0, float("nan")]),
         ("max-bandwidth", [0, 100_000, 10**12], [1, 99_999, -1]),
+        ("max-postcopy-bandwidth", [0, 100_000, 10**12], [1, 99_999, -1]),
+        ("postcopy-latency-target", [50e-6, 1.0], [0.0, 49e-6, 1.1, -1.0, float("nan")]),
     ],
 )
 def test_bounds(name, good, bad):
@@ -61,7 +63,11 @@ def test_codecs_and_levels():
 
 def test_what_the_monitor_says():
     """QEMU's names and units: milliseconds, bytes a second."""
-    said = Parameters(2, "zstd", 3, 10**6, 0.25, 7, True, 64).checked().qmp()
+    said = (
+        Parameters(2, "zstd", 3, 10**6, 0.25, 7, False, 64, "after=2", False, 10**7, 0.002)
+        .checked()
+        .qmp()
+    )
     assert said == {
         "multifd-channels": 2,
         "multifd-compression": "zstd",
@@ -69,7 +75,51 @@ def test_what_the_monitor_says():
         "downtime-limit": 250,
         "max-rounds": 7,
         "batch-pages": 64,
+        "postcopy": "after=2",
+        "postcopy-preempt": False,
+        "max-postcopy-bandwidth": 10**7,
+        "postcopy-latency-target": 2000,
     }
+    default = Parameters(workers=1).qmp()
+    assert (default["postcopy"], default["postcopy-preempt"]) == ("never", True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "rounds"),
+    [
+        ("never", None), ("manual", None), ("now", None), ("auto", None),
+        ("after=1", 1), ("after=30", 30), ("after=999999", 999_999),
+    ],
+)  # fmt: skip
+def test_modes_of_postcopy(mode, rounds):
+    """After how many rounds, if the mode says that."""
+    assert Parameters(postcopy=mode).checked().postcopy_rounds == rounds
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "", "always", "Now", " now", "rounds=3", "after", "after=", "after=0", "after=-1",
+        "after=1.5", "after=²", "after=1000000", "after=1 ", "after=1\n",
+    ],
+)  # fmt: skip
+def test_modes_of_postcopy_that_there_are_not(mode):
+    """All that there are is said."""
+    with pytest.raises(UsageError, match="after=ROUNDS"):
+        Parameters(postcopy=mode).checked()
+
+
+def test_what_does_not_go_with_postcopy():
+    """Digests are compared before the guest runs; a link is of one of two kinds."""
+    assert Parameters(verify=True, postcopy="never").checked().verify
+    for mode in ("manual", "now", "auto", "after=3"):
+        with pytest.raises(UsageError, match="verify"):
+            Parameters(verify=True, postcopy=mode).checked()
+    for link in ("zmq", "direct"):
+        assert Parameters(postcopy_link=link).checked().postcopy_link == link
+    for link in ("", "tcp", "Direct"):
+        with pytest.raises(UsageError, match="postcopy-link"):
+            Parameters(postcopy_link=link).checked()
 
 
 def test_changes_while_it_runs():
@@ -81,6 +131,8 @@ def test_changes_while_it_runs():
     assert before == Parameters(workers=2).checked()
     assert changed(before, {}) == before
     assert changed(before, {"max-bandwidth": 0}).max_bandwidth == 0
+    after = changed(before, {"max-postcopy-bandwidth": "2Gbit"})
+    assert (after.max_bandwidth, after.max_postcopy_bandwidth) == (0, 250_000_000)
     assert changed(before, {"downtime-limit": 33.333333333333336}).downtime_limit < 0.04
 
 
@@ -98,6 +150,10 @@ def test_changes_while_it_runs():
         ({"max-rounds": None}, "max-rounds"),
         ({"max-bandwidth": "fast"}, "rate"),
         ({"max-bandwidth": 5}, "max-bandwidth"),
+        ({"max-postcopy-bandwidth": 5}, "max-postcopy-bandwidth"),
+        ({"max-postcopy-bandwidth": "fast"}, "rate"),
+        ({"postcopy": "now"}, "postcopy"),
+        ({"postcopy-latency-target": 500}, "postcopy-latency-target"),
         ({"max-bandwidth": "9" * 400}, "rate"),
         ({"downtime-limit": "soon"}, "duration"),
         ({"downtime-limit": [1]}, "duration"),
@@ -118,7 +174,10 @@ json_values = st.one_of(
 
 @given(
     st.dictionaries(
-        st.sampled_from(["max-bandwidth", "downtime-limit", "max-rounds", "verify"]), json_values
+        st.sampled_from(
+            ["max-bandwidth", "max-postcopy-bandwidth", "downtime-limit", "max-rounds", "verify"]
+        ),
+        json_values,
     )
 )
 @examples

@@ -25,9 +25,14 @@ from pageferry.transport.messages import (
     Digests,
     Discard,
     Discarded,
+    Ended,
     Hello,
+    Missing,
     Ping,
+    PostcopyEnd,
     Refused,
+    Resume,
+    Resumed,
     Round,
     Run,
     Running,
@@ -46,6 +51,7 @@ EXAMPLES = {
     Welcome: Welcome("0.1.0", ["tcp:1", "tcp:2"], [b"a", b"b"], [True]),
     Refused: Refused("PeerRefused", "kind", "no"),
     Discard: Discard(0, [1, 5], [2, 3]),
+    Missing: Missing(0, [7], [8]),
     Discarded: Discarded(),
     Round: Round(1, 100),
     DigestRequest: DigestRequest(),
@@ -54,6 +60,10 @@ EXAMPLES = {
     StateLoaded: StateLoaded(),
     Run: Run(),
     Running: Running("demo"),
+    PostcopyEnd: PostcopyEnd(),
+    Ended: Ended([1, 2], {"faults": 3}),
+    Resume: Resume(1, "id", 2),
+    Resumed: Resumed(["tcp:1"], [b"a"], ("tcp:3", b"u"), [b"\xff"]),
     Abort: Abort("PeerLost", "silence"),
     Ping: Ping(),
 }
@@ -64,6 +74,7 @@ CONVERSATION = {
     (Phase.GREETING, D, Welcome): Phase.MOVING,
     (Phase.GREETING, D, Refused): Phase.CLOSED,
     (Phase.MOVING, S, Discard): Phase.DISCARDING,
+    (Phase.MOVING, S, Missing): Phase.DISCARDING,
     (Phase.DISCARDING, D, Discarded): Phase.MOVING,
     (Phase.MOVING, S, Round): Phase.MOVING,
     (Phase.MOVING, S, DigestRequest): Phase.DIGESTING,
@@ -72,13 +83,19 @@ CONVERSATION = {
     (Phase.LOADING, D, StateLoaded): Phase.LOADED,
     (Phase.LOADED, S, Run): Phase.STARTING,
     (Phase.STARTING, D, Running): Phase.RUNNING,
+    (Phase.RUNNING, S, PostcopyEnd): Phase.ENDING,
+    (Phase.ENDING, D, Ended): Phase.CLOSED,
+    (Phase.IDLE, S, Resume): Phase.RESUMING,
+    (Phase.RESUMING, D, Resumed): Phase.RUNNING,
+    (Phase.RESUMING, D, Refused): Phase.CLOSED,
 }
-TALKING = set(Phase) - {Phase.IDLE, Phase.RUNNING, Phase.CLOSED}
+TALKING = set(Phase) - {Phase.IDLE, Phase.CLOSED}
+RUN_SAID = {Phase.STARTING, Phase.RUNNING, Phase.ENDING, Phase.RESUMING}
 
 
 def may_abort(phase, role):
     """Once the source has said Run, only the destination may still say that it is over."""
-    return phase in TALKING and (phase, role) != (Phase.STARTING, S)
+    return phase in TALKING and not (phase in RUN_SAID and role is S)
 
 
 def expected(phase, role, message):
@@ -138,22 +155,48 @@ def test_nobody_hears_what_only_he_may_say():
         assert speaking.phase is phase
 
 
-def test_a_whole_migration():
-    """From Hello to Running with every message that may come between; then nothing."""
+def converse(*conversation):
+    """The two ends after they have said all of it."""
     source, destination = Session(S), Session(D)
-    for role, kind in (
+    for role, kind in conversation:
+        speaking, hearing = (source, destination) if role is S else (destination, source)
+        assert hearing.receive(speaking.send(EXAMPLES[kind])) == EXAMPLES[kind]
+    return source, destination
+
+
+def test_a_whole_migration():
+    """From Hello to Running with every message that may come between."""
+    source, destination = converse(
         (S, Hello), (D, Ping), (D, Welcome), (S, Ping), (S, Discard), (D, Discarded), (S, Round),
         (D, Ping), (S, Round), (S, DigestRequest), (D, Digests), (S, DeviceState), (D, StateLoaded),
         (S, Run), (D, Running),
-    ):  # fmt: skip
-        speaking, hearing = (source, destination) if role is S else (destination, source)
-        assert hearing.receive(speaking.send(EXAMPLES[kind])) == EXAMPLES[kind]
+    )  # fmt: skip
     assert source.phase is destination.phase is Phase.RUNNING
+    assert not source.may_abort and destination.may_abort
+
+
+def test_a_whole_postcopy():
+    """What is missing is named before the state; the end comes after Running; then nothing."""
+    source, destination = converse(
+        (S, Hello), (D, Welcome), (S, Round), (S, Missing), (D, Discarded), (S, Missing),
+        (D, Discarded), (S, DeviceState), (D, StateLoaded), (S, Run), (D, Running), (S, Ping),
+        (D, Ping), (S, PostcopyEnd), (D, Ping), (D, Ended),
+    )  # fmt: skip
+    assert source.phase is destination.phase is Phase.CLOSED
     assert not source.may_abort and not destination.may_abort
 
 
-def test_every_phase_can_be_reached_and_two_are_the_end():
-    """No phase is dead, no phase but RUNNING and CLOSED is a trap."""
+def test_a_postcopy_that_is_taken_up_again():
+    """On a new connection, without a Hello: the destination has the guest."""
+    source, destination = converse((S, Resume), (D, Ping), (D, Resumed), (S, Ping))
+    assert source.phase is destination.phase is Phase.RUNNING
+    assert not source.may_abort and destination.may_abort
+    source, destination = converse((S, Resume), (D, Refused))
+    assert source.phase is destination.phase is Phase.CLOSED
+
+
+def test_every_phase_can_be_reached_and_one_is_the_end():
+    """No phase is dead, no phase but CLOSED is a trap."""
     reached, todo = set(), [Phase.IDLE]
     while todo:
         phase = todo.pop()
@@ -161,7 +204,7 @@ def test_every_phase_can_be_reached_and_two_are_the_end():
             reached.add(phase)
             todo += [after for (before, _, _), after in TRANSITIONS.items() if before is phase]
     assert reached == set(Phase)
-    assert set(Phase) - {before for before, _, _ in TRANSITIONS} == {Phase.RUNNING, Phase.CLOSED}
+    assert set(Phase) - {before for before, _, _ in TRANSITIONS} == {Phase.CLOSED}
 
 
 def test_the_picture_shows_the_whole_conversation():
@@ -189,9 +232,15 @@ def test_a_message_that_cannot_be_encoded_changes_nothing():
 def values_of(annotation):
     """Values for a field of a message."""
     origin = typing.get_origin(annotation)
+    inner = [values_of(argument) for argument in typing.get_args(annotation)]
     if origin is list:
-        return st.lists(values_of(typing.get_args(annotation)[0]), max_size=3)
-    assert not isinstance(annotation, types.UnionType)
+        return st.lists(inner[0], max_size=3)
+    if origin is tuple:
+        return st.tuples(*inner)
+    if origin is dict:
+        return st.dictionaries(*inner, max_size=3)
+    if origin is types.UnionType:
+        return st.one_of(*inner)
     if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
         return messages_of(annotation)
     plain = {
@@ -199,6 +248,7 @@ def values_of(annotation):
         str: st.text(max_size=20),
         bytes: st.binary(max_size=20),
         bool: st.booleans(),
+        type(None): st.none(),
     }
     return plain[annotation]
 

@@ -16,7 +16,7 @@ import click
 
 from ...transport.errors import UsageError
 from ...transport.quantities import parse_size
-from . import demo, scaling, sparse, startup, throughput
+from . import demo, links, postcopy, scaling, sparse, startup, throughput
 from .content import KINDS
 from .lab import BenchError, Lab, isolate
 from .pageferry import default_command
@@ -100,12 +100,23 @@ def _list_option(
     )  # fmt: skip
 
 
+def _accelerator_options(function: F) -> F:
+    """How QEMU is run."""
+    for option in (
+        click.option("--cpu", default="qemu64", show_default=True, help="QEMU's CPU model."),
+        click.option("--accel", default="kvm,tcg", show_default=True,
+                     help="QEMU accelerators to try, in this order."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Measure pageferry, side by side with its peers.
 
-    All traffic stays on the loopback interface. All files are called pageferry-bench-* and are
-    removed at the end, as are all processes. throughput needs memory for 2.5 times --size.
+    All traffic stays on this host. All files and network namespaces are called pageferry-bench-*
+    and are removed at the end, as are all processes. throughput needs memory for 2.5 times --size.
     """
 
 
@@ -116,9 +127,7 @@ def cli() -> None:
               "What takes turns.")  # fmt: skip
 @_list_option("--destinations", throughput.DESTINATIONS, throughput.DESTINATIONS,
               "Memory that is new, or that has all its pages.")  # fmt: skip
-@click.option("--accel", default="kvm,tcg", show_default=True,
-              help="QEMU accelerators to try, in this order.")  # fmt: skip
-@click.option("--cpu", default="qemu64", show_default=True, help="QEMU's CPU model.")
+@_accelerator_options
 @_common_options(reps=3)
 def throughput_command(json_file: str | None, pageferry: str, **options: Any) -> None:
     """Memory from one process into another over TCP: pageferry, QEMU, pipes, rsync."""
@@ -158,6 +167,23 @@ def demo_command(json_file: str | None, pageferry: str, **options: Any) -> None:
     """Move the running demo guest: downtime against its limit, and giving up."""
     plan = demo.Plan(**options)
     _run(lambda lab: demo.measure(lab, plan), json_file, pageferry)
+
+
+@cli.command("postcopy")
+@_size_option("2G", "Guest memory.")
+@click.option("--quick", is_flag=True, help="128M, one round, no QEMU: less than two minutes.")
+@click.option("--breakdown", is_flag=True, help="Say where the time of a fault goes, too.")
+@_list_option("--parts", postcopy.PARTS, postcopy.PARTS, "What is measured.")
+@_list_option("--links", links.LINKS, links.LINKS, "Links; 1Gbit takes root.")
+@_list_option("--threads", tuple(map(str, range(1, 65))), ("1", "16"),
+              "Processors of the guest that fault at the same time.")  # fmt: skip
+@_accelerator_options
+@_common_options(reps=1)
+def postcopy_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """How long a guest waits for its pages in postcopy: preempt on and off, QEMU."""
+    plan = postcopy.Plan(**options)
+    plan = postcopy.quick(plan) if plan.quick else plan
+    _run(lambda lab: postcopy.measure(lab, plan), json_file, pageferry)
 
 
 @cli.command("startup")

@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 PREFIX = "pageferry-bench-"
 SHARED_MEMORY = "/dev/shm"
+_HUGE_PAGES = "/sys/kernel/mm/hugepages/hugepages-2048kB"
 _HZ = os.sysconf("SC_CLK_TCK")
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -282,7 +283,7 @@ class Lab:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _undisturbed():
+        with undisturbed():
             for child in self._children:
                 # gone already if the interruption came between its end and our noting it
                 with contextlib.suppress(ProcessLookupError, ChildProcessError):
@@ -350,7 +351,41 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def huge_pages(needed: int) -> Iterator[None]:
+    """At least `needed` free huge pages of 2 MiB; afterwards as many as before. BenchError if
+    they cannot be had."""
+    before = int(_huge("nr"))
+    missing = needed - (int(_huge("free")) - int(_huge("resv")))
+    try:
+        if missing > 0:
+            _set_huge_pages(before + missing)
+            if (got := int(_huge("nr"))) < before + missing:
+                raise BenchError(f"no huge pages of 2 MiB: {got - before} of {missing} to be had")
+        yield
+    finally:
+        if missing > 0:
+            with undisturbed(), contextlib.suppress(BenchError):
+                _set_huge_pages(before)
+
+
+def _huge(name: str) -> str:
+    try:
+        with open(f"{_HUGE_PAGES}/{name}_hugepages") as f:
+            return f.read()
+    except OSError as e:
+        raise BenchError(f"no huge pages of 2 MiB: {e.strerror}") from e
+
+
+def _set_huge_pages(count: int) -> None:
+    try:
+        with open(f"{_HUGE_PAGES}/nr_hugepages", "w") as f:
+            f.write(str(count))
+    except OSError as e:
+        raise BenchError(f"no huge pages of 2 MiB: cannot set their number: {e.strerror}") from e
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
     """A second Ctrl-C does not keep the first one from cleaning up."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, signal.SIG_IGN) for number in signals]

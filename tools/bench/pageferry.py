@@ -56,7 +56,7 @@ def send(
         )  # fmt: skip
         memory.watch("destination", receive)
         try:
-            endpoint = wait_for("the receiver to listen", lambda: _endpoint(receive))
+            endpoint = wait_for("the receiver to listen", lambda: endpoint_of(receive))
             cpu_before = processor_seconds(receive)
             before, begin = loopback_bytes(), time.monotonic()
             sending = lab.start(
@@ -70,7 +70,7 @@ def send(
         finally:
             receive.kill()
         wire = loopback_bytes() - before
-    report, received = _last_object(sending), _last_object(receive)
+    report, received = last_object(sending), last_object(receive)
     cpu = {"source": source_cpu, "destination": destination_cpu}
     return Outcome(
         wall, report, received, wire=wire, cpu=cpu, cpu_before=cpu_before, peak=memory.peak,
@@ -91,12 +91,12 @@ def copy(lab: Lab, source: str, destination: str, options: list[str]) -> Outcome
     assert child.code is not None
     report: dict[str, Any] = {}
     with contextlib.suppress(BenchError):
-        report = _last_object(child)
+        report = last_object(child)
     message = " ".join(child.errors().splitlines()[-1:])
     return Outcome(wall, report, {}, child.code, message, cpu={"both": child.cpu}, peak=memory.peak)
 
 
-def _endpoint(receive: Child) -> str:
+def endpoint_of(receive: Child) -> str:
     """Where it listens, as soon as it says so."""
     first, newline, _ = receive.output().partition("\n")
     if newline:
@@ -107,7 +107,7 @@ def _endpoint(receive: Child) -> str:
     return ""
 
 
-def _last_object(child: Child) -> dict[str, Any]:
+def last_object(child: Child) -> dict[str, Any]:
     """The report: the last line of its output."""
     lines = child.output().splitlines()
     try:

@@ -13,9 +13,10 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from .lab import (
     BenchError,
@@ -61,29 +62,22 @@ class Qmp:
         self._socket.close()
 
 
-class Machine:
-    """A stopped virtual machine whose RAM is the file `ram`. A context manager.
+class Emulator:
+    """A QEMU process and its QMP socket. A context manager.
 
-    `ready_memory`: have QEMU touch all pages first, as those of a machine that runs are.
+    `before`: what to put before the command.
     """
 
     def __init__(
-        self, lab: Lab, name: str, ram: str, size: int, accel: str, cpu: str,
-        ready_memory: bool, incoming: bool = False,
-    ) -> None:  # fmt: skip
+        self, lab: Lab, name: str, arguments: list[str], before: Sequence[str] = ()
+    ) -> None:
         where = os.path.join(lab.directory, f"{name}.qmp")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(where)
-        mib = f"{size >> 20}M"
-        backend = f"memory-backend-file,id=ram,size={mib},mem-path={ram},share=on"
-        argv = [
-            PROGRAM, "-name", f"{name},debug-threads=on", "-S", "-nodefaults", "-display", "none",
-            "-accel", accel, "-cpu", cpu,
-            "-object", f"{backend},prealloc={'on' if ready_memory else 'off'}",
-            "-machine", "q35,memory-backend=ram", "-m", mib,
-            "-qmp", f"unix:{where},server=on,wait=off",
-        ]  # fmt: skip
-        self.process: Child = lab.start([*argv, "-incoming", "defer"] if incoming else argv)
+        self.process: Child = lab.start(
+            [*before, PROGRAM, "-name", f"{name},debug-threads=on", "-nodefaults",
+             "-display", "none", *arguments, "-qmp", f"unix:{where},server=on,wait=off"]
+        )  # fmt: skip
         try:
             self.qmp = wait_for(f"QEMU ({name})", lambda: self._connect(where))
         except BaseException:
@@ -99,7 +93,7 @@ class Machine:
         except OSError:
             return None
 
-    def __enter__(self) -> Machine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -111,6 +105,34 @@ class Machine:
             self.process.join(10, check=False)
         self.qmp.close()
         self.process.kill()
+
+    def ended(self) -> dict[str, Any] | None:
+        """query-migrate, once the migration is over."""
+        answer: dict[str, Any] = self.qmp.ask("query-migrate")
+        status = answer.get("status")
+        if status in ("failed", "cancelled"):
+            raise BenchError(f"QEMU: migration {status}: {answer.get('error-desc', '')}")
+        return answer if status == "completed" else None
+
+
+class Machine(Emulator):
+    """A stopped virtual machine whose RAM is the file `ram`.
+
+    `ready_memory`: have QEMU touch all pages first, as those of a machine that runs are.
+    """
+
+    def __init__(
+        self, lab: Lab, name: str, ram: str, size: int, accel: str, cpu: str,
+        ready_memory: bool, incoming: bool = False,
+    ) -> None:  # fmt: skip
+        mib = f"{size >> 20}M"
+        backend = f"memory-backend-file,id=ram,size={mib},mem-path={ram},share=on"
+        argv = [
+            "-S", "-accel", accel, "-cpu", cpu,
+            "-object", f"{backend},prealloc={'on' if ready_memory else 'off'}",
+            "-machine", "q35,memory-backend=ram", "-m", mib,
+        ]  # fmt: skip
+        super().__init__(lab, name, [*argv, "-incoming", "defer"] if incoming else argv)
 
     def set_up(self, channels: int, compression: str) -> None:
         """`channels` 0: plain precopy."""
@@ -124,14 +146,6 @@ class Machine:
             ask("migrate-set-parameters", **{
                 "multifd-channels": channels, "multifd-compression": compression,
             })  # fmt: skip
-
-    def ended(self) -> dict[str, Any] | None:
-        """query-migrate, once the migration is over."""
-        answer = self.qmp.ask("query-migrate")
-        status = answer.get("status")
-        if status in ("failed", "cancelled"):
-            raise BenchError(f"QEMU: migration {status}: {answer.get('error-desc', '')}")
-        return answer if status == "completed" else None
 
     def ready(self) -> bool:
         """At the destination: is all memory there, could it run?"""

@@ -37,7 +37,7 @@ def migration_options(function: F) -> F:
                          help="Answer page faults in line with the background, for comparison."),
             click.option("--max-postcopy-bandwidth", metavar="RATE", default="0",
                          help="For the background of a postcopy. Default: no limit."),
-            click.option("--postcopy-latency-target", metavar="TIME", default="500us",
+            click.option("--postcopy-latency-target", metavar="TIME", default="100us",
                          show_default=True,
                          help="How long a fault may wait behind the background."),
             click.option("--postcopy-link", type=click.Choice(["zmq", "direct"]), default="zmq",

@@ -1,0 +1,210 @@
+"""A postcopy whose connection is cut: both ends pause, and what is recovered is whole."""
+
+import asyncio
+import os
+import random
+import signal
+
+import pytest
+from helpers import until_async
+
+from pageferry.pipeline import api
+from pageferry.pipeline import control as control_module
+from pageferry.pipeline.destination import Destination
+from pageferry.pipeline.parameters import Parameters
+from pageferry.pipeline.source import Source
+from pageferry.pipeline.state import Status
+from pageferry.transport.errors import PostcopyFailed, UsageError
+from pageferry.transport.links import Endpoint
+from pageferry.workers.guests import open_source, parse_guest
+
+GUEST = "demo:?size=16M&content=random&access=random&rate=2000"
+
+
+class Ends:
+    """Both ends of a postcopy in one event loop, to be cut at will."""
+
+    def __init__(self, guest, **parameters):
+        self.endpoint = Endpoint("ipc", path=f"@test-pf-{os.getpid()}")
+        self.listening = Destination(self.endpoint, api.opener(parse_guest("demo:")))
+        asked = {"postcopy": "now", "max_postcopy_bandwidth": 20_000_000, "workers": 2}
+        self.source = Source(guest, self.endpoint, Parameters(**(asked | parameters)).checked())
+
+    async def __aenter__(self):
+        self.arriving = asyncio.ensure_future(api.receive_one(self.listening))
+        self.sending = asyncio.ensure_future(self.source.run())
+        return self
+
+    async def __aexit__(self, *rest):
+        for task in (self.sending, self.arriving):
+            if not task.done():
+                task.cancel()
+        await asyncio.gather(self.sending, self.arriving, return_exceptions=True)
+        self.listening.close()
+
+    @property
+    def status(self):
+        return self.source.core.status
+
+    async def moved(self, pages):
+        """Until so many pages have moved, or all have."""
+        await until_async(
+            lambda: self.source.statistics.pages_done >= pages or self.sending.done(),
+            f"{pages} pages moved",
+        )
+
+    async def paused(self):
+        await until_async(
+            lambda: self.status is Status.POSTCOPY_PAUSED or self.sending.done(), "paused"
+        )
+
+    async def whole(self):
+        """The end: every byte right."""
+        report, arrived = await asyncio.gather(self.sending, self.arriving)
+        assert report["status"] == arrived["status"] == "completed"
+        assert arrived["oracle"]["ok"]
+        return report, arrived
+
+    def kill(self, which):
+        """SIGKILL for one of the processes that move pages."""
+        pools = {
+            "sender": self.source._pool,
+            "postcopy": self.source._background.pool,
+            "receiver": self.listening.arrival._pool,
+            "fault": self.listening.arrival._faults.pool,
+        }
+        os.kill(pools[which].workers[0].process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def guest():
+    guest = open_source(parse_guest(GUEST))
+    yield guest
+    guest.close()
+
+
+@pytest.mark.parametrize("link", ["zmq", "direct"])
+@pytest.mark.parametrize("how", ["pause", "there", "sender", "postcopy", "receiver", "fault"])
+def test_a_cut_pauses_both_ends_and_recover_goes_on(guest, how, link):
+    async def run():
+        async with Ends(guest, postcopy_link=link) as ends:
+            await ends.moved(1000)
+            match how:
+                case "pause":
+                    ends.source.pause()
+                case "there":
+                    ends.listening.pause()
+                case _:
+                    ends.kill(how)
+            await ends.paused()
+            assert ends.source.query()["paused-because"]
+            arrival = ends.listening.arrival
+            await until_async(lambda: arrival.status is Status.POSTCOPY_PAUSED, "paused there")
+            ends.source.recover(None)
+            report, arrived = await ends.whole()
+        assert report["recoveries"] == 1
+        assert arrived["postcopy-already-there"] == 0 or how in ("sender", "receiver")
+
+    asyncio.run(run())
+
+
+def test_twice_in_a_row_and_in_the_handshake(guest):
+    """The second cut falls into the recovery itself."""
+
+    async def run():
+        async with Ends(guest) as ends:
+            await ends.moved(500)
+            ends.source.pause()
+            await ends.paused()
+            ends.source.recover(None)
+            await until_async(lambda: ends.status is Status.POSTCOPY_RECOVER, "recovering")
+            ends.source._failed(ConnectionError("cut in the handshake"), link=True)
+            await ends.paused()
+            ends.source.recover(str(ends.endpoint))
+            await until_async(lambda: ends.status is Status.POSTCOPY_ACTIVE, "active")
+            ends.source.pause()
+            await ends.paused()
+            ends.source.recover(None)
+            await ends.whole()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cuts_at_random_moments(guest, seed):
+    """Whatever is killed whenever: complete and equal in the end."""
+    draw = random.Random(seed)
+
+    async def run():
+        async with Ends(guest, postcopy_link=draw.choice(["zmq", "direct"])) as ends:
+            for pages in sorted(draw.randrange(4096) for _ in range(2)):
+                await ends.moved(pages)
+                if ends.sending.done() or ends.status is not Status.POSTCOPY_ACTIVE:
+                    break
+                ends.kill(draw.choice(["sender", "postcopy", "receiver", "fault"]))
+                await ends.paused()
+                if ends.sending.done():
+                    break
+                ends.source.recover(None)
+            await ends.whole()
+
+    asyncio.run(run())
+
+
+def test_a_silent_peer_is_a_pause_too(guest, monkeypatch):
+    """Nothing comes any more and nothing says so: heartbeats find it."""
+    monkeypatch.setattr(control_module, "LOST_SECONDS", 1.0)
+    monkeypatch.setattr(control_module, "PING_SECONDS", 0.2)
+
+    async def run():
+        async with Ends(guest) as ends:
+            await ends.moved(500)
+            arrival = ends.listening.arrival
+
+            async def nowhere(data):
+                pass
+
+            arrival.control._transmit = nowhere
+            await ends.paused()
+            ends.source.recover(None)
+            await ends.whole()
+
+    asyncio.run(run())
+
+
+def test_a_stranger_cannot_resume(guest):
+    async def run():
+        async with Ends(guest) as ends:
+            await ends.moved(500)
+            ends.source.pause()
+            await ends.paused()
+            mine, ends.source._identity = ends.source._identity, bytes(16)
+            ends.source.recover(None)
+            await until_async(
+                lambda: "knows of no postcopy" in ends.source.query().get("paused-because", ""),
+                "refused",
+            )
+            ends.source._identity = mine
+            ends.source.recover(None)
+            await ends.whole()
+
+    asyncio.run(run())
+
+
+def test_giving_up_while_paused_says_what_is_lost(guest):
+    async def run():
+        async with Ends(guest) as ends:
+            await ends.moved(500)
+            with pytest.raises(UsageError, match="nothing to recover"):
+                ends.source.recover(None)
+            ends.source.pause()
+            await ends.paused()
+            ends.source.cancel()
+            with pytest.raises(PostcopyFailed, match="never arrived"):
+                await ends.sending
+            ends.listening.cancel()
+            with pytest.raises(PostcopyFailed, match="never arrived"):
+                await ends.arriving
+        assert guest._stopped  # never resumed
+
+    asyncio.run(run())
