@@ -28,6 +28,8 @@ from .blocking import Blocking, to_its_end
 from .destination import Destination
 from .monitor import Monitor, serve_monitor
 from .parameters import Parameters
+from .restoring import Restoring
+from .serving import Server
 from .source import Source
 from .state import IN_POSTCOPY, Status
 
@@ -190,6 +192,60 @@ def _merge(report: dict[str, Any], arrived: dict[str, Any]) -> dict[str, Any]:
         if name in arrived:
             report[name] = arrived[name]
     return report
+
+
+async def restore(
+    source: GuestUri | Endpoint,
+    uffd_socket: str,
+    parameters: Parameters,
+    *,
+    on_progress: Progress | None = None,
+    on_started: Callable[[Restoring], None] | None = None,
+    monitor: str | None = None,
+) -> dict[str, Any]:
+    """Serve the monitor that connects at `uffd_socket` from a `pageferry serve`, or from an image
+    here: then both ends are ours, as in `copy`."""
+    warm_up()
+    async with AsyncExitStack() as stack:
+        identity = secrets.token_bytes(16)
+        if isinstance(source, GuestUri):
+            endpoint = Endpoint("ipc", path=f"@pageferry-{os.getpid()}-{secrets.token_hex(8)}")
+            server = await open_server(stack, source, endpoint, parameters, only=identity)
+            serving = asyncio.ensure_future(server.run())
+            stack.push_async_callback(_end, serving)
+        else:
+            endpoint = source
+        restoring = Restoring(endpoint, uffd_socket, on_progress, identity)
+        if monitor is not None:
+            where = await stack.enter_async_context(serve_monitor(monitor, restoring))
+            restoring.on_event = where.emit
+        if on_started is not None:
+            on_started(restoring)
+        return await restoring.run()
+
+
+async def _end(task: asyncio.Future[Any]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def open_server(
+    stack: AsyncExitStack,
+    source: GuestUri,
+    endpoint: Endpoint,
+    parameters: Parameters,
+    on_end: Callable[[str, dict[str, Any] | None, PageferryError | None], None] | None = None,
+    only: bytes | None = None,
+) -> Server:
+    """A server of the image `source`, open until `stack` ends."""
+    if source.kind != "image":
+        raise UsageError(f"{source} is no snapshot: only image: is served")
+    warm_up()
+    guest = await asyncio.to_thread(open_source, source)
+    stack.callback(guest.close)
+    server = Server(endpoint, guest, parameters, on_end, only)
+    stack.callback(server.close)
+    return server
 
 
 async def migrate_async(

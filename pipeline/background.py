@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..workers.pool import Pool, Worker
 from ..workers.preemption import Preemption
 from ..workers.ram import RamBlock
 from .agreement import DIRECT
+from .crew import Crew, extents
 from .pacing import Pacer, Sample
 from .parameters import Parameters
 
@@ -95,11 +96,35 @@ class Background:
         assert self.pool is not None
         self.pool.say_all(jobs.Open(endpoint, token))
 
+    async def listen(self, endpoint: str, token: bytes) -> str:
+        """Let the destination's fault process connect; where."""
+        assert self.pool is not None
+        self.pool.say_all(jobs.Listen(endpoint, token))
+        answer = await self._answers.get()
+        if not isinstance(answer, jobs.Ready):
+            raise LocalProtocolError(f"the postcopy process said {answer!r}")
+        return answer.endpoint
+
     async def drained(self) -> None:
         """Wait until everything that it sent is placed."""
         assert self.pool is not None
         self.pool.say_all(jobs.Finish())
         await self._ready()
+
+    async def send_all(self, crew: Crew, workers: int) -> None:
+        """Send all dirty pages, by senders and postcopy process together, to the last one."""
+        pages = self._table.remaining()
+        await crew.all(jobs.Postcopy(), jobs.Ready)
+        todo: Iterator[jobs.AnyJob] = (
+            jobs.Extent(s.block, s.first, s.count, live=False)
+            for s in extents(self._table, self._blocks, workers, pages)
+        )
+        await crew.distribute(todo, jobs.ExtentDone, lambda reply: None)
+        await self.drained()
+        # what senders did not count as part of an extent is behind the barrier as well
+        await crew.all(jobs.Barrier(0), jobs.BarrierDone)
+        if left := self._table.remaining():
+            raise LocalProtocolError(f"{left} pages belong to nobody at the end of a postcopy")
 
     async def keep_pace(self, counters: Counters, bandwidth: Bandwidth) -> None:
         """Tell senders how fast to go. Runs until cancelled."""

@@ -35,12 +35,14 @@ class Faults:
         on_failure: Callable[[Exception], None],
         *,
         direct: bool,
+        removing: Any = None,
     ) -> None:
         self._blocks = blocks
         self._memory = memory
         self._listen = listen
         self._on_failure = on_failure
         self._direct = direct
+        self._removing = removing
         self.counters = Counters(1)
         self.received = Received([block.pages for block in blocks])
         self._waiting = Waiting()
@@ -53,14 +55,15 @@ class Faults:
         self._answers: asyncio.Queue[jobs.AnyJob] = asyncio.Queue()
 
     def for_receivers(self) -> ArmedGuest:
-        return ArmedGuest(self._memory, self.received, self._waiting, self._tell)
+        return ArmedGuest(self._memory, self.received, self._waiting, self._tell, self._removing)
 
-    async def start(self, token: bytes) -> str:
-        """Start the fault process; where it listens. Also after it died: nothing is forgotten that
-        the guest does not ask for again."""
+    async def start(self, token: bytes, dial: str = "") -> str:
+        """Start the fault process; where it listens, unless it is to `dial`. Also after it died:
+        nothing is forgotten that the guest does not ask for again."""
         job = fault.FaultJob(
             self._blocks, self._memory, self.received, self._waiting, self._arrivals,
-            self._latency, self.counters, self._listen, token, self._direct,
+            self._latency, self.counters, dial or self._listen, token,
+            self._direct, bool(dial), self._removing,
         )  # fmt: skip
         self._answers = asyncio.Queue()
         self.pool = Pool("fault", self.counters, self._on_job, self._on_failure)
@@ -88,13 +91,13 @@ class Faults:
         if self.alive and self.pool is not None:
             self.pool.say_all(jobs.Unlink())
 
-    async def relink(self, token: bytes) -> str:
-        """Listen again, with a new process if the old one is gone."""
+    async def relink(self, token: bytes, dial: str = "") -> str:
+        """Listen (or dial) again, with a new process if the old one is gone."""
         if not self.alive:
             await self.stop()
-            return await self.start(token)
+            return await self.start(token, dial)
         assert self.pool is not None
-        self.pool.say_all(jobs.Relink(token))
+        self.pool.say_all(jobs.Relink(token, dial))
         return await self._ready()
 
     async def finish(self) -> None:

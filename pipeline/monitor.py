@@ -144,6 +144,12 @@ class Conversation:
                 self._migration.set_parameters(arguments)
             case "migrate_cancel":
                 self._migration.cancel()
+            case _:
+                self._execute_postcopy(name, arguments)
+        return {}
+
+    def _execute_postcopy(self, name: str, arguments: dict[str, Any]) -> None:
+        match name:
             case "migrate-start-postcopy":
                 self._migration.start_postcopy()
             case "migrate-pause":
@@ -155,7 +161,6 @@ class Conversation:
                 self._migration.recover(where)
             case _:
                 raise QmpError("CommandNotFound", f"there is no command {name}")
-        return {}
 
 
 class Monitor:

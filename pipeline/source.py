@@ -41,8 +41,7 @@ from ..workers.digest import block_digest, part_count
 from ..workers.forking import context
 from ..workers.guests.base import TRACKING_HASH, SourceGuest
 from ..workers.latency import report as latency_report
-from ..workers.page_table import CLEAN, GROUP, PageTable
-from ..workers.pool import Pool, Worker
+from ..workers.page_table import CLEAN, PageTable
 from ..workers.received import unpack
 from ..workers.segments import Segment
 from . import migration as core
@@ -50,8 +49,8 @@ from .background import Background
 from .blocking import Blocking, to_its_end
 from .control import Control
 from .convergence import Convergence
+from .crew import Crew, extents
 from .parameters import NEVER, Parameters, changed
-from .partition import Span, cut, extent_target
 from .state import IN_POSTCOPY, Status
 from .statistics import Statistics
 
@@ -59,8 +58,6 @@ HELLO_SECONDS = 5.0
 # A destination that has everything needs this long at the most to say that it runs.
 CONFIRM_SECONDS = 30.0
 WATCH_SECONDS = 0.5
-# Extents a sender has at a time: one under way, one waiting, so that it never idles.
-_AHEAD = 2
 # Pages in a Scan job.
 _SCAN_PAGES = 16384
 # Runs in one Discard message.
@@ -113,7 +110,7 @@ class Source:
         self._counters: Counters | None = None
         self._bandwidth: Bandwidth | None = None
         self._hashes: Segment | None = None
-        self._pool: Pool | None = None
+        self._crew: Crew | None = None
         self._background: Background | None = None
         self._cut = asyncio.Event()  # hand out no more of this round
         self._connections = 0
@@ -121,7 +118,6 @@ class Source:
         self._context: zmq.asyncio.Context | None = None
         self._fresh: list[bool] = []
         self._taken_at = time.monotonic()
-        self._replies: asyncio.Queue[tuple[Worker, jobs.AnyJob]] = asyncio.Queue()
         self._status_told = Status.NONE
 
     def __repr__(self) -> str:
@@ -345,14 +341,15 @@ class Source:
         self, endpoints: list[str], tokens: list[bytes], urgent: tuple[str, bytes] | None
     ) -> None:
         """Connect the processes that were started to the channels the destination offers."""
-        assert self._pool is not None
+        assert self._crew is not None
         if not len(endpoints) == len(tokens) == self.parameters.workers or (urgent is None) != (
             self._background is None
         ):
             raise RemoteProtocolError("the channels do not match what was asked for")
-        await self._gather(jobs.Ready, len(self._pool.workers))
+        await self._crew.gather(jobs.Ready)
         self._task(self._watch())
-        for worker, where, token in zip(self._pool.workers, endpoints, tokens, strict=True):
+        workers = self._crew.pool.workers
+        for worker, where, token in zip(workers, endpoints, tokens, strict=True):
             worker.say(jobs.Open(str(self.endpoint.sibling(where)), token))
         if self._background is not None and urgent is not None:
             self._background.dial(str(self.endpoint.sibling(urgent[0])), urgent[1])
@@ -387,13 +384,8 @@ class Source:
         if self._background is not None:
             self._background.equip(job)
             await self._background.start()
-        self._pool = Pool(
-            "sender",
-            self._counters,
-            lambda worker, reply: self._replies.put_nowait((worker, reply)),
-            self._failed,
-        )
-        await self._pool.start(sender.main, [job] * p.workers)
+        self._crew = Crew(self._counters, self._failed)
+        await self._crew.start(job, p.workers)
 
     async def _greet(self) -> messages.Welcome:
         hello = messages.Hello(
@@ -455,8 +447,8 @@ class Source:
     async def _watch(self) -> None:
         """Look after the workers and tell the display."""
         while True:
-            assert self._pool is not None
-            self._pool.check()
+            assert self._crew is not None
+            self._crew.pool.check()
             if self._background is not None and self._background.pool is not None:
                 self._background.pool.check()
             self._progress()
@@ -519,16 +511,16 @@ class Source:
         return core.Taken(pages, pages - before, since, now - begin)
 
     async def _scan(self) -> None:
-        assert self._pool is not None
+        assert self._crew is not None
         todo: Iterator[jobs.AnyJob] = (
             jobs.Scan(i, first, min(_SCAN_PAGES, block.pages - first))
             for i, block in enumerate(self.guest.blocks)
             for first in range(0, block.pages, _SCAN_PAGES)
         )
-        await self._distribute(todo, jobs.ScanDone, lambda reply: None)
+        await self._crew.distribute(todo, jobs.ScanDone, lambda reply: None)
 
     async def _send_round(self, instruction: core.SendRound) -> core.Event:
-        assert self._table is not None and self._pool is not None
+        assert self._table is not None and self._crew is not None
         assert self._counters is not None
         begin, pages = time.monotonic(), self.core.remaining
         zero, wire = self._counters.total("duplicate"), self._counters.total("wire_bytes")
@@ -537,14 +529,13 @@ class Source:
         await self._control.say(
             messages.Round(instruction.number, pages, round(self.convergence.dirty_rate))
         )
-        spans = self._extents(pages)
+        spans = extents(self._table, self.guest.blocks, self.parameters.workers, pages)
         todo: Iterator[jobs.AnyJob] = (
             jobs.Extent(s.block, s.first, s.count, instruction.live) for s in spans
         )
         self._cut.clear()
-        await self._distribute(todo, jobs.ExtentDone, lambda reply: None)
-        self._pool.say_all(jobs.Barrier(instruction.number))
-        await self._gather(jobs.BarrierDone, len(self._pool.workers))
+        await self._crew.distribute(todo, jobs.ExtentDone, lambda reply: None, self._cut)
+        await self._crew.all(jobs.Barrier(instruction.number), jobs.BarrierDone)
         lost = self._remaining()
         done = core.RoundDone(
             pages - lost, lost, time.monotonic() - begin,
@@ -552,45 +543,6 @@ class Source:
             wire=self._counters.total("wire_bytes") - wire,
         )  # fmt: skip
         return done
-
-    def _extents(self, pages: int) -> Iterator[Span]:
-        assert self._table is not None
-        target = extent_target(pages, self.parameters.workers)
-        for i, block in enumerate(self.guest.blocks):
-            group = max(GROUP, block.spec.page_size // PAGE_SIZE)
-            yield from cut(i, block.pages, group, self._table.group_counts(i, group), target)
-
-    async def _distribute(
-        self,
-        todo: Iterator[jobs.AnyJob],
-        answer: type[jobs.AnyJob],
-        on_answer: Callable[[Any], None],
-    ) -> None:
-        """Give jobs to the workers as they get free; return when all are answered."""
-        assert self._pool is not None
-        busy = 0
-
-        def give(worker: Worker) -> int:
-            job = None if self._cut.is_set() else next(todo, None)
-            if job is None:
-                return 0
-            worker.say(job)
-            return 1
-
-        for _ in range(_AHEAD):
-            busy += sum(give(worker) for worker in self._pool.workers)
-        while busy:
-            worker, reply = await self._replies.get()
-            if not isinstance(reply, answer):
-                raise LocalProtocolError(f"{worker!r} answered {reply!r}")
-            on_answer(reply)
-            busy += give(worker) - 1
-
-    async def _gather(self, answer: type[jobs.AnyJob], count: int) -> None:
-        for _ in range(count):
-            worker, reply = await self._replies.get()
-            if not isinstance(reply, answer):
-                raise LocalProtocolError(f"{worker!r} answered {reply!r}")
 
     # ---- postcopy ------------------------------------------------------------------------
 
@@ -611,26 +563,14 @@ class Source:
 
     async def _send_background(self) -> core.Event:
         """All dirty pages, by senders and postcopy process together."""
-        assert self._table is not None and self._pool is not None and self._background is not None
+        assert self._crew is not None and self._background is not None
         assert self._counters is not None and self._bandwidth is not None
         self.statistics.postcopy = True
         self.statistics.extra |= self._background.describe()
-        pages = self._remaining()
-        self.statistics.begin_round(self.core.round + 1, pages)
+        self.statistics.begin_round(self.core.round + 1, self._remaining())
         pace = self._task(self._background.keep_pace(self._counters, self._bandwidth))
-        self._pool.say_all(jobs.Postcopy())
-        await self._gather(jobs.Ready, len(self._pool.workers))
-        todo: Iterator[jobs.AnyJob] = (
-            jobs.Extent(s.block, s.first, s.count, live=False) for s in self._extents(pages)
-        )
-        await self._distribute(todo, jobs.ExtentDone, lambda reply: None)
-        await self._background.drained()
-        # the barrier of the next round: what senders did not count as part of an extent is in it
-        self._pool.say_all(jobs.Barrier(0))
-        await self._gather(jobs.BarrierDone, len(self._pool.workers))
+        await self._background.send_all(self._crew, self.parameters.workers)
         pace.cancel()
-        if left := self._remaining():
-            raise LocalProtocolError(f"{left} pages belong to nobody at the end of a postcopy")
         return core.BackgroundDone()
 
     async def _end_postcopy(self) -> core.Event:
@@ -661,8 +601,6 @@ class Source:
                 asked.append(event)
         for event in asked:
             self._events.put_nowait(event)
-        while not self._replies.empty():
-            self._replies.get_nowait()
         self._task(self._show_paused())
         self._progress()
 
@@ -672,8 +610,8 @@ class Source:
             self._progress()
 
     async def _drop_connection(self) -> None:
-        if self._pool is not None:
-            await self._pool.close()
+        if self._crew is not None:
+            await self._crew.pool.close()
         if self._background is not None:
             await self._background.stop()
         if self._socket is not None:
@@ -720,7 +658,8 @@ class Source:
         def keep(reply: jobs.DigestDone) -> None:
             parts[reply.block][reply.part] = reply.digest
 
-        await self._distribute(todo, jobs.DigestDone, keep)
+        assert self._crew is not None
+        await self._crew.distribute(todo, jobs.DigestDone, keep)
         answer = await theirs
         assert isinstance(answer, messages.Digests)
         ours = [block_digest(digests) for digests in parts]
@@ -767,12 +706,13 @@ class Source:
             await self._call(self.guest.resume)
 
     async def _stop_workers(self, finish: core.Finish) -> None:
-        if self._pool is not None:
-            await self._pool.close()
+        if self._crew is not None:
+            await self._crew.pool.close()
         if self._background is not None:
             await self._background.stop()
         postcopy = self._background.pool if self._background is not None else None
-        self.statistics.remember_processes(self._pool, postcopy)
+        crew = self._crew.pool if self._crew is not None else None
+        self.statistics.remember_processes(crew, postcopy)
 
     async def _hang_up(self, finish: core.Finish) -> None:
         await self._drop_connection()

@@ -173,6 +173,13 @@ def clear_dead_socket(path: str, what: str) -> None:
     raise DestinationError(f"cannot listen at {what}: somebody else does")
 
 
+def short(endpoint: Endpoint) -> str:
+    """The endpoint as messages carry it: the peer knows the host better than we do."""
+    if endpoint.scheme == "ipc":
+        return f"ipc:{endpoint.path}"
+    return f"tcp:{endpoint.port}"
+
+
 def unbind(sock: zmq.Socket[bytes], endpoint: Endpoint) -> None:
     """Close a listening socket and remove its path. Idempotent."""
     sock.close()
@@ -181,10 +188,19 @@ def unbind(sock: zmq.Socket[bytes], endpoint: Endpoint) -> None:
             os.unlink(endpoint.path)
 
 
-def connect(context: Any, endpoint: Endpoint, token: bytes, *, control: bool, tos: int = 0) -> Any:
-    """A DEALER whose identity is `token`, connecting to `endpoint`."""
+def connect(
+    context: Any,
+    endpoint: Endpoint,
+    token: bytes,
+    *,
+    control: bool,
+    tos: int = 0,
+    data: bool = False,
+) -> Any:
+    """A DEALER whose identity is `token`, connecting to `endpoint`; `data`: pages come on it."""
     sock = context.socket(zmq.DEALER)
-    _prepare(sock, MAX_MESSAGE if control else 65536, endpoint, tos)
+    largest = MAX_PAYLOAD + 65536 if data else 65536
+    _prepare(sock, MAX_MESSAGE if control else largest, endpoint, tos)
     sock.setsockopt(zmq.ROUTING_ID, token)
     sock.connect(str(endpoint))
     return sock
@@ -251,7 +267,9 @@ class ZmqLink:
         return self._endpoint
 
     def dial(self, endpoint: Endpoint, token: bytes) -> None:
-        self._socket = connect(self._context, endpoint, token, control=False, tos=TOS_URGENT)
+        self._socket = connect(
+            self._context, endpoint, token, control=False, tos=TOS_URGENT, data=True
+        )
 
     def send(self, data: bytes) -> bool:
         try:

@@ -165,6 +165,46 @@ class Resumed(Message, frozen=True, tag="resumed"):
     received: list[bytes]
 
 
+class Pull(Message, frozen=True, tag="pull"):
+    """Destination, which dials here: what do you have? (`pageferry serve`)"""
+
+    protocol: int
+    version: str
+
+
+class Offer(Message, frozen=True, tag="offer"):
+    """Source: this memory, over so many channels."""
+
+    version: str
+    uuid: str
+    blocks: list[Block]
+    workers: int
+
+
+class Layout(Message, frozen=True, tag="layout"):
+    """Destination: these pages of block 0, on host pages of `page_size` bytes; `received`: those
+    that are here already, a bit a page (numpy's packbits order), empty for none."""
+
+    page_size: int
+    starts: list[int]
+    counts: list[int]
+    received: bytes = b""
+
+
+class Serving(Message, frozen=True, tag="serving"):
+    """Source: where to connect, as in Welcome; these pages hold something, all others are zero."""
+
+    endpoints: list[str]
+    tokens: list[bytes]
+    urgent: tuple[str, bytes]
+    starts: list[int]
+    counts: list[int]
+
+
+class Armed(Message, frozen=True, tag="armed"):
+    """Destination: connected, and faults are caught: send."""
+
+
 class Paused(Message, frozen=True, tag="paused"):
     """Either end, in postcopy: this connection is over, and why; to be recovered on another."""
 
@@ -187,7 +227,7 @@ class Ping(Message, frozen=True, tag="ping"):
 AnyMessage = (
     Hello | Welcome | Refused | Discard | Missing | Discarded | Round | DigestRequest | Digests
     | DeviceState | StateLoaded | Run | Running | PostcopyEnd | Ended | Resume | Resumed
-    | Paused | Abort | Ping
+    | Paused | Abort | Ping | Pull | Offer | Layout | Serving | Armed
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -14,6 +14,7 @@ from .errors import LocalProtocolError, RemoteProtocolError
 from .messages import (
     Abort,
     AnyMessage,
+    Armed,
     DeviceState,
     DigestRequest,
     Digests,
@@ -21,16 +22,20 @@ from .messages import (
     Discarded,
     Ended,
     Hello,
+    Layout,
     Missing,
+    Offer,
     Paused,
     Ping,
     PostcopyEnd,
+    Pull,
     Refused,
     Resume,
     Resumed,
     Round,
     Run,
     Running,
+    Serving,
     StateLoaded,
     Welcome,
     decode,
@@ -55,6 +60,10 @@ class Phase(enum.Enum):
     RUNNING = "running"
     ENDING = "ending"
     RESUMING = "resuming"
+    PULLING = "pulling"
+    OFFERED = "offered"
+    LAYING_OUT = "laying-out"
+    SERVED = "served"
     CLOSED = "closed"
 
 
@@ -80,6 +89,13 @@ TRANSITIONS: dict[tuple[Phase, Role, type[AnyMessage]], Phase] = {
     (Phase.IDLE, S, Resume): Phase.RESUMING,
     (Phase.RESUMING, D, Resumed): Phase.RUNNING,
     (Phase.RESUMING, D, Refused): Phase.CLOSED,
+    # the destination dials: a snapshot is restored
+    (Phase.IDLE, D, Pull): Phase.PULLING,
+    (Phase.PULLING, S, Offer): Phase.OFFERED,
+    (Phase.PULLING, S, Refused): Phase.CLOSED,
+    (Phase.OFFERED, D, Layout): Phase.LAYING_OUT,
+    (Phase.LAYING_OUT, S, Serving): Phase.SERVED,
+    (Phase.SERVED, D, Armed): Phase.RUNNING,
 }
 # Abort ends every phase, but once the source has said Run, only the destination may still say that
 # the guest does not run there (any more).
@@ -138,9 +154,9 @@ def diagram() -> str:
     lines = ["stateDiagram-v2", "    [*] --> idle"]
     for (phase, role, message), following in TRANSITIONS.items():
         if message not in (Abort, Paused, Ping):
-            lines.append(
-                f"    {phase.value} --> {following.value}: {role.value}: {message.__name__}"
-            )
+            # mermaid takes no dash in a name
+            before, after = (p.value.replace("-", "_") for p in (phase, following))
+            lines.append(f"    {before} --> {after}: {role.value}: {message.__name__}")
     return "\n".join(lines)
 
 

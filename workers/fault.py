@@ -15,12 +15,13 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ..transport.errors import LocalProtocolError
-from ..transport.links import Endpoint, UrgentLink, parse_endpoint, urgent_link
+from ..transport.errors import LocalProtocolError, WorkerDied
+from ..transport.links import UrgentLink, parse_endpoint, short, urgent_link
 from ..transport.pages import PAGE_SIZE
 from ..transport.urgent import Elsewhere, Page, Requesting
 from . import jobs
@@ -40,11 +41,14 @@ ASK_AGAIN_SECONDS = 1.0
 _REPORT_SECONDS = 0.005
 _REPORT_PAGES = 32
 _ARRIVALS = 256
+_LOCK_SECONDS = 5.0
 
 
 @dataclass
 class FaultJob:
-    """Everything it needs, pickled into it once. `arrivals`: the pipe from the receivers."""
+    """Everything it needs, pickled into it once. `arrivals`: the pipe from the receivers; `direct`:
+    the channel is a connection of its own; `dial`: `listen` is where the source listens;
+    `removing`: a lock, if the guest may give memory back (placing.py)."""
 
     blocks: list[RamBlock]
     memory: ArmedMemory
@@ -56,6 +60,8 @@ class FaultJob:
     listen: str
     token: bytes
     direct: bool = False
+    dial: bool = False
+    removing: Any = None
 
 
 @dataclass(slots=True)
@@ -79,7 +85,10 @@ class FaultProcess:
     def __init__(self, desk: Desk, job: FaultJob) -> None:
         self.desk, self.job, self.row = desk, job, desk.row
         self.uffd = job.memory.uffd
-        self.placer = GuestPlacer(job.memory, job.received, self.row)
+        self.placer = GuestPlacer(
+            job.memory, job.received, self.row, job.removing, self._while_changing
+        )
+        self.backlog: deque[Fault] = deque()  # read, and not yet looked at
         self.waiting = WaitingWriter(job.waiting)
         self.latency = job.latency.writer()
         self.session: Requesting[_Wanted] = Requesting()
@@ -98,7 +107,7 @@ class FaultProcess:
         os.set_blocking(self.job.arrivals.fileno(), False)
         for fd in (self.desk.pipe.fileno(), self.uffd, self.job.arrivals.fileno()):
             self.poll.register(fd, select.POLLIN)
-        self._listen(self.job.token)
+        self._link(self.job.listen, self.job.token, dial=self.job.dial)
         # whoever was read by a process before this one sleeps and is told of no more
         for region in self.job.memory.regions:
             wake(self.uffd, region.address, region.pages * PAGE_SIZE)
@@ -131,7 +140,8 @@ class FaultProcess:
                     self._unlink()
                 case jobs.Relink() as job:
                     self._unlink()
-                    self._listen(job.token)
+                    where = job.endpoint or self.job.listen
+                    self._link(where, job.token, dial=bool(job.endpoint))
                 case jobs.Finish():
                     self._disarm()
                     self.desk.say(jobs.Ready())
@@ -139,14 +149,18 @@ class FaultProcess:
                     raise LocalProtocolError(f"the fault process was told {job!r}")
         return True
 
-    def _listen(self, token: bytes) -> None:
+    def _link(self, where: str, token: bytes, *, dial: bool) -> None:
         self.session = Requesting()
         self.link = urgent_link(self.job.direct, self.priority)
-        endpoint = self.link.listen(parse_endpoint(self.job.listen), token)
+        endpoint = ""
+        if dial:
+            self.link.dial(parse_endpoint(where), token)
+        else:
+            endpoint = short(self.link.listen(parse_endpoint(where), token))
         self.poll.register(self.link.fd, select.POLLIN)
         for wanted in self.wanted.values():
             wanted.asked, wanted.number = 0, -1
-        self.desk.say(jobs.Ready(_short(endpoint)))
+        self.desk.say(jobs.Ready(endpoint))
 
     def _unlink(self) -> None:
         if self.link is not None:
@@ -167,22 +181,42 @@ class FaultProcess:
     # ---- faults --------------------------------------------------------------------------
 
     def _faults(self) -> None:
-        while self.armed and (events := read_messages(self.uffd)):
+        while self.armed and (self._read() or self.backlog):
             came = time.monotonic_ns()
-            for event in events:
-                if isinstance(event, Fault):
-                    found = self.placer.map.locate(event.address)
-                    if found is not None:
-                        self._fault(*found, came)
-                else:
-                    self._removed(event)
+            while self.backlog:
+                found = self.placer.map.locate(self.backlog.popleft().address)
+                if found is not None:
+                    self._fault(*found, came)
+
+    def _read(self) -> bool:
+        """Take what the kernel says; True if there was something."""
+        lock = self.job.removing
+        if lock is None:
+            events = read_messages(self.uffd)
+        else:
+            if not lock.acquire(timeout=_LOCK_SECONDS):
+                raise WorkerDied("a receiver died while it installed pages")
+            try:
+                events = read_messages(self.uffd)
+                for event in events:
+                    if isinstance(event, Removed):
+                        self._removed(event)
+            finally:
+                lock.release()
+        self.backlog.extend(event for event in events if isinstance(event, Fault))
+        return bool(events)
+
+    def _while_changing(self) -> None:
+        """The guest waits for its removal to be read."""
+        self._read()
+        os.sched_yield()
 
     def _fault(self, region: Region, page: int, came: int) -> None:
         host = region.page_size // PAGE_SIZE
         page -= (page - region.first) % host
         if self.placer.view(region.block)[page]:
             # known to be zero, or it has just been installed: then this only wakes
-            self.placer.install(region.block, page, host, b"")
+            self.placer.zero(region, page, host)
             self.row.add("local_zero", host)
             return
         if (region.block, page) in self.wanted:
@@ -212,8 +246,21 @@ class FaultProcess:
         wanted.asked = now
 
     def _removed(self, event: Removed) -> None:
-        """The guest gave memory back: it reads as zero from now on, and what comes is stale."""
-        raise LocalProtocolError(f"{event!r} from a guest that did not ask for such events")
+        """The guest gave memory back: it reads as zero from now on, and what comes is stale. Who
+        sleeps on a page of it is to find zeros."""
+        for region in self.job.memory.regions:
+            end = region.address + region.pages * PAGE_SIZE
+            first, last = max(event.start, region.address), min(event.end, end)
+            if first >= last:
+                continue
+            page = region.first + (first - region.address) // PAGE_SIZE
+            count = (last - first) // PAGE_SIZE
+            self.placer.view(region.block)[page : page + count] = b"\1" * count
+            for wanted in list(self.wanted.values()):
+                if wanted.block == region.block and page <= wanted.page < page + count:
+                    self._close(wanted.block, wanted.page, time.monotonic_ns())
+                    offset = (wanted.page - region.first) * PAGE_SIZE
+                    self.backlog.append(Fault(region.address + offset))
 
     # ---- answers -------------------------------------------------------------------------
 
@@ -241,7 +288,9 @@ class FaultProcess:
         host = region.page_size // PAGE_SIZE
         if len(answer.content) not in (0, host * PAGE_SIZE):
             raise LocalProtocolError("an answer that is no host page")
-        if host == 1 and len(answer.content):
+        if self.placer.view(block)[page]:
+            self.placer.zero(region, page, host)  # given back meanwhile, or here already
+        elif host == 1 and len(answer.content):
             self.placer.install_page(region, page, answer.content)
         else:
             self.placer.install(block, page, host, answer.content)
@@ -300,8 +349,3 @@ class FaultProcess:
             if not self.link.send(self.session.report()):
                 break
         self.reported = time.monotonic()
-
-
-def _short(endpoint: Endpoint) -> str:
-    """The endpoint as Welcome carries it: the source knows the host better than we do."""
-    return f"ipc:{endpoint.path}" if endpoint.scheme == "ipc" else f"tcp:{endpoint.port}"

@@ -22,6 +22,14 @@ class Open(Job, frozen=True, tag="open"):
     token: bytes
 
 
+class Listen(Job, frozen=True, tag="listen"):
+    """Coordinator to sender or postcopy process: let your counterpart connect, who knows the token.
+    Answered with Ready, which says where."""
+
+    endpoint: str
+    token: bytes
+
+
 class Extent(Job, frozen=True, tag="extent"):
     """Coordinator to sender: send the dirty pages of [first, first + count) of a block.
 
@@ -70,6 +78,7 @@ class Relink(Job, frozen=True, tag="relink"):
     """Coordinator to fault process: listen again, under a new token. Answered with Ready."""
 
     token: bytes
+    endpoint: str = ""  # dial here, instead of listening
 
 
 class Finish(Job, frozen=True, tag="finish"):
@@ -119,7 +128,7 @@ class Failed(Job, frozen=True, tag="failed"):
 
 
 AnyJob = (
-    Open | Extent | Barrier | Scan | Digest | Stop | Postcopy | Unlink | Relink | Finish
+    Open | Listen | Extent | Barrier | Scan | Digest | Stop | Postcopy | Unlink | Relink | Finish
     | Ready | ExtentDone | BarrierDone | ScanDone | DigestDone | Failed
 )  # fmt: skip
 

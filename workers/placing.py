@@ -13,11 +13,12 @@ import contextlib
 import os
 import struct
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ..transport.errors import RemoteProtocolError
+from ..transport.errors import RemoteProtocolError, WorkerDied
 from ..transport.pages import PAGE_SIZE, Runs, pages_of
 from ..transport.wire import Buffer
 from .counters import Row
@@ -29,6 +30,9 @@ from .received import Received, Waiting
 
 # What a receiver tells the fault process: block, page, CLOCK_MONOTONIC. Below PIPE_BUF: atomic.
 ARRIVAL = struct.Struct("<QQQ")
+# With memory that may be given back: pages installed before others have a turn with the lock.
+_LOCKED_PAGES = 64
+_LOCK_SECONDS = 30.0
 # Host pages that one channel may have begun and not finished: a frame or two were lost.
 _MAX_PARTIAL = 16
 
@@ -67,9 +71,23 @@ class GuestMap:
 
 
 class GuestPlacer:
-    """Installs pages in an armed guest."""
+    """Installs pages in an armed guest.
 
-    def __init__(self, memory: ArmedMemory, received: Received, row: Row) -> None:
+    A guest that gives memory back (`lock`) makes a page's content stale: what it removed is marked
+    received, and is not installed any more. That a page is not removed between our look and our
+    install is the lock's work: the fault process holds it while it reads and marks removals, who
+    installs holds it from the look to the end of the install. Where the kernel says that the
+    map is changing, it is let go, `on_changing` is called, and looked at again.
+    """
+
+    def __init__(
+        self,
+        memory: ArmedMemory,
+        received: Received,
+        row: Row,
+        lock: Any = None,
+        on_changing: Callable[[], None] | None = None,
+    ) -> None:
         self.map = GuestMap(memory.regions)
         self._installer = Installer(memory.uffd)
         self._staging = bytearray(PAGE_SIZE)
@@ -77,6 +95,8 @@ class GuestPlacer:
         self._received = received
         self._views: dict[int, Any] = {}
         self._row = row
+        self._lock = lock
+        self._on_changing = on_changing or _a_moment
 
     def view(self, block: int) -> Any:
         """Received bytes of a block."""
@@ -91,41 +111,83 @@ class GuestPlacer:
         while at < end:
             region = self.map.region(block, at)
             n = min(end, region.first + region.pages) - at
-            address = region.address + (at - region.first) * PAGE_SIZE
             source = base + (at - page) * PAGE_SIZE if base else 0
-            self._copy(region, address, source, n * PAGE_SIZE)
-            self.view(block)[at : at + n] = b"\1" * n
+            if self._lock is None:
+                self._copy(region, at, source, n * PAGE_SIZE)
+                self.view(block)[at : at + n] = b"\1" * n
+            else:
+                self._install_what_is_not_removed(region, at, n, source)
             at += n
 
     def install_page(self, region: Region, page: int, content: Buffer) -> None:
         """`install` for one page of 4 KiB with content, at a third of the cost."""
+        if self._lock is not None:
+            self.install(region.block, page, 1, content)
+            return
         self._staging[:] = content
-        address = region.address + (page - region.first) * PAGE_SIZE
-        self._copy(region, address, self._staged, PAGE_SIZE)
+        self._copy(region, page, self._staged, PAGE_SIZE)
         self.view(region.block)[page] = 1
 
-    def _copy(self, region: Region, address: int, source: int, length: int) -> None:
-        if not source and region.page_size > PAGE_SIZE:
-            self._zero_huge(region, address, length)
-            return
+    def zero(self, region: Region, page: int, count: int) -> None:
+        """Install zeros in a host page that is known to be zero; wakes who sleeps on it."""
         while True:
             try:
-                if source:
-                    there = self._installer.copy(address, source, length, region.page_size)
-                else:
-                    there = self._installer.zero(address, length, region.page_size)
+                self._copy(region, page, 0, count * PAGE_SIZE)
             except MemoryChanging:
-                time.sleep(0)  # the fault process reads why; then it goes on
-                continue
-            if there:
-                self._row.add("already_there", there // PAGE_SIZE)
-            return
+                self._on_changing()
+            else:
+                return
 
-    def _zero_huge(self, region: Region, address: int, length: int) -> None:
-        """The kernel has no zero page of hugetlbfs to give."""
-        zeros = bytes(region.page_size)
-        for at in range(0, length, region.page_size):
-            self._copy(region, address + at, address_of(zeros), region.page_size)
+    def _install_what_is_not_removed(
+        self, region: Region, page: int, count: int, source: int
+    ) -> None:
+        view = self.view(region.block)
+        host = region.page_size // PAGE_SIZE
+        step = max(_LOCKED_PAGES, host)
+        at, end = page, page + count
+        while at < end:
+            changing = False
+            if not self._lock.acquire(timeout=_LOCK_SECONDS):
+                raise WorkerDied("a process died while it installed pages")
+            try:
+                n = 0
+                while at + n < end and n < step and not view[at + n]:
+                    n += host
+                if n:
+                    from_ = source + (at - page) * PAGE_SIZE if source else 0
+                    try:
+                        self._copy(region, at, from_, n * PAGE_SIZE)
+                    except MemoryChanging as e:
+                        n, changing = e.done // PAGE_SIZE, True
+                    view[at : at + n] = b"\1" * n
+                    at += n
+                else:
+                    at += host  # it is here, or was given back
+            finally:
+                self._lock.release()
+            if changing:
+                self._on_changing()
+
+    def _copy(self, region: Region, page: int, source: int, length: int) -> None:
+        """Install; MemoryChanging only where memory may be given back."""
+        address = region.address + (page - region.first) * PAGE_SIZE
+        if source:
+            there = self._installer.copy(address, source, length, region.page_size)
+        elif region.page_size == PAGE_SIZE:
+            there = self._installer.zero(address, length, region.page_size)
+        else:  # the kernel has no zero page of hugetlbfs to give
+            there, zeros = 0, bytes(region.page_size)
+            for at in range(0, length, region.page_size):
+                there += self._installer.copy(
+                    address + at, address_of(zeros), region.page_size, region.page_size
+                )
+        if there:
+            self._row.add("already_there", there // PAGE_SIZE)
+
+
+def _a_moment() -> None:
+    """The fault process reads what changes; until then."""
+    time.sleep(0.0001)
 
 
 class FramePlacer:

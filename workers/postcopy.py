@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ..transport.errors import LocalProtocolError, PeerLost, RemoteProtocolError
-from ..transport.links import parse_endpoint, urgent_link
+from ..transport.links import parse_endpoint, short, urgent_link
 from ..transport.pages import PAGE_SIZE
 from ..transport.urgent import MAX_HOST_PAGES, Answering, Placed, Request
 from . import jobs
@@ -109,6 +109,10 @@ class PostcopyProcess:
                 case jobs.Open() as job:
                     self.link.dial(parse_endpoint(job.endpoint), job.token)
                     self.poll.register(self.link.fd, select.POLLIN)
+                case jobs.Listen() as job:
+                    where = self.link.listen(parse_endpoint(job.endpoint), job.token)
+                    self.poll.register(self.link.fd, select.POLLIN)
+                    self.desk.say(jobs.Ready(short(where)))
                 case jobs.Finish():
                     self.finishing = True
                 case job:

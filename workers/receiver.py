@@ -17,7 +17,7 @@ import zmq
 from ..transport.channel import ReceivingChannel
 from ..transport.codecs import Decoders
 from ..transport.errors import LocalProtocolError, RemoteProtocolError, WorkerDied
-from ..transport.links import NOBLOCK, Endpoint, bind, parse_endpoint, unbind
+from ..transport.links import NOBLOCK, Endpoint, bind, connect, parse_endpoint, short, unbind
 from ..transport.pages import PAGE_SIZE, Runs, check_runs, total_pages
 from ..transport.wire import Buffer, Frame
 from . import jobs
@@ -35,12 +35,14 @@ _CODEC_FIELD = {1: "lz4_pages", 2: "zstd_pages", 3: "zlib_pages"}
 
 @dataclass
 class ArmedGuest:
-    """An armed guest, as a receiver needs it. `tell`: the pipe to the fault process."""
+    """An armed guest, as a receiver needs it. `tell`: the pipe to the fault process; `removing`: a
+    lock, if the guest may give memory back (placing.py)."""
 
     memory: ArmedMemory
     received: Received
     waiting: Waiting
     tell: Any
+    removing: Any = None
 
 
 @dataclass
@@ -52,7 +54,8 @@ class ReceiverJob:
     `writing`: held while pages are written. The kernel lets one writer into a file at a time
     and has the others spin; waiting here instead leaves the processor to the senders (two
     receivers, one fresh file: half the processor time a byte, same rate).
-    `guest`: what postcopy needs; `installing`: the guest runs already.
+    `guest`: what postcopy needs; `installing`: the guest runs already; `dial`: `listen` is where
+    the sender does, and we connect.
     """
 
     blocks: list[RamBlock]
@@ -63,6 +66,7 @@ class ReceiverJob:
     writing: Any
     guest: ArmedGuest | None = None
     installing: bool = False
+    dial: bool = False
 
 
 # Nobody writes a frame for this long: whoever holds the lock is dead or stopped.
@@ -88,9 +92,9 @@ class Receiver:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
 
     def run(self) -> None:
-        self.socket, endpoint = bind(self.context, parse_endpoint(self.job.listen), control=False)
+        endpoint = self._link()
         try:
-            self.desk.say(jobs.Ready(_short(endpoint)))
+            self.desk.say(jobs.Ready(short(endpoint) if endpoint is not None else ""))
             poller = zmq.Poller()
             poller.register(self.desk.pipe.fileno(), zmq.POLLIN)
             poller.register(self.socket, zmq.POLLIN)
@@ -99,8 +103,23 @@ class Receiver:
                     pass
                 poller.poll(int(HEARTBEAT_SECONDS * 1000))
         finally:
-            unbind(self.socket, endpoint)
+            if endpoint is not None:
+                unbind(self.socket, endpoint)
+            else:
+                self.socket.close()
             self.context.term()
+
+    def _link(self) -> Endpoint | None:
+        """Listen, or dial; where we listen. `prefix`: what stands before an answer on a ROUTER."""
+        where = parse_endpoint(self.job.listen)
+        if self.job.dial:
+            self.prefix: list[bytes] = []
+            self.socket = connect(self.context, where, self.job.token, control=False, data=True)
+            self.socket.send(b"")  # we are here
+            return None
+        self.prefix = [self.job.token]
+        self.socket, endpoint = bind(self.context, where, control=False)
+        return endpoint
 
     def _commands(self) -> bool:
         """Jobs of the coordinator; False when told to stop."""
@@ -125,7 +144,7 @@ class Receiver:
         if guest is None:
             raise LocalProtocolError("postcopy into memory that is not armed")
         become_background()
-        placer = GuestPlacer(guest.memory, guest.received, self.row)
+        placer = GuestPlacer(guest.memory, guest.received, self.row, guest.removing)
         self.placer = FramePlacer(self.job.blocks, placer, guest.waiting, guest.tell.fileno())
 
     def _message(self) -> bool:
@@ -135,23 +154,27 @@ class Receiver:
         except zmq.Again:
             self._answer(idle=True)
             return False
-        if parts[0].bytes != self.job.token or not 2 <= len(parts) <= 3:
+        if self.prefix:
+            if parts[0].bytes != self.job.token:
+                parts = []
+            parts = parts[1:]
+        if not 1 <= len(parts) <= 2:
             self.row.add("stray_frames", 1)
             return True
-        payload: Buffer = parts[2].buffer if len(parts) == 3 else b""
-        data = self.channel.receive(parts[1].buffer, payload)
+        payload: Buffer = parts[1].buffer if len(parts) == 2 else b""
+        data = self.channel.receive(parts[0].buffer, payload)
         self.row.set("lost_frames", self.channel.lost)
         if data is not None:
             self._place(data.frame, payload)
             self.channel.placed(data.frame)
-            self.row.add("wire_bytes", sum(len(part.buffer) for part in parts[1:]))
+            self.row.add("wire_bytes", sum(len(part.buffer) for part in parts))
         self._answer(idle=False)
         return not self.desk.waiting()
 
     def _answer(self, *, idle: bool) -> None:
         for answer in self.channel.answers(idle=idle):
             try:
-                self.socket.send_multipart([self.job.token, answer])
+                self.socket.send_multipart([*self.prefix, answer])
             except zmq.ZMQError as e:
                 if e.errno != zmq.EHOSTUNREACH:
                     raise
@@ -205,10 +228,3 @@ def _write_runs(block: RamBlock, runs: Runs, content: Buffer) -> None:
     for first, count in zip(runs[0].tolist(), runs[1].tolist(), strict=True):
         block.write(first, view[at : at + count * PAGE_SIZE])
         at += count * PAGE_SIZE
-
-
-def _short(endpoint: Endpoint) -> str:
-    """The endpoint as Welcome carries it: the source knows the host better than we do."""
-    if endpoint.scheme == "ipc":
-        return f"ipc:{endpoint.path}"
-    return f"tcp:{endpoint.port}"

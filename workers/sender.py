@@ -27,7 +27,18 @@ import zmq
 
 from ..transport.channel import Acked, Lost, SendingChannel, Synced
 from ..transport.errors import LocalProtocolError, PeerLost
-from ..transport.links import EVENTS, NOBLOCK, POLLIN, SNDMORE, connect, parse_endpoint
+from ..transport.links import (
+    EVENTS,
+    NOBLOCK,
+    POLLIN,
+    SNDMORE,
+    Endpoint,
+    bind,
+    connect,
+    parse_endpoint,
+    short,
+    unbind,
+)
 from ..transport.pages import NO_RUNS, PAGE_SIZE, Pages, runs_of
 from ..transport.wire import MAX_RUNS, Frame, Kind, encode_data
 from . import jobs
@@ -121,6 +132,9 @@ class Sender:
         self.queue: deque[jobs.AnyJob] = deque()
         self.last_answer = time.monotonic()
         self.started = False
+        # where the receiver dials us: its identity
+        self.peer, self.peer_came = b"", False
+        self.bound: Endpoint | None = None
         self.round_trip = float("inf")  # the shortest seen, seconds
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket: zmq.Socket[bytes] | None = None
@@ -143,7 +157,9 @@ class Sender:
         except _Stopped:
             pass
         finally:
-            if self.socket is not None:
+            if self.socket is not None and self.bound is not None:
+                unbind(self.socket, self.bound)
+            elif self.socket is not None:
                 self.socket.close()
             self.context.term()
 
@@ -162,6 +178,8 @@ class Sender:
                     self.context, endpoint, job.token, control=False, tos=self.job.tos
                 )
                 self.poller.register(self.socket, zmq.POLLIN)
+            case jobs.Listen():
+                self._listen(job)
             case jobs.Extent():
                 if self.preemption is not None:
                     self._send_background(job, self.preemption)
@@ -181,6 +199,22 @@ class Sender:
                 self.desk.say(jobs.DigestDone(job.block, job.part, digest))
             case _:
                 raise LocalProtocolError(f"a sender was told {type(job).__name__}")
+
+    def _listen(self, job: jobs.Listen) -> None:
+        """Let the receiver connect; its first message says that it has."""
+        self.socket, self.bound = bind(
+            self.context, parse_endpoint(job.endpoint), control=False, tos=self.job.tos
+        )
+        self.peer = job.token
+        self.poller.register(self.socket, zmq.POLLIN)
+        self.desk.say(jobs.Ready(short(self.bound)))
+
+    def _wait_for_peer(self) -> None:
+        begin = time.monotonic()
+        while self.peer and not self.peer_came:
+            self._wait()
+            if time.monotonic() - begin > STALL_SECONDS:
+                raise PeerLost("the receiver of a channel did not connect")
 
     def _table(self, block: int) -> Any:
         if block not in self.tables:
@@ -217,6 +251,7 @@ class Sender:
 
     def _enter_postcopy(self) -> None:
         assert self.job.preemption is not None
+        self._wait_for_peer()
         self.preemption = Reader(self.job.preemption)
         if self.job.route is None:
             become_background()
@@ -341,6 +376,8 @@ class Sender:
             batch.payload,
         )  # fmt: skip
         self._record(_Sent(extent, block, pages, hashes, time.monotonic()), batch, len(meta))
+        if self.peer:
+            self.socket.send(self.peer, SNDMORE)
         if batch.payload:
             self.socket.send(meta, SNDMORE)
             # two parts (raw and packed) become one buffer: the copy costs less than a frame
@@ -419,7 +456,17 @@ class Sender:
         assert self.socket is not None
         # asking first costs 2 us; an exception for "nothing there" 15
         while int(self.socket.getsockopt(EVENTS)) & POLLIN:
-            meta = self.socket.recv(NOBLOCK)
+            if self.peer:
+                parts = self.socket.recv_multipart(NOBLOCK)
+                if parts[0] != self.peer or len(parts) != 2:
+                    self.row.add("stray_frames", 1)
+                    continue
+                meta = parts[1]
+            else:
+                meta = self.socket.recv(NOBLOCK)
+            if not meta:
+                self.peer_came = True
+                continue
             self.last_answer = time.monotonic()
             for event in self.channel.receive(meta):
                 if not isinstance(event, Synced):
@@ -457,6 +504,8 @@ class Sender:
                 self._send_again()
             else:
                 self._wait()
+        if self.peer:
+            self.socket.send(self.peer, SNDMORE)
         self.socket.send(self.channel.sync())
         self.last_answer = begin = time.monotonic()
         while self.channel.round == number:

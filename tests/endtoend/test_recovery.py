@@ -68,7 +68,7 @@ class Ends:
     def kill(self, which):
         """SIGKILL for one of the processes that move pages."""
         pools = {
-            "sender": self.source._pool,
+            "sender": self.source._crew.pool,
             "postcopy": self.source._background.pool,
             "receiver": self.listening.arrival._pool,
             "fault": self.listening.arrival._faults.pool,

@@ -3,30 +3,27 @@ guest here is a mapping of this process that nobody touches but through the kern
 
 import contextlib
 import math
-import mmap
 import os
 import random
 import select
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from armed_guest import ArmedGuest, all_pages, touched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pageferry.transport.errors import DestinationError, HostLacks, RemoteProtocolError
-from pageferry.transport.messages import MAX_BLOCK_SIZE, MAX_BLOCKS, Block
+from pageferry.transport.messages import MAX_BLOCK_SIZE, MAX_BLOCKS
 from pageferry.transport.pages import NO_RUNS, PAGE_SIZE, runs_of
 from pageferry.workers import latency, placing
 from pageferry.workers.counters import Counters
-from pageferry.workers.guests.base import ArmedMemory, Region
+from pageferry.workers.guests.base import Region
 from pageferry.workers.kernel import userfaultfd
-from pageferry.workers.kernel.libc import store_byte
 from pageferry.workers.latency import Latency, bucket, middle
 from pageferry.workers.placing import ARRIVAL, FramePlacer, GuestMap, GuestPlacer
 from pageferry.workers.preemption import FRONT, Preemption, Reader, Writer, page_key
-from pageferry.workers.ram import RamBlock, RamFile
 from pageferry.workers.received import WAITING_SLOTS, Received, Waiting, WaitingWriter, unpack
 
 examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -300,49 +297,25 @@ def test_a_guest_without_memory():
 # ---- an armed guest ------------------------------------------------------------------------
 
 
-class Guest:
-    """Memory of this process of which every page is missing, and who fills it. `parts`: pages of
-    each region; they are apart in the address space and in order in block 0."""
+class Guest(ArmedGuest):
+    """An armed guest and who fills it."""
 
-    def __init__(self, parts, page_size=PAGE_SIZE, flags=0):
-        self.pages = sum(parts)
-        fd = os.memfd_create("guest", os.MFD_CLOEXEC | flags)
-        os.ftruncate(fd, self.pages * PAGE_SIZE)
-        self.file = RamFile(fd, "guest")
-        self.block = RamBlock(Block("ram", self.pages * PAGE_SIZE, page_size), self.file, 0)
-        self.uffd = userfaultfd.create_missing()
-        self.maps, regions, first = [], [], 0
-        for pages in parts:
-            self.maps.append(mmap.mmap(fd, pages * PAGE_SIZE, offset=first * PAGE_SIZE))
-            address = placing.address_of(self.maps[-1])
-            userfaultfd.register_missing(self.uffd, address, pages * PAGE_SIZE)
-            regions.append(Region(0, first, pages, address, page_size))
-            first += pages
-        self.memory = ArmedMemory(self.uffd, regions)
-        self.received, self.waiting, self.counters = Received([first]), Waiting(), Counters(1)
-        self.received.expect(0, (np.array([0]), np.array([first])))
-        ends = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self.arrivals, self.tell = ends
+    def __init__(self, parts, **options):
+        super().__init__(parts, **options)
+        self.received, self.waiting = Received([self.pages]), Waiting()
+        self.counters = Counters(1)
+        self.received.expect(0, all_pages(self.pages))
+        self.arrivals, self.tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.placer = GuestPlacer(self.memory, self.received, self.counters.row(0))
         self.frames = FramePlacer([self.block], self.placer, self.waiting, self.tell)
 
     def close(self):
         del self.placer, self.frames
-        for region in self.memory.regions:
-            userfaultfd.unregister(self.uffd, region.address, region.pages * PAGE_SIZE)
-        self.memory.close()
-        for part in (*self.maps, self.file, self.received, self.waiting, self.counters):
+        super().close()
+        for part in (self.received, self.waiting, self.counters):
             part.close()
         os.close(self.arrivals)
         os.close(self.tell)
-
-    def page(self, page):
-        return os.pread(self.file.fd, PAGE_SIZE, page * PAGE_SIZE)
-
-    def there(self):
-        """Pages that are in memory, as the kernel says."""
-        starts, counts = self.block.data_runs()
-        return [p for s, n in zip(starts, counts, strict=True) for p in range(s, s + n)]
 
     def arrived(self):
         return np.flatnonzero(self.received.view(0)).tolist()
@@ -465,19 +438,14 @@ def test_memory_that_cannot_be_filled(make):
 def test_who_sleeps_on_a_page_wakes_when_it_is_there(make, content):
     """And finds what was installed under his own write."""
     guest = make([4])
-    address = guest.memory.regions[0].address + 2 * PAGE_SIZE
-    sleeper = threading.Thread(target=store_byte, args=(address + 1, 0xFF))
-    sleeper.start()
-    try:
-        faults = wait_for_faults(guest)
-    finally:
-        guest.frames.place(0, runs(2), content)
-        sleeper.join(20)
-    assert not sleeper.is_alive()
+    sleeper = guest.touch(2)
+    faults = wait_for_faults(guest)
     assert [guest.placer.map.locate(fault.address)[1] for fault in faults] == [2]
-    expected = bytearray(content or bytes(PAGE_SIZE))
-    expected[1] = 0xFF
-    assert guest.page(2) == bytes(expected)
+    assert guest.there() == []
+    guest.frames.place(0, runs(2), content)
+    sleeper.join(20)
+    assert not sleeper.is_alive()
+    assert guest.page(2) == touched(content or bytes(PAGE_SIZE))
 
 
 def wait_for_faults(guest):
@@ -651,14 +619,10 @@ def test_huge_pages_are_put_together_from_pieces_in_any_order(huge_pages, make, 
 def test_a_huge_page_that_is_missing_wakes_who_sleeps_on_it(huge_pages, make):
     per = HUGE // PAGE_SIZE
     guest = make([per], page_size=HUGE, flags=os.MFD_HUGETLB | os.MFD_HUGE_2MB)
-    address = guest.memory.regions[0].address + 17 * PAGE_SIZE
-    sleeper = threading.Thread(target=store_byte, args=(address, 0xFF))
-    sleeper.start()
-    try:
-        (fault,) = wait_for_faults(guest)
-    finally:
-        guest.frames.place(0, runs(*range(per)), page_of(3) * per)
-        sleeper.join(20)
-    assert not sleeper.is_alive()
+    sleeper = guest.touch(17)
+    (fault,) = wait_for_faults(guest)
     assert guest.placer.map.locate(fault.address)[1] // per == 0
-    assert guest.page(17) == b"\xff" + page_of(3)[1:] and guest.page(18) == page_of(3)
+    guest.frames.place(0, runs(*range(per)), page_of(3) * per)
+    sleeper.join(20)
+    assert not sleeper.is_alive()
+    assert guest.page(17) == touched(page_of(3)) and guest.page(18) == page_of(3)

@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import zmq
+from coordinator import Coordinator
 from helpers import PAGE, pattern
 
 from pageferry.transport.channel import Acked, SendingChannel, Synced
@@ -21,7 +22,6 @@ from pageferry.workers.bandwidth import Bandwidth
 from pageferry.workers.counters import Counters
 from pageferry.workers.forking import context
 from pageferry.workers.page_table import CLEAN, DIRTY, PageTable
-from pageferry.workers.pool import Pool
 from pageferry.workers.ram import RamBlock, RamFile
 
 PAGES = 64
@@ -34,27 +34,6 @@ def _block(path, content=b""):
         f.truncate(PAGES * PAGE)
     file = RamFile(os.open(path, os.O_RDWR), str(path))
     return RamBlock(Block("ram", PAGES * PAGE), file, 0)
-
-
-class Coordinator:
-    """One worker and what it says."""
-
-    def __init__(self, counters):
-        self.said = asyncio.Queue()
-        self.failed = asyncio.get_running_loop().create_future()
-        self.pool = Pool("test", counters, lambda w, job: self.said.put_nowait(job), self._fail)
-
-    def _fail(self, error):
-        if not self.failed.done():
-            self.failed.set_result(error)
-
-    async def hear(self, kind):
-        job = await asyncio.wait_for(self.said.get(), 20)
-        assert isinstance(job, kind)
-        return job
-
-    def say(self, job):
-        self.pool.workers[0].say(job)
 
 
 # ---- a receiver, with the test as its sender ---------------------------------------------

@@ -28,6 +28,7 @@ from pageferry.transport.messages import (
     Ended,
     Hello,
     Missing,
+    Paused,
     Ping,
     PostcopyEnd,
     Refused,
@@ -64,6 +65,7 @@ EXAMPLES = {
     Ended: Ended([1, 2], {"faults": 3}),
     Resume: Resume(1, "id", 2),
     Resumed: Resumed(["tcp:1"], [b"a"], ("tcp:3", b"u"), [b"\xff"]),
+    Paused: Paused("the cable"),
     Abort: Abort("PeerLost", "silence"),
     Ping: Ping(),
 }
@@ -98,10 +100,17 @@ def may_abort(phase, role):
     return phase in TALKING and not (phase in RUN_SAID and role is S)
 
 
+def may_pause(phase):
+    """Once the source has said Run, and never before: either end, to be taken up again."""
+    return phase in RUN_SAID
+
+
 def expected(phase, role, message):
     """The phase after `role` said `message` in `phase`, or None if it may not."""
     if message is Abort:
         return Phase.CLOSED if may_abort(phase, role) else None
+    if message is Paused:
+        return Phase.CLOSED if may_pause(phase) else None
     if message is Ping:
         return phase if phase in TALKING else None
     return CONVERSATION.get((phase, role, message))
@@ -139,11 +148,12 @@ def test_every_message_in_every_phase(phase, role):
 
 
 @pytest.mark.parametrize("role", Role)
-def test_may_abort_says_whether_abort_is_legal(role):
+def test_may_abort_and_may_pause_say_what_is_legal(role):
     """In every phase, at either end."""
     for phase in Phase:
         session, _ = ends(phase, role)
         assert session.may_abort == may_abort(phase, role)
+        assert session.may_pause == may_pause(phase)
 
 
 def test_nobody_hears_what_only_he_may_say():
@@ -191,8 +201,9 @@ def test_a_postcopy_that_is_taken_up_again():
     source, destination = converse((S, Resume), (D, Ping), (D, Resumed), (S, Ping))
     assert source.phase is destination.phase is Phase.RUNNING
     assert not source.may_abort and destination.may_abort
-    source, destination = converse((S, Resume), (D, Refused))
-    assert source.phase is destination.phase is Phase.CLOSED
+    for last in ((D, Refused), (D, Paused), (S, Paused)):
+        source, destination = converse((S, Resume), last)
+        assert source.phase is destination.phase is Phase.CLOSED
 
 
 def test_every_phase_can_be_reached_and_one_is_the_end():
@@ -208,7 +219,7 @@ def test_every_phase_can_be_reached_and_one_is_the_end():
 
 
 def test_the_picture_shows_the_whole_conversation():
-    """One arrow for every row of the table but Abort and Ping."""
+    """One arrow for every row of the table but Abort, Paused and Ping."""
     lines = diagram().splitlines()
     arrows = {line.strip() for line in lines[2:]}
     assert arrows == {

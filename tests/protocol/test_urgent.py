@@ -278,6 +278,7 @@ def test_a_report_when_the_last_request_was_lost():
     destination.ask(0, 1, "a", instead=0)  # lost
     destination.receive(answer)
     destination.placed(0)
+    destination.forget(1)
     assert source.receive(destination.report()) == Placed(["A"])
     assert source.receive(destination.report()) == Placed([])
     assert source.receive(destination.ask(0, 2, "b")) == Request(2, 0, 2)
@@ -293,6 +294,7 @@ def test_a_report_settles_an_answer_that_was_lost_when_its_page_is_there():
     source.page(request, "A again", b"", 0)  # lost
     destination.receive(answer)
     destination.placed(0)
+    destination.forget(1)
     assert source.receive(destination.report()) == Placed(["A again"])
     assert source.idle
 
@@ -337,6 +339,18 @@ def test_a_late_answer_is_as_good_as_one_in_time():
     destination.placed(1)
     assert source.receive(destination.report()) == Placed(["A again"])
     assert source.idle
+
+
+def test_an_answer_that_nobody_waits_for_any_more():
+    """The page came by another way: the answer is taken if it comes, and missed if it does not."""
+    source, destination = Answering(), Requesting()
+    request = source.receive(destination.ask(0, 1, "a"))
+    destination.forget(0)
+    destination.forget(0)
+    destination.forget(7)
+    assert source.receive(destination.report()) == Placed([])
+    assert destination.receive(source.elsewhere(request)) == Elsewhere("a", 0, 1)
+    refused(destination, source.elsewhere(request))
 
 
 def test_requests_that_the_source_refuses():
@@ -480,15 +494,20 @@ class UrgentMachine(RuleBasedStateMachine):
         if isinstance(event, Page):
             assert bytes(event.content) == self.content(page)
             self.to_install.append((event.number, page))
-            self.wanted.pop(page, None)
+            self.close(page)
         else:
             assert page in OTHERS | self.clean
             if page in self.installed:
-                self.wanted.pop(page, None)
+                self.close(page)
 
     @rule(page=st.sampled_from(sorted(OTHERS)))
     def comes_by_a_multifd_channel(self, page):
         self.installed.add(page)
+        self.close(page)
+
+    def close(self, page):
+        if page in self.wanted:
+            self.destination.forget(self.wanted.pop(page))
 
     # ---- the source
 

@@ -13,6 +13,7 @@ import ctypes
 import fcntl
 import os
 import platform
+import resource
 import select
 import shutil
 import signal
@@ -105,6 +106,32 @@ def processor_seconds(child: Child) -> float:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as f:
             ticks += sum(map(int, f.read().rpartition(")")[2].split()[11:15]))
     return ticks / _HZ
+
+
+class Others:
+    """What others than this process and the children that it has reaped take of all processors,
+    the hypervisor's other machines included. From its making on."""
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic(), _taken() - _own_seconds()
+
+    def share(self) -> float:
+        """0 to 1. Interrupts are nobody's."""
+        began, before = self._begin
+        seconds = (time.monotonic() - began) * (os.cpu_count() or 1)
+        return max(0.0, _taken() - _own_seconds() - before) / seconds
+
+
+def _taken() -> float:
+    """Processor seconds that this host has used, or wanted and not got (proc_stat(5))."""
+    with open("/proc/stat") as f:
+        user, nice, system, _, _, _, _, steal = map(int, f.readline().split()[1:9])
+    return (user + nice + system + steal) / _HZ
+
+
+def _own_seconds() -> float:
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, kinds))
 
 
 class Child:

@@ -22,7 +22,7 @@ import numpy as np
 from ...transport.pages import PAGE_SIZE
 from ...transport.quantities import format_bytes
 from . import links
-from .lab import BenchError, Lab, huge_pages, say, wait_for
+from .lab import BenchError, Lab, Others, huge_pages, say, wait_for
 from .links import LOOPBACK, Link
 from .pageferry import endpoint_of, last_object
 from .qemu import Qemu
@@ -128,6 +128,7 @@ class Row:
     rep: int
     run: Run | None = None
     problem: str = ""
+    others: float = 0.0  # share of all processors that somebody else had meanwhile
 
 
 # ---- one run ----------------------------------------------------------------------------
@@ -310,10 +311,12 @@ class _Bench:
             say(_progress(_background_cells(row)))
 
     def _fill(self, row: Row, run: Callable[[], Run]) -> None:
+        others = Others()
         try:
             row.run = run()
         except (BenchError, KeyError) as e:
             row.problem = str(e) if isinstance(e, BenchError) else f"the report lacks {e}"
+        row.others = others.share()
 
 
 def quick(plan: Plan) -> Plan:
@@ -335,10 +338,19 @@ def measure(lab: Lab, plan: Plan) -> tuple[str, list[dict[str, Any]]]:
 
 _HEADER = (
     "method", "link", "pages", "threads", "faults", "mean us", "p50", "p90", "p99", "max",
-    "ours p50", "p99", "bg MB/s", "total s", "right",
+    "ours p50", "p99", "bg MB/s", "total s", "right", "others",
 )  # fmt: skip
-_WIDTHS = (23, 8, 5, 7, 7, 8, 8, 8, 8, 9, 8, 8, 7, 7, 5)
-_BACKGROUND_HEADER = ("touches/s", "faults", "faults/s", "mean us", "bg MB/s", "total s", "right")
+_WIDTHS = (23, 8, 5, 7, 7, 8, 8, 8, 8, 9, 8, 8, 7, 7, 5, 6)
+_BACKGROUND_HEADER = (
+    "touches/s",
+    "faults",
+    "faults/s",
+    "mean us",
+    "bg MB/s",
+    "total s",
+    "right",
+    "others",
+)
 _MARKS = ("mean", "p50", "p90", "p99", "max")
 
 _LEGEND = """\
@@ -350,7 +362,9 @@ ours      the same as pageferry's destination saw it: from its learning of the f
 bg        guest memory a second that nobody had asked for, during the postcopy; without preempt
           what was asked for travels in line with it and is in it
 total     total-time, of which setup-time is a part
-right     what the guest's oracle says of its bytes"""
+right     what the guest's oracle says of its bytes
+others    share of all processors that others had during the run, from the start of the commands:
+          more than some per cent, and the row is not worth much"""
 
 
 def _progress(cells: Sequence[str]) -> str:
@@ -373,6 +387,7 @@ def _cells(row: Row) -> list[str]:
         *head, str(run.faults), *(number(run.guest.get(mark), 0) for mark in _MARKS),
         number(run.ours.get("p50"), 0), number(run.ours.get("p99"), 0),
         number(run.background / 1e6, 1), number(run.total), _verdict(run),
+        f"{row.others:.0%}",
     ]  # fmt: skip
 
 
@@ -383,7 +398,7 @@ def _background_cells(row: Row) -> list[str]:
     return [
         row.method, str(run.faults), number(run.faults / run.seconds, 0),
         number(run.guest.get("mean"), 0), number(run.background / 1e6, 1), number(run.total),
-        _verdict(run),
+        _verdict(run), f"{row.others:.0%}",
     ]  # fmt: skip
 
 
@@ -498,6 +513,7 @@ def _cost(rows: list[Row]) -> str:
             number(middle(lambda run: run.background / 1e6), 1),
             number(middle(lambda run: run.total)),
             "yes" if all(run.right for run in runs.values()) else "NO",
+            f"{max(row.others for row in rows if row.method == method):.0%}",
             str(len(runs)), _ratio(with_faults, calm),
         ])  # fmt: skip
     lines += [[row.method, f"a run failed: {row.problem}"] for row in rows if row.problem]

@@ -28,6 +28,8 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "start-postcopy": ("control", False, "Start the guest at its destination now."),
     "pause": ("control", False, "Drop the connection of a postcopy, to recover it later."),
     "recover": ("control", False, "Connect a paused postcopy again."),
+    "serve": ("serve", True, "Serve a snapshot's memory to those who restore it."),
+    "restore": ("restore", True, "Serve a monitor's page faults from a snapshot."),
     "check": ("check", False, "Show what this host can do."),
 }
 

@@ -71,13 +71,13 @@ def output_options(function: F) -> F:
 def parameters(options: dict[str, Any]) -> Parameters:
     """The options as Parameters; UsageError that names the option."""
     return Parameters(
-        workers=_integer("workers", options["workers"]) or 0,
+        workers=integer("workers", options["workers"]) or 0,
         codec=options["codec"],
-        level=_integer("level", options["level"]),
+        level=integer("level", options["level"]),
         max_bandwidth=parse_rate(options["max_bandwidth"]),
         downtime_limit=parse_duration(options["downtime_limit"]),
-        max_rounds=_integer("max-rounds", options["max_rounds"]) or 0,
-        batch_pages=_integer("batch-pages", options["batch_pages"]) or 0,
+        max_rounds=integer("max-rounds", options["max_rounds"]) or 0,
+        batch_pages=integer("batch-pages", options["batch_pages"]) or 0,
         verify=options["verify"],
         postcopy=options["postcopy"],
         preempt=not options["no_preempt"],
@@ -87,7 +87,7 @@ def parameters(options: dict[str, Any]) -> Parameters:
     ).checked()
 
 
-def _integer(name: str, text: str | None) -> int | None:
+def integer(name: str, text: str | None) -> int | None:
     if text is None:
         return None
     try:

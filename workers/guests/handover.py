@@ -8,21 +8,25 @@ pageferry attaches a guest that cooperates.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import stat
 import tempfile
 
 import msgspec
 
-from ...transport.errors import HostLacks, SourceError
+from ...transport.errors import DestinationError, HostLacks, SourceError, UsageError
 
 _MAX_MESSAGE = 1 << 20
 _MAX_DESCRIPTORS = 2
+_MAX_PATH = 100
 HANDOVER_SECONDS = 20.0
 
 
 class Mapping(msgspec.Struct, frozen=True):
-    """A stretch of guest memory in the guest's address space. Bytes; `offset`: in the RAM."""
+    """A stretch of guest memory in the guest's address space. Bytes; `offset`: in the RAM. Fields
+    that are not here (Firecracker once had page_size_kib, which holds bytes too) are ignored."""
 
     base_host_virt_addr: int
     size: int
@@ -35,6 +39,107 @@ def send_mappings(path: str, mappings: list[Mapping], descriptors: list[int]) ->
     with socket.socket(socket.AF_UNIX) as s:
         s.connect(path)
         socket.send_fds(s, [msgspec.json.encode(mappings)], descriptors)
+
+
+def decode_mappings(data: bytes, descriptors: list[int]) -> list[Mapping]:
+    """The mappings in a handover; SourceError, with the descriptors closed, if it is none."""
+    try:
+        mappings = msgspec.json.decode(data, type=list[Mapping])
+        if not descriptors:
+            raise SourceError("the guest's handover holds no userfaultfd")
+        return mappings
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+        for fd in descriptors:
+            os.close(fd)
+        raise SourceError(f"the guest's handover makes no sense: {e}") from e
+
+
+class HandoverListener:
+    """Where a virtual machine monitor hands over its guest's memory, whenever it comes: a unix
+    socket at a path that the user chose. Non-blocking; `fileno` becomes readable."""
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        if len(os.fsencode(self.path)) > _MAX_PATH:
+            raise UsageError(f"the path {path} is too long for a unix socket: keep it below 100")
+        _clear_dead(self.path)
+        self._socket = socket.socket(socket.AF_UNIX)
+        before = os.umask(0o177)
+        try:
+            self._socket.bind(self.path)
+            self._socket.listen(4)
+        except OSError as e:
+            self._socket.close()
+            raise DestinationError(f"cannot listen at {path}: {e.strerror}") from e
+        finally:
+            os.umask(before)
+        self._socket.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def accept(self) -> VmmConnection | None:
+        """Somebody who connected, or None."""
+        try:
+            connection, _ = self._socket.accept()
+        except OSError:
+            return None
+        connection.setblocking(False)
+        return VmmConnection(connection)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._socket.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+class VmmConnection:
+    """A connected monitor. It keeps the connection for as long as it lives, as Firecracker does;
+    `pid` is who it is."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        self.pid = int.from_bytes(credentials[:4], "little")
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def take(self) -> tuple[list[Mapping], list[int]] | None:
+        """What it hands over: mappings and descriptors (the caller's from now on); None if nothing
+        came yet. SourceError if it makes no sense or the monitor is gone."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._socket, _MAX_MESSAGE, _MAX_DESCRIPTORS)
+        except BlockingIOError:
+            return None
+        except OSError as e:
+            raise SourceError(f"the handover broke off: {e.strerror}") from e
+        if not data:
+            for fd in descriptors:
+                os.close(fd)
+            raise SourceError("it went away without handing anything over")
+        return decode_mappings(data, list(descriptors)), list(descriptors)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._socket.close()
+
+
+def _clear_dead(path: str) -> None:
+    """Remove the socket of a process that is gone; anything else that is there stays."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise DestinationError(f"cannot listen at {path}: a file that is no socket is there")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            os.unlink(path)
+            return
+    raise DestinationError(f"cannot listen at {path}: somebody else does")
 
 
 class HandoverSocket:
@@ -62,12 +167,11 @@ class HandoverSocket:
             connection.settimeout(HANDOVER_SECONDS)
             data, descriptors, _, _ = socket.recv_fds(connection, _MAX_MESSAGE, _MAX_DESCRIPTORS)
         try:
-            mappings = msgspec.json.decode(data, type=list[Mapping])
+            return msgspec.json.decode(data, type=list[Mapping]), list(descriptors)
         except msgspec.DecodeError as e:
             for fd in descriptors:
                 os.close(fd)
             raise SourceError(f"the guest's handover makes no sense: {e}") from e
-        return mappings, list(descriptors)
 
     def close(self) -> None:
         """Idempotent."""

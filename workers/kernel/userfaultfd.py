@@ -156,7 +156,12 @@ def read_messages(uffd: int) -> list[Fault | Removed]:
 
 
 class MemoryChanging(Exception):
-    """The owner's memory map is changing (a REMOVE waits to be read): read events, try again."""
+    """The owner's memory map is changing (a REMOVE waits to be read): read events, go on behind the
+    `done` bytes that were installed."""
+
+    def __init__(self, done: int) -> None:
+        super().__init__(f"memory is changing, {done} bytes were installed")
+        self.done = done
 
 
 class Installer:
@@ -172,7 +177,7 @@ class Installer:
         """Install `length` bytes from our address `source`; who sleeps on them wakes.
 
         Returns the bytes that were there already (EEXIST): these are left as they are, `step`
-        (the host page) at a time. Raises MemoryChanging with nothing lost: call again.
+        (the host page) at a time. Raises MemoryChanging where the owner is changing its map.
         SAFETY: [source, source + length) must be ours and stay so; multiples of `step`.
         """
         return self._all(_COPY, address, source, length, step)
@@ -194,7 +199,7 @@ class Installer:
                 there, done = there + step, done + step
             elif error == errno.EAGAIN:
                 if n == 0:
-                    raise MemoryChanging
+                    raise MemoryChanging(done)
             elif error == errno.ESRCH:
                 raise DestinationError("the guest is gone: its memory cannot be filled any more")
             else:

@@ -1,0 +1,534 @@
+"""`pageferry restore`: serves the page faults of a virtual machine monitor from a remote snapshot.
+
+The monitor restores its guest with memory that is not there, and hands over a userfaultfd, as
+Firecracker does. We dial a `pageferry serve`, say which pages are mapped, and fill them: faults
+first, the background behind. The snapshot does not change, so that a connection that breaks is
+simply dialled again, with what has arrived; the guest sleeps on what is missing until then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import zmq
+import zmq.asyncio
+
+from .._version import __version__
+from ..transport import messages
+from ..transport.errors import (
+    ConnectError,
+    DestinationError,
+    PageferryError,
+    PeerLost,
+    PeerRefused,
+    RemoteProtocolError,
+    SourceError,
+    WorkerDied,
+)
+from ..transport.links import Endpoint, connect, probe
+from ..transport.messages import Block
+from ..transport.pages import PAGE_SIZE, Runs, check_runs, runs_of
+from ..transport.session import Role
+from ..workers import jobs, receiver
+from ..workers.counters import Counters
+from ..workers.forking import context
+from ..workers.guests.base import ArmedMemory, Region
+from ..workers.guests.handover import HandoverListener, Mapping, VmmConnection
+from ..workers.pool import Pool, Worker
+from ..workers.ram import RamBlock, RamFile
+from .blocking import to_its_end
+from .control import Control
+from .faults import Faults
+from .state import Status, advance
+from .statistics import Statistics
+
+_HELLO_SECONDS = 5.0
+# Between two attempts to reach a source that is gone.
+_RETRY_SECONDS = 1.0
+_WATCH_SECONDS = 0.25
+_MAX_MAPPINGS = 1024
+_HUGE = 2 << 20
+# What another attempt may help against.
+_PASSING = (PeerLost, ConnectError, WorkerDied, RemoteProtocolError)
+_log = logging.getLogger("pageferry")
+M = TypeVar("M", bound=messages.Message)
+
+
+def regions_of(mappings: list[Mapping], block: Block) -> tuple[list[Region], int]:
+    """The mappings of a handover as regions of `block`, checked, and the host page size."""
+    if not 1 <= len(mappings) <= _MAX_MAPPINGS:
+        raise SourceError(f"the handover has {len(mappings)} mappings")
+    sizes = {m.page_size for m in mappings}
+    page_size = max(sizes)
+    if not sizes <= {PAGE_SIZE, _HUGE} or len(sizes) != 1:
+        raise SourceError(
+            f"the handover has pages of {', '.join(map(str, sorted(sizes)))} bytes: 4096 or "
+            f"{_HUGE} are possible, the same for all of it"
+        )
+    for m in mappings:
+        fields = {"address": m.base_host_virt_addr, "size": m.size, "offset": m.offset}
+        for name, value in fields.items():
+            if value < 0 or value % page_size or value >= 1 << 63:
+                raise SourceError(f"the handover has a mapping whose {name} is {value}")
+        if m.size == 0 or m.offset + m.size > block.size:
+            raise SourceError(
+                f"the handover maps {m.size} bytes at {m.offset} of a snapshot of {block.size}: "
+                f"is it the memory of this snapshot?"
+            )
+    _no_overlap([(m.offset, m.size) for m in mappings], "the snapshot")
+    _no_overlap([(m.base_host_virt_addr, m.size) for m in mappings], "its memory")
+    return [
+        Region(0, m.offset // PAGE_SIZE, m.size // PAGE_SIZE, m.base_host_virt_addr, page_size)
+        for m in mappings
+    ], page_size
+
+
+def _no_overlap(ranges: list[tuple[int, int]], of: str) -> None:
+    end = 0
+    for start, size in sorted(ranges):
+        if start < end:
+            raise SourceError(f"the handover maps a part of {of} twice")
+        end = start + size
+
+
+class Restoring:
+    """One restore: one monitor, one snapshot."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        uffd_socket: str,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+        identity: bytes | None = None,
+    ) -> None:
+        self.endpoint = endpoint
+        self.status = Status.NONE
+        self.statistics = Statistics("destination")
+        self.statistics.postcopy = True
+        self.on_progress = on_progress
+        self.on_event: Callable[[str, dict[str, Any]], None] = lambda name, data: None
+        self._identity = identity or secrets.token_bytes(16)
+        self._listener = HandoverListener(uffd_socket)
+        self._vmm: VmmConnection | None = None
+        self._pidfd = -1
+        self._memory: ArmedMemory | None = None
+        self._nothing = RamFile(os.memfd_create("pageferry-no-file", os.MFD_CLOEXEC), "guest")
+        self._blocks: list[RamBlock] = []
+        self._faults: Faults | None = None
+        self._counters: Counters | None = None
+        self._pool: Pool | None = None
+        self._failure: asyncio.Future[None] | None = None
+        self._ready: asyncio.Queue[str] = asyncio.Queue()
+        self._attempts = 0
+        self._run: asyncio.Task[Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Restoring {self.endpoint} {self.status.value}>"
+
+    # ---- what others may ask -------------------------------------------------------------
+
+    def query(self) -> dict[str, Any]:
+        """query-migrate."""
+        report = self.statistics.report(self.status, None)
+        if self._faults is not None:
+            report |= self._faults.report()
+        guest_rate, wire_rate = self.statistics.rates()
+        left = self.statistics.remaining_pages * PAGE_SIZE
+        eta = round(left / guest_rate, 1) if guest_rate else None
+        report["progress"] = {
+            "rate": round(guest_rate), "wire-rate": round(wire_rate), "eta": eta,
+            "round-bytes": self.statistics.round_pages * PAGE_SIZE,
+        }  # fmt: skip
+        return report
+
+    def query_parameters(self) -> dict[str, Any]:
+        return {}
+
+    def set_parameters(self, arguments: dict[str, Any]) -> None:
+        raise PeerRefused("parameters are the source's to set")
+
+    def cancel(self) -> None:
+        """End it. A guest that has not got all of its memory stays without."""
+        if self._run is not None:
+            self._run.cancel()
+
+    def start_postcopy(self) -> None:
+        """It is nothing else."""
+
+    def pause(self) -> None:
+        """Drop the connection; it is dialled again."""
+        self._fail(PeerLost("paused because somebody asked for it"))
+
+    def recover(self, where: str | None) -> None:
+        """It does so by itself."""
+
+    # ---- the run -------------------------------------------------------------------------
+
+    async def run(self) -> dict[str, Any]:
+        """To the last page. Returns the report, raises the error."""
+        self._run = asyncio.current_task()
+        self._become(Status.SETUP)
+        try:
+            await self._restore()
+        except PageferryError as e:
+            self.status = Status.FAILED
+            await to_its_end(self._close())
+            e.data["report"] = self._last_report()
+            raise
+        except asyncio.CancelledError:
+            self.status = Status.FAILED
+            await to_its_end(self._close())
+            raise
+        self._become(Status.COMPLETED)
+        self.statistics.ended = time.monotonic()
+        await self._close()
+        return self._last_report()
+
+    def _last_report(self) -> dict[str, Any]:
+        report = self.query()
+        report.pop("progress")
+        return report
+
+    def _become(self, status: Status) -> None:
+        self.status = advance(self.status, status)
+        with contextlib.suppress(Exception):
+            self.on_event("MIGRATION", {"status": status.value})
+
+    def _fail(self, error: Exception) -> None:
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_exception(error)
+
+    async def _restore(self) -> None:
+        while True:
+            try:
+                await self._connection()
+                return
+            except _PASSING as e:
+                if self._memory is None:
+                    raise  # nobody depends on us yet
+                self._pause(e)
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    def _pause(self, error: PageferryError) -> None:
+        if self.status is Status.POSTCOPY_RECOVER or self.status is Status.POSTCOPY_ACTIVE:
+            self._become(Status.POSTCOPY_PAUSED)
+            _log.warning("restore paused: %s", error)
+        self.statistics.extra["paused-because"] = error.message
+        self._progress()
+
+    async def _connection(self) -> None:
+        """One connection to the source: from Pull to Ended."""
+        loop = asyncio.get_running_loop()
+        self._failure = loop.create_future()
+        await asyncio.to_thread(probe, self.endpoint)
+        zmq_context = zmq.asyncio.Context()
+        # the first 16 bytes are who we are; each connection is a new one
+        identity = self._identity + self._attempts.to_bytes(4, "big")
+        self._attempts += 1
+        sock = connect(zmq_context, self.endpoint, identity, control=True)
+        control = Control(Role.DESTINATION, sock.send, f"the source at {self.endpoint}")
+        heard: asyncio.Queue[messages.AnyMessage] = asyncio.Queue()
+        tasks = [
+            loop.create_task(c)
+            for c in (self._read(sock, control, heard), self._conversation(control, heard))
+        ]
+        try:
+            await asyncio.wait([*tasks, self._failure], return_when=asyncio.FIRST_COMPLETED)
+            for task in (tasks[1], tasks[0]):
+                if task.done():
+                    task.result()
+                    return
+            self._failure.result()
+        except PageferryError as e:
+            with contextlib.suppress(PageferryError, zmq.ZMQError):
+                await (control.pause(e) if control.session.may_pause else control.abort(e))
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._failure.done():
+                self._failure.exception()
+            await self._drop_workers()
+            sock.close()
+            zmq_context.term()
+
+    async def _read(
+        self, sock: Any, control: Control, heard: asyncio.Queue[messages.AnyMessage]
+    ) -> None:
+        while True:
+            message = control.heard(await sock.recv())
+            if isinstance(message, messages.Abort):
+                raise messages.error_of(message)
+            if isinstance(message, messages.Paused):
+                raise PeerLost(f"the source paused: {message.message}")
+            if message is not None:
+                heard.put_nowait(message)
+
+    async def _conversation(
+        self, control: Control, heard: asyncio.Queue[messages.AnyMessage]
+    ) -> None:
+        asking = asyncio.ensure_future(control.ask(messages.Pull(messages.PROTOCOL, __version__)))
+        if not await control.first_sign(_HELLO_SECONDS):
+            asking.cancel()
+            raise ConnectError(
+                f"something accepts connections at {self.endpoint} and does not answer as "
+                f"`pageferry serve` does: check the address"
+            )
+        offer = await asking
+        if isinstance(offer, messages.Refused):
+            raise messages.error_of(offer)
+        assert isinstance(offer, messages.Offer)
+        alive = asyncio.ensure_future(control.keep_alive())
+        alive.add_done_callback(self._ended)
+        try:
+            await self._fill(control, heard, offer)
+        finally:
+            alive.cancel()
+            await asyncio.gather(alive, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Future[Any]) -> None:
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._fail(error)
+
+    async def _fill(
+        self, control: Control, heard: asyncio.Queue[messages.AnyMessage], offer: messages.Offer
+    ) -> None:
+        if self._memory is None:
+            await self._meet_the_monitor(offer)
+        layout = self._layout(first=self.status is Status.SETUP)
+        if self.status is Status.POSTCOPY_PAUSED:
+            self._become(Status.POSTCOPY_RECOVER)
+        serving = await control.ask(layout)
+        assert isinstance(serving, messages.Serving)
+        if self.status is Status.SETUP:
+            self._expect(serving)
+            self.statistics.set_up = time.monotonic()
+            self._become(Status.ACTIVE)
+            self._become(Status.DEVICE)
+        await self._start_workers(serving, offer.workers)
+        assert self._faults is not None
+        self.statistics.begin_round(1, self._faults.received.missing())
+        self._become(Status.POSTCOPY_ACTIVE)
+        self.statistics.extra.pop("paused-because", None)
+        await control.say(messages.Armed())
+        watching = asyncio.ensure_future(self._watch())
+        watching.add_done_callback(self._ended)
+        try:
+            message = await heard.get()
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+        if not isinstance(message, messages.PostcopyEnd):
+            raise RemoteProtocolError(f"unexpected {type(message).__name__}")
+        if missing := self._faults.received.missing():
+            raise RemoteProtocolError(f"the source has sent all, and {missing} pages are missing")
+        await self._faults.finish()
+        await control.say(messages.Ended(self._faults.latency(), self._faults.statistics()))
+
+    # ---- the monitor ---------------------------------------------------------------------
+
+    async def _meet_the_monitor(self, offer: messages.Offer) -> None:
+        """Wait until a monitor hands over its guest's memory; who hands over nonsense is turned
+        away and the next is welcome."""
+        if len(offer.blocks) != 1:
+            raise RemoteProtocolError(f"a snapshot of {len(offer.blocks)} blocks")
+        spec = offer.blocks[0]
+        while self._memory is None:
+            connection = await self._accept()
+            descriptors: list[int] = []
+            try:
+                mappings, descriptors = await self._handover(connection)
+                regions, page_size = regions_of(mappings, spec)
+            except SourceError as e:
+                _log.warning("a monitor at %s was turned away: %s", self._listener.path, e)
+                self.statistics.extra["turned-away"] = (
+                    self.statistics.extra.get("turned-away", 0) + 1
+                )
+                for fd in descriptors:
+                    os.close(fd)
+                connection.close()
+                continue
+            for fd in descriptors[1:]:  # a memory file, which is not needed
+                os.close(fd)
+            self._vmm = connection
+            self._memory = ArmedMemory(descriptors[0], regions)
+            # there is no file to write: receivers install
+            self._blocks = [RamBlock(Block("ram", spec.size, page_size), self._nothing, 0)]
+            self._watch_the_monitor()
+        self._faults = Faults(
+            self._blocks, self._memory, "", self._fail, direct=False, removing=context().Lock()
+        )
+        self.statistics.urgent = self._faults.counters
+        self.statistics.total_pages = sum(region.pages for region in self._memory.regions)
+
+    async def _readable(self, fileno: int) -> None:
+        loop = asyncio.get_running_loop()
+        ready = loop.create_future()
+
+        def readable() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        loop.add_reader(fileno, readable)
+        try:
+            await ready
+        finally:
+            loop.remove_reader(fileno)
+
+    async def _accept(self) -> VmmConnection:
+        while True:
+            await self._readable(self._listener.fileno())
+            connection = self._listener.accept()
+            if connection is not None:
+                return connection
+
+    async def _handover(self, connection: VmmConnection) -> tuple[list[Mapping], list[int]]:
+        while True:
+            try:
+                await asyncio.wait_for(self._readable(connection.fileno()), _HELLO_SECONDS)
+            except TimeoutError as e:
+                raise SourceError("it connected and handed nothing over") from e
+            taken = connection.take()
+            if taken is not None:
+                return taken
+
+    def _watch_the_monitor(self) -> None:
+        """Its death ends everything, at once."""
+        assert self._vmm is not None
+        loop = asyncio.get_running_loop()
+        try:
+            self._pidfd = os.pidfd_open(self._vmm.pid)
+        except OSError as e:
+            raise DestinationError("the monitor is gone") from e
+        loop.add_reader(self._pidfd, self._monitor_died)
+
+    def _monitor_died(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        self._fail(DestinationError(
+            f"the monitor (process {self._vmm.pid if self._vmm else 0}) has ended before all of "
+            f"its memory was there"
+        ))  # fmt: skip
+
+    # ---- pages ---------------------------------------------------------------------------
+
+    def _layout(self, *, first: bool) -> messages.Layout:
+        assert self._memory is not None and self._faults is not None
+        runs = sorted((r.first, r.pages) for r in self._memory.regions)
+        return messages.Layout(
+            self._memory.regions[0].page_size, [r[0] for r in runs], [r[1] for r in runs],
+            b"" if first else self._faults.received.packed()[0],
+        )  # fmt: skip
+
+    def _expect(self, serving: messages.Serving) -> None:
+        """What is to come; all else of what is mapped is zero."""
+        assert self._memory is not None and self._faults is not None
+        try:
+            runs: Runs = (np.array(serving.starts, np.int64), np.array(serving.counts, np.int64))
+        except OverflowError as e:
+            raise RemoteProtocolError("pages that make no sense") from e
+        block = self._blocks[0]
+        if len(runs[0]) != len(runs[1]) or not check_runs(runs, block.pages):
+            raise RemoteProtocolError("pages outside of what was asked for")
+        mapped = np.zeros(block.pages, np.uint8)
+        for region in self._memory.regions:
+            mapped[region.first : region.first + region.pages] = 1
+        wanted = np.zeros(block.pages, np.uint8)
+        for first, count in zip(serving.starts, serving.counts, strict=True):
+            wanted[first : first + count] = 1
+        if (wanted > mapped).any():
+            raise RemoteProtocolError("pages that nobody asked for")
+        host = block.spec.page_size // PAGE_SIZE
+        if host > 1:
+            groups = wanted[: len(wanted) // host * host].reshape(-1, host)
+            if (groups.any(axis=1) != groups.all(axis=1)).any():
+                raise RemoteProtocolError("parts of host pages")
+        self._faults.received.expect(0, runs_of(np.flatnonzero(wanted)))
+
+    async def _start_workers(self, serving: messages.Serving, workers: int) -> None:
+        assert self._faults is not None
+        n = len(serving.endpoints)
+        if not 1 <= n == len(serving.tokens) == workers <= messages.MAX_WORKERS:
+            raise RemoteProtocolError("the channels do not match what was offered")
+        if self._counters is not None and self._counters.workers != n:
+            raise RemoteProtocolError("the source has another number of channels than before")
+        if self._counters is None:
+            self._counters = self.statistics.counters = Counters(n)
+        where = str(self.endpoint.sibling(serving.urgent[0]))
+        await self._faults.relink(serving.urgent[1], where)
+        self._pool = Pool("receiver", self._counters, self._on_job, self._fail)
+        writing = context().Lock()
+        self._ready = asyncio.Queue()
+        await self._pool.start(
+            receiver.main,
+            [
+                receiver.ReceiverJob(
+                    self._blocks, self._counters, str(self.endpoint.sibling(endpoint)), token,
+                    [True], writing, self._faults.for_receivers(), installing=True, dial=True,
+                )
+                for endpoint, token in zip(serving.endpoints, serving.tokens, strict=True)
+            ],
+        )  # fmt: skip
+        for _ in range(n):
+            await self._ready.get()
+
+    def _on_job(self, worker: Worker, job: jobs.AnyJob) -> None:
+        if isinstance(job, jobs.Ready):
+            self._ready.put_nowait(job.endpoint)
+        else:
+            self._fail(RemoteProtocolError(f"{worker!r} said {job!r}"))
+
+    async def _watch(self) -> None:
+        while True:
+            assert self._pool is not None and self._faults is not None
+            self._pool.check()
+            if self._faults.pool is not None:
+                self._faults.pool.check()
+            self._progress()
+            await asyncio.sleep(_WATCH_SECONDS)
+
+    def _progress(self) -> None:
+        if self.on_progress is not None:
+            try:
+                self.on_progress(self.query())
+            except Exception:
+                _log.exception("the progress callback failed")
+
+    async def _drop_workers(self) -> None:
+        if self._faults is not None and self.status is not Status.COMPLETED:
+            self._faults.unlink()
+        if self._pool is not None:
+            await self._pool.close()
+
+    async def _close(self) -> None:
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+        self._listener.close()
+        if self._pool is not None:
+            await self._pool.close()
+        if self._faults is not None:
+            await self._faults.stop()
+        faults = self._faults.pool if self._faults is not None else None
+        self.statistics.remember_processes(self._pool, faults)
+        if self._faults is not None:
+            self.statistics.extra |= self._faults.report()
+            self.statistics.urgent = self._faults.close()
+            self._faults = None
+        if self._counters is not None:
+            self.statistics.counters = self._counters.freeze()
+            self._counters.close()
+        if self._memory is not None:
+            self._memory.close()
+        if self._vmm is not None:
+            self._vmm.close()
+        self._nothing.close()
