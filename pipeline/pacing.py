@@ -16,6 +16,10 @@ from dataclasses import dataclass
 
 from ..transport.pages import PAGE_SIZE
 
+# A queue of a free background is a millisecond at the least: what TCP keeps below itself (TCP small
+# queues, Documentation/networking/ip-sysctl.rst). A wait of fewer times the latency that is
+# wanted is the processor's, and pacing does not help against that.
+_QUEUE = 7
 # Shares of the link's rate that a paced background gets: at first, and at the least.
 SHARE, LEAST = 0.9, 0.8
 _LESS = 0.05
@@ -91,14 +95,14 @@ class Pacer:
         return self._pace()
 
     def _decide(self, last: Sample, sample: Sample) -> None:
-        waits = self._waits(last, sample)
         if self.share:
-            self._while_paced(sample.now, waits)
+            self._while_paced(sample.now, self._wait(last, sample) > self._latency)
             return
         self._measured = max(self._measured, self._rate(last, sample))
         if sample.now - self._since >= self._need or not self.link:
             self.link = max(self._measured, 1.0)
-        if waits and sample.now - self._since >= self._need:
+        queued = self._wait(last, sample) > _QUEUE * self._latency
+        if queued and sample.now - self._since >= self._need:
             self.share, self._since = SHARE, sample.now
 
     def _while_paced(self, now: float, waits: bool) -> None:
@@ -114,12 +118,12 @@ class Pacer:
     def _let_go(self, now: float, need: float) -> None:
         self.share, self._since, self._need, self._measured = 0.0, now, need, 0.0
 
-    def _waits(self, last: Sample, sample: Sample) -> bool:
-        """True if requests waited behind the background for longer than they may."""
+    def _wait(self, last: Sample, sample: Sample) -> float:
+        """Seconds that requests waited on the wire beyond the shortest, on average."""
         n = sample.answered - last.answered
         if n < _REQUESTS:
-            return False
-        return (sample.on_wire - last.on_wire) / n - sample.shortest > self._latency
+            return 0.0
+        return (sample.on_wire - last.on_wire) / n - sample.shortest
 
     def _rate(self, last: Sample, sample: Sample) -> float:
         """Bytes a second; time in which senders stood aside says nothing of the link."""

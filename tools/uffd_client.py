@@ -142,7 +142,8 @@ def main() -> None:
     options = parser.parse_args()
     with open(options.image, "rb") as f:
         image = f.read()
-    memory = Memory(len(image), options.huge)
+    page = _HUGE if options.huge else _PAGE
+    memory = Memory(len(image) // page * page, options.huge)
     if options.misbehave:
         misbehave(options.socket, options.misbehave, memory)
         return

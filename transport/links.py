@@ -214,6 +214,8 @@ class UrgentLink(Protocol):
     """
 
     broken: bool
+    # Look even if `fd` is not readable: with ZeroMQ anything that is sent may hide what came.
+    eager: bool
 
     @property
     def connected(self) -> bool:
@@ -243,6 +245,7 @@ class ZmqLink:
     (0: as they are): two of their hand-overs are in every request."""
 
     broken = False  # libzmq connects again by itself
+    eager = True
 
     def __init__(self, priority: int) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -308,8 +311,11 @@ class DirectLink:
     """The urgent channel over a connection of its own, without libzmq's threads in between: each
     message a length (u32) and its bytes. The peer says the token first; who does not is dropped."""
 
+    eager = False
+
     def __init__(self) -> None:
         self.broken = False
+        self._drained = False  # the last read took all there was
         self._epoll = select.epoll()
         self._listening: socket.socket | None = None
         self._endpoint: Endpoint | None = None
@@ -426,6 +432,9 @@ class DirectLink:
             message = self._next()
             if message is not None:
                 return message
+            if self._drained:
+                self._drained = False
+                return None
             if self._peer is None and not self._accept():
                 return None
             if not self._read():
@@ -454,6 +463,7 @@ class DirectLink:
             self._drop()
             return False
         self._input += data
+        self._drained = len(data) < _READ
         return True
 
     def _next(self) -> bytes | None:

@@ -27,8 +27,9 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+import msgspec
 import xxhash
 
 from .errors import LocalProtocolError, RemoteProtocolError
@@ -62,8 +63,7 @@ class Kind(enum.IntEnum):
 _REQUEST, _PAGE, _ZERO, _ELSEWHERE, _PLACED = (int(kind) for kind in Kind)
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(msgspec.Struct, frozen=True, gc=False):
     """A message that is intact. `payload` points into what was received."""
 
     kind: int
@@ -72,7 +72,7 @@ class Message:
     count: int
     number: int
     held: int
-    payload: Buffer
+    payload: Any
 
 
 def encode(
@@ -116,8 +116,7 @@ def decode(data: Buffer) -> Message | None:
     return Message(kind, block, page, count, number, held, payload)
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True, gc=False):
     """The destination waits for the host page at `page` of `block`."""
 
     number: int
@@ -184,8 +183,7 @@ class Answering(Generic[T]):
         return encode(_ELSEWHERE, request.number, request.block, request.page)
 
 
-@dataclass(frozen=True, slots=True)
-class Page(Generic[T]):
+class Page(msgspec.Struct, Generic[T], frozen=True):
     """The host page that was asked for, with what `ask` was given. Empty `content`: zeros. Install
     it, then call `placed`."""
 
@@ -193,7 +191,7 @@ class Page(Generic[T]):
     token: T
     block: int
     page: int
-    content: Buffer
+    content: Any  # a buffer
     held: int
 
 

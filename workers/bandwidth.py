@@ -33,11 +33,21 @@ class Bandwidth:
         if not 0 <= rate < 1 << 60:
             raise UsageError("max-bandwidth is out of range")
         self._segment = Segment(16, "bandwidth")
+        self._words: Any = None
         self.set_rate(rate)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_words": None}
+
+    def _clock(self) -> Any:
+        """Rate and clock, mapped once: a memoryview costs a tenth of an array."""
+        if self._words is None:
+            self._words = memoryview(self._segment.array(np.int64, 2).data)
+        return self._words
 
     def set_rate(self, rate: int) -> None:
         """Coordinator only. Takes effect with the next frame."""
-        self._segment.array(np.uint64, 1)[0] = rate
+        self._clock()[0] = rate
 
     def renew_lock(self, lock: Any) -> None:
         """Coordinator, while there is no sender: whoever held the old one may be dead."""
@@ -45,7 +55,7 @@ class Bandwidth:
 
     @property
     def rate(self) -> int:
-        return int(self._segment.array(np.uint64, 1)[0])
+        return int(self._clock()[0])
 
     def reserve(self, size: int, burst_ns: int = BURST_NS) -> int:
         """Nanoseconds to wait before `size` bytes may be sent; they are booked already."""
@@ -55,13 +65,14 @@ class Bandwidth:
         if not self._lock.acquire(timeout=_LOCK_SECONDS):
             raise WorkerDied("a sender died while it held the bandwidth lock")
         try:
-            clock = self._segment.array(np.int64, 1, 8)
+            words = self._clock()
             now = time.monotonic_ns()
-            begin = max(int(clock[0]), now - burst_ns)
-            clock[0] = begin + size * 1_000_000_000 // rate
+            begin = max(words[1], now - burst_ns)
+            words[1] = begin + size * 1_000_000_000 // rate
         finally:
             self._lock.release()
-        return max(0, begin - now)
+        return max(0, int(begin) - now)
 
     def close(self) -> None:
+        self._words = None
         self._segment.close()

@@ -121,6 +121,8 @@ class BatchMaker:
         return Batch(0, zero, runs_of(pages), NO_RUNS, [flat(content)])
 
     def _packed(self, zero: Runs, pages: Pages, content: npt.NDArray[np.uint64]) -> Batch:
+        if self.choice is not None and self.choice.choose(1.0) == "none":
+            return self._raw(zero, pages, content)  # whatever they look like
         good = compressible_pages(content.view(np.uint8).reshape(-1, PAGE_SIZE))
         n_good = int(np.count_nonzero(good))
         name = self._name

@@ -27,7 +27,7 @@ from ..transport.urgent import Elsewhere, Page, Requesting
 from . import jobs
 from .counters import Counters
 from .guests.base import ArmedMemory, Region
-from .kernel.userfaultfd import Fault, Removed, read_messages, unregister, wake
+from .kernel.userfaultfd import READ_MESSAGES, Fault, Removed, read_messages, unregister, wake
 from .latency import Latency
 from .placing import ARRIVAL, GuestPlacer
 from .priority import FIFO, FIFO_PRIORITY, become_urgent, collect_seldom
@@ -41,7 +41,14 @@ ASK_AGAIN_SECONDS = 1.0
 _REPORT_SECONDS = 0.005
 _REPORT_PAGES = 32
 _ARRIVALS = 256
+# Turns of the loop between two looks at the clock.
+_TURNS = 16
 _LOCK_SECONDS = 5.0
+
+
+_SUMMED = (
+    "requests", "ask_ns", "normal", "duplicate", "wire_bytes", "held_ns", "install_ns", "answered",
+)  # fmt: skip
 
 
 @dataclass
@@ -95,6 +102,8 @@ class FaultProcess:
         self.wanted: dict[tuple[int, int], _Wanted] = {}
         self.link: UrgentLink | None = None
         self.poll = select.poll()
+        self.arrivals = job.arrivals.fileno()
+        self.sums = dict.fromkeys(_SUMMED, 0)  # added to the counters now and then
         self.armed = True
         self.took = 0  # what the last answer was on the wire, nanoseconds
         self.looked = self.reported = time.monotonic()
@@ -104,25 +113,36 @@ class FaultProcess:
         collect_seldom()
         self.row.set("priority", rank)
         self.priority = FIFO_PRIORITY if rank == FIFO else 0
-        os.set_blocking(self.job.arrivals.fileno(), False)
-        for fd in (self.desk.pipe.fileno(), self.uffd, self.job.arrivals.fileno()):
+        os.set_blocking(self.arrivals, False)
+        for fd in (self.desk.pipe.fileno(), self.uffd, self.arrivals):
             self.poll.register(fd, select.POLLIN)
         self._link(self.job.listen, self.job.token, dial=self.job.dial)
         # whoever was read by a process before this one sleeps and is told of no more
         for region in self.job.memory.regions:
             wake(self.uffd, region.address, region.pages * PAGE_SIZE)
         try:
-            ready = {self.desk.pipe.fileno(), self.uffd, self.job.arrivals.fileno()}
-            while self.desk.pipe.fileno() not in ready or self._commands():
-                # faults first: each turn of the loop is a part of somebody's sleep
-                if self.uffd in ready:
-                    self._faults()
-                self._answers()
-                if self.job.arrivals.fileno() in ready:
-                    self._arrivals()
-                self._look_after()
-                ready = {fd for fd, _ in self.poll.poll(self._patience() * 1000)}
+            pipe, arrivals, uffd = self.desk.pipe.fileno(), self.arrivals, self.uffd
+            ready = [(pipe, 0), (uffd, 0), (arrivals, 0)]
+            turns = 0
+            while True:
+                for fd, _ in ready:
+                    # faults first, where there are: each turn is a part of somebody's sleep
+                    if fd == uffd:
+                        self._faults()
+                    elif fd == arrivals:
+                        self._arrivals()
+                    elif fd != pipe:
+                        self._answers()
+                    elif not self._commands():
+                        return
+                if self.link is not None and self.link.eager:
+                    self._answers()
+                turns += 1
+                if not ready or turns % _TURNS == 0:
+                    self._look_after()
+                ready = self.poll.poll(self._patience() * 1000)
         finally:
+            self._report()
             self._unlink()
 
     def _patience(self) -> float:
@@ -181,7 +201,9 @@ class FaultProcess:
     # ---- faults --------------------------------------------------------------------------
 
     def _faults(self) -> None:
-        while self.armed and (self._read() or self.backlog):
+        more = self.armed
+        while more:
+            more = self._read()
             came = time.monotonic_ns()
             while self.backlog:
                 found = self.placer.map.locate(self.backlog.popleft().address)
@@ -189,7 +211,7 @@ class FaultProcess:
                     self._fault(*found, came)
 
     def _read(self) -> bool:
-        """Take what the kernel says; True if there was something."""
+        """Take what the kernel says; True if there may be more."""
         lock = self.job.removing
         if lock is None:
             events = read_messages(self.uffd)
@@ -204,7 +226,7 @@ class FaultProcess:
             finally:
                 lock.release()
         self.backlog.extend(event for event in events if isinstance(event, Fault))
-        return bool(events)
+        return len(events) == READ_MESSAGES
 
     def _while_changing(self) -> None:
         """The guest waits for its removal to be read."""
@@ -241,8 +263,8 @@ class FaultProcess:
         if wanted.asked:
             self.row.add("asked_again", 1)
         else:
-            self.row.add("requests", 1)
-            self.row.add("ask_ns", now - wanted.since)
+            self.sums["requests"] += 1
+            self.sums["ask_ns"] += now - wanted.since
         wanted.asked = now
 
     def _removed(self, event: Removed) -> None:
@@ -297,11 +319,12 @@ class FaultProcess:
         now = time.monotonic_ns()
         self.took = max(1, came - answer.token.asked - answer.held)
         self.session.placed(answer.number)
-        self.row.add("normal" if len(answer.content) else "duplicate", host)
-        self.row.add("wire_bytes", len(answer.content))
-        self.row.add("held_ns", answer.held)
-        self.row.add("install_ns", now - came)
-        self.row.add("answered", 1)
+        sums = self.sums
+        sums["normal" if len(answer.content) else "duplicate"] += host
+        sums["wire_bytes"] += len(answer.content)
+        sums["held_ns"] += answer.held
+        sums["install_ns"] += now - came
+        sums["answered"] += 1
         self._close(block, page, now)
 
     def _close(self, block: int, page: int, now: int) -> None:
@@ -320,7 +343,7 @@ class FaultProcess:
     def _arrivals(self) -> None:
         """What receivers say they installed."""
         try:
-            data = os.read(self.job.arrivals.fileno(), ARRIVAL.size * _ARRIVALS)
+            data = os.read(self.arrivals, ARRIVAL.size * _ARRIVALS)
         except BlockingIOError:
             return
         for block, page, when in ARRIVAL.iter_unpack(data):
@@ -344,6 +367,10 @@ class FaultProcess:
                 self._ask(wanted)
 
     def _report(self, *, also_nothing: bool = False) -> None:
+        for name, amount in self.sums.items():
+            if amount:
+                self.row.add(name, amount)
+                self.sums[name] = 0
         while self.link is not None and (self.session.unsaid or also_nothing):
             also_nothing = False
             if not self.link.send(self.session.report()):

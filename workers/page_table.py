@@ -50,6 +50,10 @@ class PageTable:
         self._lock = lock
         self._offsets = np.concatenate(([0], np.cumsum(pages))).tolist()
         self._segment = Segment(max(1, sum(pages)), "pagetable")
+        self._views: dict[int, Bytes8] = {}  # of a process that claims
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_views": {}}
 
     def view(self, block: int) -> Bytes8:
         """The bytes of one block, writable. Mind the rules above."""
@@ -66,11 +70,18 @@ class PageTable:
         With host pages above 4 KiB, `first` and `most` are multiples of one, and the states of
         its pages are always the same.
         """
-        view = self.view(block)
+        view = self._views.get(block)
+        if view is None:
+            view = self._views[block] = self.view(block)
+        # Looked for without the lock: held by somebody whom nobody lets run, it would stop the
+        # postcopy process. What is DIRTY may be taken meanwhile; nothing becomes DIRTY again.
+        found = candidates(view, first, count, most)
+        if not len(found):
+            return found
         if not self._lock.acquire(timeout=_LOCK_SECONDS):
             raise WorkerDied("a process died while it claimed pages")
         try:
-            return claim(view, first, count, most)
+            return claim(view, found)
         finally:
             self._lock.release()
 
@@ -124,9 +135,23 @@ class PageTable:
         self._segment.close()
 
 
-def claim(table: Bytes8, first: int, count: int, most: int) -> Pages:
-    """The claim itself, on the bytes of one block: the caller holds the lock."""
-    part = table[first : first + count]
-    found = np.flatnonzero(part == DIRTY)[:most]
-    part[found] = IN_FLIGHT
-    return (found + first).astype(np.int64, copy=False)
+def candidates(table: Bytes8, first: int, count: int, most: int) -> Pages:
+    """The first `most` DIRTY pages of a stretch, as they are now."""
+    # nearly always they are the next ones
+    if (table[first : first + min(most, count)] == DIRTY).all():
+        return np.arange(first, first + min(most, count), dtype=np.int64)
+    return np.flatnonzero(table[first : first + count] == DIRTY)[:most] + first
+
+
+def claim(table: Bytes8, found: Pages) -> Pages:
+    """The claim itself, on the bytes of one block; the caller holds the lock. Those of `found` that
+    are still DIRTY, now IN_FLIGHT."""
+    first, last = int(found[0]), int(found[-1]) + 1
+    if last - first == len(found):
+        part = table[first:last]
+        if (part == DIRTY).all():
+            part[:] = IN_FLIGHT
+            return found
+    found = found[table[found] == DIRTY]
+    table[found] = IN_FLIGHT
+    return found

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ..transport.errors import LocalProtocolError, PeerLost, RemoteProtocolError
+from ..transport.errors import LocalProtocolError, PeerLost, RemoteProtocolError, SourceError
 from ..transport.links import parse_endpoint, short, urgent_link
 from ..transport.pages import PAGE_SIZE
 from ..transport.urgent import MAX_HOST_PAGES, Answering, Placed, Request
@@ -75,7 +75,6 @@ class PostcopyProcess:
         self.session: Answering[_Sent] = Answering()
         self.flag = Writer(job.preemption)
         self.tables = [memoryview(job.table.view(i).data) for i in range(len(job.blocks))]
-        self.maps = [memoryview(block.file.mapping()) for block in job.blocks]
         self.under_way: dict[int, _Sent] = {}  # by page_key
         self.unsent: deque[bytes] = deque()
         self.finishing = False
@@ -90,15 +89,16 @@ class PostcopyProcess:
         self.poll.register(self.desk.pipe.fileno(), select.POLLIN)
         self.desk.say(jobs.Ready())
         try:
-            while self._commands():
+            pipe, ready = self.desk.pipe.fileno(), [(self.desk.pipe.fileno(), 0)]
+            while True:
+                if (not ready or ready[0][0] == pipe or self.finishing) and not self._commands():
+                    return
                 self._serve()
                 wait = _RETRY_SECONDS if self.unsent else HEARTBEAT_SECONDS
-                self.poll.poll(wait * 1000)
+                ready = self.poll.poll(wait * 1000)
         finally:
             self.flag.open(0)
             self.link.close()
-            for view in self.maps:
-                view.release()
 
     def _commands(self) -> bool:
         """Jobs of the coordinator; False when told to stop."""
@@ -139,6 +139,9 @@ class PostcopyProcess:
                     opened = True
                     self.flag.open(1)
                 self._answer(event, came)
+                self.row.add("requests", 1)
+                if event.took:
+                    self._took(event.took)
             elif isinstance(event, Placed):
                 for sent in event.tokens:
                     self._placed(sent)
@@ -147,9 +150,6 @@ class PostcopyProcess:
 
     def _answer(self, request: Request, came: int) -> None:
         block, first, count = self._host_page(request)
-        self.row.add("requests", 1)
-        if request.took:
-            self._took(request.took)
         key = page_key(block, first)
         if self.job.route is not None:
             os.write(self.job.route.fileno(), ROUTED.pack(block, first))
@@ -192,10 +192,12 @@ class PostcopyProcess:
         return request.block, request.page, min(host, block.pages - request.page)
 
     def _content(self, block: int, first: int, count: int) -> bytes:
-        """A copy: the guest stands still, but a page is small and a view is not."""
+        """Read, not mapped: a page that was never touched through a mapping is a fault first."""
         ram = self.job.blocks[block]
-        at = ram.start + first * PAGE_SIZE
-        return bytes(self.maps[block][at : at + count * PAGE_SIZE])
+        content = os.pread(ram.file.fd, count * PAGE_SIZE, ram.start + first * PAGE_SIZE)
+        if len(content) != count * PAGE_SIZE:
+            raise SourceError(f"{ram.file.name} has become shorter")
+        return content
 
     def _send(self, data: bytes) -> None:
         if self.unsent or not self.link.send(data):

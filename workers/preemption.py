@@ -51,7 +51,7 @@ class Reader:
     """A sender's look at it."""
 
     def __init__(self, preemption: Preemption) -> None:
-        self._words = preemption.words()
+        self._words = memoryview(preemption.words().data)
 
     @property
     def request_open(self) -> bool:
@@ -59,7 +59,7 @@ class Reader:
 
     def in_front(self, key: int) -> bool:
         """True if somebody waits for this host page."""
-        return bool((self._words[_FRONT : _FRONT + FRONT] == key).any())
+        return key in self._words[_FRONT : _FRONT + FRONT].tolist()
 
     @property
     def piece_pages(self) -> int:

@@ -10,7 +10,7 @@ import os
 FIFO_PRIORITY = 50
 _NICE = -15
 # Background of a postcopy: whoever else wants the processor goes first.
-BACKGROUND_NICE = 0
+BACKGROUND_NICE = 10
 # As counters carry it.
 NORMAL, NICE, FIFO = 0, 1, 2
 NAMES = {NORMAL: "normal", NICE: f"nice {_NICE}", FIFO: f"SCHED_FIFO {FIFO_PRIORITY}"}

@@ -39,7 +39,7 @@ from ..transport.links import (
     short,
     unbind,
 )
-from ..transport.pages import NO_RUNS, PAGE_SIZE, Pages, runs_of
+from ..transport.pages import NO_RUNS, PAGE_SIZE, Pages, runs_of, total_pages
 from ..transport.wire import MAX_RUNS, Frame, Kind, encode_data
 from . import jobs
 from .bandwidth import Bandwidth
@@ -274,23 +274,25 @@ class Sender:
             if not len(pages):
                 break
             at = int(pages[-1]) + 1
-            if self._reader(job.block).zero(pages).all():
-                ahead = min(ahead * 2, _MOST_AHEAD)
+            if len(pages) > piece and self._reader(job.block).zero(pages).all():
                 self._send_zero(extent, job.block, pages)
+                ahead = min(ahead * 2, _MOST_AHEAD)
             else:
-                ahead = 1
-                self._send_claimed(extent, job.block, pages, piece)
+                zeros = self._send_claimed(extent, job.block, pages, piece)
+                ahead = 2 if zeros == len(pages) else 1
         extent.all_sent = True
         self._answer(extent)
 
-    def _send_claimed(self, extent: _Extent, block: int, pages: Pages, piece: int) -> None:
+    def _send_claimed(self, extent: _Extent, block: int, pages: Pages, piece: int) -> int:
         """Send pages that are ours, standing aside between two pieces, unless somebody waits for
-        just these."""
+        just these; how many are zero."""
         assert self.preemption is not None
+        zeros = 0
         for at in range(0, len(pages), piece):
             if at:
                 self._my_turn(self.preemption, piece, page_key(block, int(pages[0])))
-            self._send_batch(extent, block, pages[at : at + piece], live=False)
+            zeros += self._send_batch(extent, block, pages[at : at + piece], live=False)
+        return zeros
 
     def _piece(self, preemption: Reader) -> int:
         return self.job.batch_pages if self.job.route is not None else preemption.piece_pages
@@ -358,10 +360,13 @@ class Sender:
         if extent.all_sent and extent.waiting == 0:
             self.desk.say(jobs.ExtentDone(extent.lost))
 
-    def _send_batch(self, extent: _Extent, block: int, pages: Pages, live: bool) -> None:
+    def _send_batch(self, extent: _Extent, block: int, pages: Pages, live: bool) -> int:
+        """Send a batch; how many of its pages are zero."""
         content = self._reader(block).read(pages, copy=live)
         hashes = page_hashes(content) if self.job.hashes is not None else None
-        self._send(extent, block, pages, hashes, self.maker.make(pages, content))
+        batch = self.maker.make(pages, content)
+        self._send(extent, block, pages, hashes, batch)
+        return total_pages(batch.zero)
 
     def _send(self, extent: _Extent, block: int, pages: Pages, hashes: Any, batch: Batch) -> None:
         """Send one frame, when credit and bandwidth allow."""
@@ -394,7 +399,7 @@ class Sender:
         self._store(self._table(sent.block), sent.pages, IN_FLIGHT)
         sent.extent.waiting += 1
         self.channel.sent(sent, batch.size + meta, len(sent.pages))
-        zero = int(batch.zero[1].sum())
+        zero = total_pages(batch.zero)
         self.row.add("duplicate", zero)
         self.row.add("normal", len(sent.pages) - zero)
         self.row.add("wire_bytes", batch.size + meta)

@@ -270,7 +270,7 @@ def test_zero_pages_have_no_payload(codec):
     assert (batch.codec, batch.payload, batch.size) == (0, [], 0)
     assert pages_of(batch.zero).tolist() == [3, 4, 9]
     assert unpack(batch, Decoders()) == {n: bytes(PAGE_SIZE) for n in (3, 4, 9)}
-    assert not row._array.any()
+    assert not any(row._array)
 
 
 @pytest.mark.parametrize("codec", CODEC_NAMES)

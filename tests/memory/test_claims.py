@@ -20,13 +20,30 @@ examples = settings(max_examples=80, deadline=None, derandomize=True, database=N
 states = st.sampled_from([CLEAN, DIRTY, IN_FLIGHT])
 
 
+class Lock:
+    """A lock for which somebody else may be a little faster: `meanwhile` runs before it is taken."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self.meanwhile = None
+
+    def acquire(self, *arguments, **options):
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return self._lock.acquire(*arguments, **options)
+
+    def release(self):
+        self._lock.release()
+
+
 @pytest.fixture
 def make():
     """Makes tables that are closed at the end; a test must drop its views itself."""
     made = []
 
     def make_table(*pages):
-        made.append(PageTable(list(pages), threading.Lock()))
+        made.append(PageTable(list(pages), Lock()))
         return made[-1]
 
     yield make_table
@@ -79,6 +96,38 @@ def test_what_is_claimed_cannot_be_claimed_again(make):
         assert not table.claim_one(view, 2, 1)
     assert table.claim(0, 0, 8, 8).tolist() == [4, 5, 6, 7]
     assert table.claim(0, 0, 8, 8).tolist() == []
+
+
+@pytest.mark.parametrize("taken", [(0,), (1,), (0, 1), (0, 1, 2), (2, 5)])
+def test_pages_that_go_while_a_claim_waits_for_the_lock(make, taken):
+    """None of them is claimed twice; and nothing is said to be left of a range that has more."""
+    table = make(8)
+    table.view(0)[:] = DIRTY
+
+    def meanwhile():
+        with memoryview(table.view(0).data) as view:
+            assert all(table.claim_one(view, page, 1) for page in taken)
+
+    table._lock.meanwhile = meanwhile
+    claimed, left = [], list(taken)
+    while len(pages := table.claim(0, 0, 8, 2)):
+        claimed += pages.tolist()
+    assert sorted(claimed + left) == list(range(8))
+
+
+@pytest.mark.parametrize("host", [2, 4])
+def test_a_host_page_that_goes_bit_by_bit_before_ones_eyes(make, host):
+    """Half of it still looks free when the claim begins: no other is claimed by halves for it."""
+    table = make(4 * host)
+    table.view(0)[:] = DIRTY
+    table.view(0)[: host // 2] = IN_FLIGHT  # who claims it is at this point
+
+    def meanwhile():
+        table.view(0)[:host] = IN_FLIGHT
+
+    table._lock.meanwhile = meanwhile
+    claimed = table.claim(0, 0, 4 * host, host).tolist()
+    assert claimed == list(range(host, 2 * host))
 
 
 def test_a_process_that_died_with_the_lock(make, monkeypatch):
@@ -180,7 +229,8 @@ class ClaimMachine(RuleBasedStateMachine):
 
     @initialize(dirty=st.lists(st.integers(0, sum(BLOCKS) - 1), min_size=1, unique=True))
     def begin(self, dirty):
-        self.table = PageTable(BLOCKS, threading.Lock())
+        self.lock = Lock()
+        self.table = PageTable(BLOCKS, self.lock)
         self.received = Received(BLOCKS)
         self.memory = {}  # at the destination: what was installed
         self.before = set()  # what was there before anything was missing
@@ -232,8 +282,18 @@ class ClaimMachine(RuleBasedStateMachine):
         if self.senders[i].extent is None and self.extents:
             self.senders[i].extent = self.extents.popleft()
 
-    @rule(i=senders, piece=st.integers(1, 6))
-    def claim(self, i, piece):
+    @rule(i=senders, piece=st.integers(1, 6), others_first=st.booleans())
+    def claim(self, i, piece, others_first=False):
+        """`others_first`: requests are answered between its look and its claim."""
+        self.lock.meanwhile = self.answer_all if others_first else None
+        self.claim_now(i, piece)
+        self.lock.meanwhile = None
+
+    def answer_all(self):
+        while self.requests:
+            self.answer()
+
+    def claim_now(self, i, piece):
         sender = self.senders[i]
         if sender.extent is None or sender.claimed:
             return
@@ -394,7 +454,8 @@ class ClaimMachine(RuleBasedStateMachine):
         wanted = self.wanted
         if with_the_lock:
             self.table._lock.acquire()
-        self.table.renew_lock(threading.Lock())
+        self.lock = Lock()
+        self.table.renew_lock(self.lock)
         for block, bits in enumerate(self.received.packed()):
             self.table.resume(block, unpack(bits, BLOCKS[block]))
         self.connect()

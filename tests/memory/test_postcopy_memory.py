@@ -213,6 +213,8 @@ def test_a_page_has_a_word_of_its_own(a, b):
     """Never 0, which stands for none, and never too large for a word."""
     assert (page_key(*a) == page_key(*b)) == (a == b)
     assert 0 < page_key(*a) < 2**64
+    # blocks follow each other: the last page there can be is below the next block's first
+    assert page_key(a[0], MAX_BLOCK_SIZE // PAGE_SIZE - 1) < page_key(a[0] + 1, 0)
 
 
 def test_the_words_between_postcopy_process_and_senders():

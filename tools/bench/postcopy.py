@@ -407,7 +407,9 @@ def _tables(plan: Plan, bench: _Bench) -> str:
     size = format_bytes(plan.size)
     if bench.rows:
         title = f"postcopy from the beginning, {size} of random bytes, touched at random"
-        parts += [f"{title}\n{_all_runs(bench.rows)}\n{_LEGEND}", _summary(bench.rows)]
+        parts.append(f"{title}\n{_all_runs(bench.rows)}\n{_LEGEND}")
+    if any(row.run is not None for row in bench.rows):
+        parts.append(_summary(bench.rows))
     if plan.breakdown and any(row.run is not None and row.run.parts for row in bench.rows):
         parts.append(_breakdown(bench.rows))
     if bench.background:

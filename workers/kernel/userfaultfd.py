@@ -40,7 +40,7 @@ _USER_MODE_ONLY = 1
 _MESSAGE = struct.Struct("<BxxxxxxxQQQ")
 _EVENT_PAGEFAULT, _EVENT_REMOVE, _EVENT_UNMAP = 0x12, 0x15, 0x16
 # Messages a read takes.
-_READ_MESSAGES = 64
+READ_MESSAGES = 64
 
 
 def create(*, user_mode_only: bool = False) -> int:
@@ -141,9 +141,9 @@ class Removed:
 
 
 def read_messages(uffd: int) -> list[Fault | Removed]:
-    """What waits at the descriptor; empty if nothing does."""
+    """What waits at the descriptor; empty if nothing does. Fewer than READ_MESSAGES are all."""
     try:
-        data = os.read(uffd, _MESSAGE.size * _READ_MESSAGES)
+        data = os.read(uffd, _MESSAGE.size * READ_MESSAGES)
     except BlockingIOError:
         return []
     found: list[Fault | Removed] = []

@@ -1,0 +1,219 @@
+"""A snapshot restored lazily: a monitor hands over its userfaultfd, pages come from afar."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import PAGE, Running, until
+from helpers import pageferry as run
+
+HUGE = Path("/proc/sys/vm/nr_hugepages")
+
+
+@pytest.fixture
+def snapshot(tmp_path):
+    """16 MiB: random, text, zeros and holes."""
+    draw = random.Random(3)
+    path = tmp_path / "vm.mem"
+    with open(path, "wb") as f:
+        f.truncate(16 << 20)
+        for at in range(0, 12 << 20, 1 << 20):
+            f.seek(at)
+            f.write(draw.randbytes(600 * 1024) + b"some text " * 20_000 + bytes(64 * 1024))
+    return path
+
+
+@contextlib.contextmanager
+def monitor_process(path, snapshot, *options):
+    """The example client: behaves as Firecracker does, or not."""
+    command = [
+        sys.executable, "-m", "pageferry.tools.uffd_client", "--socket", str(path),
+        "--image", str(snapshot), *options,
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def restoring(source, path, *options):
+    with Running("restore", str(source), "--uffd-socket", str(path), "--json", *options) as it:
+        until(lambda: os.path.exists(path) or it.process.poll() is not None, "listening")
+        yield it
+
+
+def whole(restore, monitor):
+    """Both ends satisfied."""
+    verdict = json.loads(monitor.stdout.readline())
+    code, out, err = restore.finish()
+    assert code == 0, err
+    assert verdict["wrong-pages"] == 0
+    assert monitor.wait(30) == 0
+    report = json.loads(out)
+    assert report["status"] == "completed"
+    return report
+
+
+@pytest.mark.parametrize("options", [(), ("--regions", "1"), ("--second-descriptor",)])
+def test_from_an_image_here(snapshot, tmp_path, options):
+    path = tmp_path / "u"
+    with restoring(f"image:{snapshot}", path) as restore:
+        with monitor_process(path, snapshot, *options) as monitor:
+            report = whole(restore, monitor)
+    assert report["postcopy-requests"] > 0
+    assert not path.exists()
+
+
+def test_memory_given_back_meanwhile_reads_as_zero(snapshot, tmp_path):
+    """A balloon inflates while pages arrive: nothing stale comes back."""
+    path = tmp_path / "u"
+    with Running(
+        "serve", f"image:{snapshot}", "--listen", f"ipc://{tmp_path}/s", "--json",
+        "--max-postcopy-bandwidth", "20MB",
+    ) as server:  # fmt: skip
+        endpoint = json.loads(server.line())["endpoint"]
+        for seed in range(3):
+            with restoring(endpoint, path) as restore:
+                options = ("--remove", "400", "--seed", str(seed))
+                with monitor_process(path, snapshot, *options) as monitor:
+                    whole(restore, monitor)
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "ipc"])
+def test_several_destinations_at_once(snapshot, tmp_path, scheme):
+    listen = "tcp://127.0.0.1:0" if scheme == "tcp" else f"ipc://{tmp_path}/s"
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(
+            Running("serve", f"image:{snapshot}", "--listen", listen, "--json", "--codec", "zstd")
+        )
+        endpoint = json.loads(server.line())["endpoint"]
+        pairs = []
+        for i in range(3):
+            path = tmp_path / f"u{i}"
+            restore = stack.enter_context(restoring(endpoint, path))
+            monitor = stack.enter_context(monitor_process(path, snapshot, "--seed", str(i)))
+            pairs.append((restore, monitor))
+        for restore, monitor in pairs:
+            whole(restore, monitor)
+        told = [json.loads(server.process.stdout.readline()) for _ in pairs]
+        assert {line["status"] for line in told} == {"completed"}
+
+
+def test_the_source_goes_and_comes_back(snapshot, tmp_path):
+    """Killed in the middle and started again: the guest sleeps and goes on."""
+    listen, path = f"ipc://{tmp_path}/s", tmp_path / "u"
+    slow = ("--max-postcopy-bandwidth", "3MB")
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(
+            Running("serve", f"image:{snapshot}", "--listen", listen, "--json", *slow)
+        )
+        first.line()
+        restore = stack.enter_context(restoring(listen, path))
+        monitor = stack.enter_context(monitor_process(path, snapshot))
+        restore.error_line("postcopy:")
+        first.process.send_signal(signal.SIGTERM)
+        first.finish()
+        restore.error_line("paused")
+        second = stack.enter_context(
+            Running("serve", f"image:{snapshot}", "--listen", listen, "--json")
+        )
+        second.line()
+        whole(restore, monitor)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["garbage", "no-descriptor", "silent", "gone", "overlap", "outside", "odd-pages",
+     "huge-number"],
+)  # fmt: skip
+def test_nonsense_is_turned_away_and_the_next_is_served(snapshot, tmp_path, kind):
+    path = tmp_path / "u"
+    with restoring(f"image:{snapshot}", path) as restore:
+        with monitor_process(path, snapshot, "--misbehave", kind) as bad:
+            restore.error_line("turned away")
+            bad.wait(30)
+        with monitor_process(path, snapshot) as monitor:
+            report = whole(restore, monitor)
+    assert report["turned-away"] == 1
+
+
+def test_a_monitor_that_dies_ends_it(snapshot, tmp_path):
+    path = tmp_path / "u"
+    with Running(
+        "serve", f"image:{snapshot}", "--listen", f"ipc://{tmp_path}/s", "--json",
+        "--max-postcopy-bandwidth", "1MB",
+    ) as server:  # fmt: skip
+        endpoint = json.loads(server.line())["endpoint"]
+        with restoring(endpoint, path) as restore:
+            with monitor_process(path, snapshot, "--die-after", "100") as monitor:
+                monitor.wait(30)
+                code, out, err = restore.finish()
+        assert code == 4
+        assert "has ended before" in err
+        assert json.loads(out)["error"]["class"] == "DestinationError"
+        ended = json.loads(server.line())
+        assert ended["error"]["class"] == "PeerLost"
+
+
+def test_nobody_serves(tmp_path, snapshot):
+    missing = run("restore", f"ipc://{tmp_path}/nobody", "--uffd-socket", str(tmp_path / "u"))
+    assert missing.returncode == 5
+    assert not (tmp_path / "u").exists()
+
+
+def test_only_images_are_served(tmp_path):
+    refused = run("serve", "demo:", "--listen", f"ipc://{tmp_path}/s")
+    assert refused.returncode == 2
+    assert "only image: is served" in refused.stderr
+
+
+def test_a_socket_path_that_is_taken(tmp_path, snapshot):
+    (tmp_path / "u").write_text("precious")
+    refused = run("restore", f"image:{snapshot}", "--uffd-socket", str(tmp_path / "u"))
+    assert refused.returncode == 4
+    assert (tmp_path / "u").read_text() == "precious"
+
+
+@pytest.fixture
+def huge_pages():
+    before = HUGE.read_text()
+    try:
+        HUGE.write_text("40")
+    except OSError:
+        pytest.skip("huge pages cannot be reserved here (needs root)")
+    if int(HUGE.read_text()) < 16:
+        HUGE.write_text(before)
+        pytest.skip("there is no contiguous memory left for huge pages")
+    yield
+    HUGE.write_text(before)
+
+
+def test_pages_of_2_mib_are_installed_whole(snapshot, tmp_path, huge_pages):
+    path = tmp_path / "u"
+    with restoring(f"image:{snapshot}", path) as restore:
+        with monitor_process(path, snapshot, "--huge", "--remove", "2") as monitor:
+            report = whole(restore, monitor)
+    assert report["postcopy-already-there"] == 0
+    assert sum(report["pages-by-channel"]) % 512 == 0
+
+
+def test_the_tail_of_a_snapshot_that_is_no_whole_page_is_not_mapped(tmp_path):
+    """A monitor maps whole pages: what it maps must be in the snapshot."""
+    odd = tmp_path / "odd"
+    odd.write_bytes(os.urandom(10 * PAGE + 100))
+    path = tmp_path / "u"
+    with restoring(f"image:{odd}", path) as restore:
+        with monitor_process(path, odd, "--misbehave", "outside"):
+            restore.error_line("turned away")
+        restore.process.send_signal(signal.SIGINT)
+        code, _, _ = restore.finish()
+    assert code == 130
+    assert not path.exists()
