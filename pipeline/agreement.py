@@ -9,14 +9,20 @@ import uuid
 
 from .._version import __version__
 from ..transport.errors import PeerRefused
-from ..transport.messages import MAX_BLOCK_SIZE, MAX_BLOCKS, MAX_WORKERS, PROTOCOL, Block, Hello
+from ..transport.messages import (
+    DIRECT,
+    MAX_BLOCK_SIZE,
+    MAX_BLOCKS,
+    MAX_WORKERS,
+    POSTCOPY,
+    PROTOCOL,
+    Block,
+    Hello,
+)
 from ..transport.pages import PAGE_SIZE
 from ..transport.urgent import MAX_HOST_PAGES
 from ..transport.wire import MAX_BATCH_PAGES
-from ..workers.guests.base import POSTCOPY
 
-# The urgent channel is a connection of its own, not ZeroMQ's.
-DIRECT = "postcopy-direct"
 CAPABILITIES = {POSTCOPY, DIRECT}
 # Host pages that can exist: 4 KiB to 1 GiB.
 _LARGEST_HOST_PAGE = 1 << 30

@@ -15,15 +15,14 @@ from typing import Any
 
 from ..transport.errors import LocalProtocolError
 from ..transport.links import TOS_BULK
+from ..transport.messages import DIRECT, POSTCOPY
 from ..workers import jobs, postcopy, sender
 from ..workers.bandwidth import Bandwidth
 from ..workers.counters import Counters, FrozenCounters
-from ..workers.guests.base import POSTCOPY
 from ..workers.page_table import PageTable
 from ..workers.pool import Pool, Worker
 from ..workers.preemption import Preemption
 from ..workers.ram import RamBlock
-from .agreement import DIRECT
 from .crew import Crew, extents
 from .pacing import Pacer, Sample
 from .parameters import Parameters

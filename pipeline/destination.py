@@ -34,7 +34,7 @@ from ..transport.errors import (
     UsageError,
 )
 from ..transport.links import Endpoint, bind, unbind
-from ..transport.messages import MAX_WORKERS
+from ..transport.messages import DIRECT, MAX_WORKERS
 from ..transport.pages import PAGE_SIZE, Runs, check_runs
 from ..transport.session import Role
 from ..workers import jobs, receiver
@@ -43,7 +43,7 @@ from ..workers.digest import block_digest, part_count
 from ..workers.forking import context
 from ..workers.guests.base import POSTCOPY, DestinationGuest
 from ..workers.pool import Pool, Worker
-from .agreement import DIRECT, check_hello
+from .agreement import check_hello
 from .blocking import Blocking, to_its_end
 from .control import Control
 from .faults import Faults

@@ -16,10 +16,10 @@ import json
 import mmap
 import os
 import random
-import socket
 import sys
 import time
 
+from ..workers.guests.handover import hand_over
 from ..workers.kernel import userfaultfd
 from ..workers.placing import address_of
 
@@ -58,17 +58,6 @@ class Memory:
             }
             for a, b in itertools.pairwise(edges)
         ]
-
-
-def hand_over(path: str, message: bytes, descriptors: list[int]) -> socket.socket:
-    """Connect and send; the connection is kept."""
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(path)
-    if descriptors:
-        socket.send_fds(connection, [message], descriptors)
-    elif message:
-        connection.sendall(message)
-    return connection
 
 
 def read_all(memory: Memory, image: bytes, seed: int, remove: int) -> tuple[int, list[float]]:

@@ -21,7 +21,7 @@ states = st.sampled_from([CLEAN, DIRTY, IN_FLIGHT])
 
 
 class Lock:
-    """A lock for which somebody else may be a little faster: `meanwhile` runs before it is taken."""
+    """A lock that somebody else may get first: `meanwhile` runs before it is taken."""
 
     def __init__(self):
         self._lock = threading.Lock()

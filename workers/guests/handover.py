@@ -34,11 +34,18 @@ class Mapping(msgspec.Struct, frozen=True):
     page_size: int
 
 
+def hand_over(path: str, message: bytes, descriptors: list[int]) -> socket.socket:
+    """Guest or monitor: connect to `path` and say `message`; the connection, to be kept or closed."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(path)
+    if message:
+        socket.send_fds(connection, [message], descriptors)
+    return connection
+
+
 def send_mappings(path: str, mappings: list[Mapping], descriptors: list[int]) -> None:
     """Guest: connect to `path` and hand over."""
-    with socket.socket(socket.AF_UNIX) as s:
-        s.connect(path)
-        socket.send_fds(s, [msgspec.json.encode(mappings)], descriptors)
+    hand_over(path, msgspec.json.encode(mappings), descriptors).close()
 
 
 def decode_mappings(data: bytes, descriptors: list[int]) -> list[Mapping]:
