@@ -24,7 +24,7 @@ from .._version import __version__
 from ..transport import messages
 from ..transport.errors import (
     Cancelled,
-    DestinationError,
+    GuestGone,
     LocalProtocolError,
     PageferryError,
     PeerLost,
@@ -93,6 +93,7 @@ class Arrival:
         self._faults: Faults | None = None
         self._postcopy = False  # the source named what is to come after the guest runs
         self._pausing: asyncio.Task[None] | None = None
+        self._early: BaseException | None = None
 
     def __repr__(self) -> str:
         return f"<Arrival {self.hello.uuid} {self.status.value}>"
@@ -121,10 +122,17 @@ class Arrival:
         and the source has been told nothing to the contrary. In postcopy what breaks is a pause."""
         if not self._committed:
             self._end(error)
-        elif self.status in IN_POSTCOPY and isinstance(error, DestinationError):
-            self._end(_lost(error))  # the guest is gone
+        elif self.status in IN_POSTCOPY and isinstance(error, GuestGone):
+            self._end(_lost(error))
         elif self.status in (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER):
             self._pause(error)
+        elif self.status is Status.DEVICE and self._early is None:
+            self._early = error  # a pause, once it is known that the guest runs
+
+    @property
+    def starting(self) -> bool:
+        """The guest was told to run, and has not said that it does."""
+        return self._committed and self.status is Status.DEVICE
 
     def abandon(self, error: BaseException) -> None:
         """Nobody waits for the rest of a postcopy any more: the guest is thrown away."""
@@ -302,6 +310,8 @@ class Arrival:
                 await self.control.say(messages.Digests(await self._digest()))
             case messages.DeviceState():
                 self._become(Status.DEVICE)
+                if message.postcopy != self._postcopy:
+                    raise RemoteProtocolError("pages are missing, and nobody says postcopy")
                 if message.postcopy:
                     await self._install_from_now_on()
                 await self._call(
@@ -326,6 +336,8 @@ class Arrival:
         if self._postcopy:
             self.statistics.running = time.monotonic()
             self._become(Status.POSTCOPY_ACTIVE)
+            if self._early is not None:
+                self.fail(self._early)
             return
         self._complete()
 
@@ -371,8 +383,7 @@ class Arrival:
 
     async def _install_from_now_on(self) -> None:
         """Receivers write no file any more: what comes is installed in the guest."""
-        if not self._postcopy or self._pool is None:
-            raise RemoteProtocolError("a postcopy in which nothing is missing")
+        assert self._pool is not None
         self.statistics.postcopy = True
         self.statistics.stopped = time.monotonic()
         self._pool.say_all(jobs.Postcopy())
@@ -392,21 +403,31 @@ class Arrival:
         _log.warning("postcopy paused: %s", error)
         self.statistics.extra["paused-because"] = str(error)
         self._become(Status.POSTCOPY_PAUSED)
-        self._pausing = asyncio.get_running_loop().create_task(self._let_go())
+        # what belongs to the connection is taken here and now: another may come at once
+        tasks, self._tasks = self._tasks, []
+        letting_go = self._let_go(str(error), self._pausing, tasks, self.control, self._pool)
+        self._pausing = asyncio.get_running_loop().create_task(letting_go)
 
-    async def _let_go(self) -> None:
-        """Drop everything that used the connection."""
-        mine = asyncio.current_task()
-        tasks, self._tasks = [task for task in self._tasks if task is not mine], []
-        with contextlib.suppress(PageferryError, zmq.ZMQError):
-            await self.control.pause(PeerLost(self.statistics.extra["paused-because"]))
+    async def _let_go(
+        self,
+        reason: str,
+        before: asyncio.Task[None] | None,
+        tasks: list[asyncio.Task[Any]],
+        control: Control,
+        pool: Pool | None,
+    ) -> None:
+        """Drop everything that used a connection, once the one before is dropped."""
+        if before is not None:
+            await before
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(PageferryError, zmq.ZMQError):
+            await control.pause(PeerLost(reason))
         if self._faults is not None:
             self._faults.unlink()
-        if self._pool is not None:
-            await self._pool.close()
+        if pool is not None:
+            await pool.close()
 
     def resume(self, message: messages.Resume, control: Control) -> None:
         """The source is back, on a new connection."""
@@ -422,7 +443,7 @@ class Arrival:
         assert self._faults is not None and self._counters is not None
         await control.say(messages.Ping(0))
         if self._pausing is not None:
-            await self._pausing
+            await asyncio.shield(self._pausing)
         self._task(control.keep_alive())
         token = secrets.token_bytes(16)
         urgent = await self._faults.relink(token)
@@ -479,6 +500,9 @@ class Arrival:
             self.error = self.error or PageferryError("interrupted")
             self.status = Status.FAILED
             steps = [self._abort, self._discard_guest, self._stop_receivers]
+            if self._starting is not None:
+                # it may have begun to run: the source is told that it does not when it cannot
+                steps = [self._discard_guest, self._abort, self._stop_receivers]
         for step in steps:
             try:
                 await step()
@@ -662,6 +686,12 @@ class Destination:
             and identity[:16] == self._identity[:16]
             and len(identity) > 16
         )
+        if arrival is not None and arrival.hello.uuid == message.uuid and arrival.starting:
+            self._refuse(control, PeerRefused(
+                "the guest is just being started at the destination: recover again in a moment",
+                field="uuid",
+            ))  # fmt: skip
+            return
         if not known or arrival is None:
             self._refuse(control, PeerRefused(
                 "the destination knows of no postcopy that waits for this source: if the guest "

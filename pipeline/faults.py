@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,6 +23,10 @@ from ..workers.pool import Pool, Worker
 from ..workers.ram import RamBlock
 from ..workers.received import Received, Waiting
 from ..workers.receiver import ArmedGuest
+from ..workers.segments import Segment
+
+# A fault process that does not answer for this long is replaced.
+RELINK_SECONDS = 5.0
 
 
 class Faults:
@@ -47,6 +52,8 @@ class Faults:
         self.received = Received([block.pages for block in blocks])
         self._waiting = Waiting()
         self._latency = Latency()
+        # not 0 while what the guest gave back is read and not yet marked
+        self._reading = Segment(8, "reading")
         ends = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(ends[1], False)
         self._arrivals = Connection(ends[0], writable=False)
@@ -64,11 +71,12 @@ class Faults:
             self._blocks, self._memory, self.received, self._waiting, self._arrivals,
             self._latency, self.counters, dial or self._listen, token,
             self._direct, bool(dial), self._removing,
+            self._reading,
         )  # fmt: skip
         self._answers = asyncio.Queue()
         self.pool = Pool("fault", self.counters, self._on_job, self._on_failure)
         await self.pool.start(fault.main, [job])
-        return await self._ready()
+        return await self._ready(token)
 
     def _on_job(self, worker: Worker, job: jobs.AnyJob) -> None:
         if isinstance(job, jobs.Unlink):
@@ -76,15 +84,27 @@ class Faults:
         else:
             self._answers.put_nowait(job)
 
-    async def _ready(self) -> str:
-        answer = await self._answers.get()
-        if not isinstance(answer, jobs.Ready):
-            raise LocalProtocolError(f"the fault process said {answer!r}")
-        return answer.endpoint
+    async def _ready(self, token: bytes) -> str:
+        """Wait for the answer to the job with `token`; others are of jobs that nobody waits for any
+        more."""
+        while True:
+            answer = await self._answers.get()
+            if not isinstance(answer, jobs.Ready):
+                raise LocalProtocolError(f"the fault process said {answer!r}")
+            if answer.token == token:
+                return answer.endpoint
+
+    @property
+    def killed(self) -> bool:
+        return self.pool is not None and self.pool.killed
 
     @property
     def alive(self) -> bool:
         return self.pool is not None and self.pool.alive
+
+    def renew_lock(self, lock: Any) -> None:
+        """While there is no receiver and no fault process: whoever held the old one may be dead."""
+        self._removing = lock
 
     def unlink(self) -> None:
         """The source is gone: go on with what can be done alone."""
@@ -98,13 +118,18 @@ class Faults:
             return await self.start(token, dial)
         assert self.pool is not None
         self.pool.say_all(jobs.Relink(token, dial))
-        return await self._ready()
+        try:
+            return await asyncio.wait_for(self._ready(token), RELINK_SECONDS)
+        except TimeoutError:
+            await self.stop()  # it does not move any more: another one takes its place
+            return await self.start(token, dial)
 
     async def finish(self) -> None:
         """All pages are here: catch nothing any more."""
         assert self.pool is not None
-        self.pool.say_all(jobs.Finish())
-        await self._ready()
+        token = secrets.token_bytes(8)
+        self.pool.say_all(jobs.Finish(token))
+        await self._ready(token)
 
     def latency(self) -> list[int]:
         return self._latency.numbers()
@@ -133,7 +158,8 @@ class Faults:
     def close(self) -> FrozenCounters:
         """Give the shared memory back; the last numbers."""
         frozen = self.counters.freeze()
-        for part in (self.counters, self.received, self._waiting, self._latency):
+        parts = (self.counters, self.received, self._waiting, self._latency, self._reading)
+        for part in parts:
             part.close()
         self._arrivals.close()
         self._tell.close()

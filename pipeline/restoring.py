@@ -25,13 +25,12 @@ from .._version import __version__
 from ..transport import messages
 from ..transport.errors import (
     ConnectError,
-    DestinationError,
+    GuestGone,
     PageferryError,
     PeerLost,
     PeerRefused,
     RemoteProtocolError,
     SourceError,
-    WorkerDied,
 )
 from ..transport.links import Endpoint, connect, probe
 from ..transport.messages import Block
@@ -56,8 +55,6 @@ _RETRY_SECONDS = 1.0
 _WATCH_SECONDS = 0.25
 _MAX_MAPPINGS = 1024
 _HUGE = 2 << 20
-# What another attempt may help against.
-_PASSING = (PeerLost, ConnectError, WorkerDied, RemoteProtocolError)
 _log = logging.getLogger("pageferry")
 M = TypeVar("M", bound=messages.Message)
 
@@ -126,8 +123,12 @@ class Restoring:
         self._counters: Counters | None = None
         self._pool: Pool | None = None
         self._failure: asyncio.Future[None] | None = None
+        self._dead: GuestGone | None = None  # the monitor has ended
+        self._wake = asyncio.Event()
+        self._snapshot = ""  # what the first offer was of
         self._ready: asyncio.Queue[str] = asyncio.Queue()
         self._attempts = 0
+        self._locks_may_be_held = False
         self._run: asyncio.Task[Any] | None = None
 
     def __repr__(self) -> str:
@@ -178,11 +179,14 @@ class Restoring:
         self._become(Status.SETUP)
         try:
             await self._restore()
-        except PageferryError as e:
+        except Exception as e:
+            error = (
+                e if isinstance(e, PageferryError) else PageferryError(f"{type(e).__name__}: {e}")
+            )
             self.status = Status.FAILED
             await to_its_end(self._close())
-            e.data["report"] = self._last_report()
-            raise
+            error.data["report"] = self._last_report()
+            raise error from e
         except asyncio.CancelledError:
             self.status = Status.FAILED
             await to_its_end(self._close())
@@ -209,13 +213,18 @@ class Restoring:
     async def _restore(self) -> None:
         while True:
             try:
+                if self._dead is not None:
+                    raise self._dead
                 await self._connection()
                 return
-            except _PASSING as e:
+            except GuestGone:
+                raise
+            except PageferryError as e:
                 if self._memory is None:
                     raise  # nobody depends on us yet
                 self._pause(e)
-            await asyncio.sleep(_RETRY_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), _RETRY_SECONDS)
 
     def _pause(self, error: PageferryError) -> None:
         if self.status is Status.POSTCOPY_RECOVER or self.status is Status.POSTCOPY_ACTIVE:
@@ -302,6 +311,7 @@ class Restoring:
     async def _fill(
         self, control: Control, heard: asyncio.Queue[messages.AnyMessage], offer: messages.Offer
     ) -> None:
+        self._check(offer)
         if self._memory is None:
             await self._meet_the_monitor(offer)
         layout = self._layout(first=self.status is Status.SETUP)
@@ -334,13 +344,25 @@ class Restoring:
         await self._faults.finish()
         await control.say(messages.Ended(self._faults.latency(), self._faults.statistics()))
 
+    def _check(self, offer: messages.Offer) -> None:
+        """An offer, and that it is of the snapshot that the guest began with."""
+        if len(offer.blocks) != 1 or not 1 <= offer.blocks[0].size <= messages.MAX_BLOCK_SIZE:
+            raise RemoteProtocolError("an offer of something that is no snapshot")
+        if not 1 <= offer.workers <= messages.MAX_WORKERS:
+            raise RemoteProtocolError(f"an offer of {offer.workers} channels")
+        if self._snapshot and offer.uuid != self._snapshot:
+            raise PeerRefused(
+                f"{self.endpoint} serves another snapshot now: serve the one that the guest began "
+                f"with there again",
+                field="uuid",
+            )
+        self._snapshot = offer.uuid
+
     # ---- the monitor ---------------------------------------------------------------------
 
     async def _meet_the_monitor(self, offer: messages.Offer) -> None:
         """Wait until a monitor hands over its guest's memory; who hands over nonsense is turned
         away and the next is welcome."""
-        if len(offer.blocks) != 1:
-            raise RemoteProtocolError(f"a snapshot of {len(offer.blocks)} blocks")
         spec = offer.blocks[0]
         while self._memory is None:
             connection = await self._accept()
@@ -405,18 +427,27 @@ class Restoring:
         """Its death ends everything, at once."""
         assert self._vmm is not None
         loop = asyncio.get_running_loop()
+        if not self._vmm.pid:  # of another pid namespace: only its connection tells
+            loop.add_reader(self._vmm.fileno(), self._monitor_died)
+            return
         try:
             self._pidfd = os.pidfd_open(self._vmm.pid)
         except OSError as e:
-            raise DestinationError("the monitor is gone") from e
+            raise GuestGone("the monitor has ended right after its handover") from e
         loop.add_reader(self._pidfd, self._monitor_died)
 
     def _monitor_died(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        self._fail(DestinationError(
-            f"the monitor (process {self._vmm.pid if self._vmm else 0}) has ended before all of "
-            f"its memory was there"
-        ))  # fmt: skip
+        assert self._vmm is not None
+        loop = asyncio.get_running_loop()
+        if self._pidfd >= 0:
+            loop.remove_reader(self._pidfd)
+        else:
+            loop.remove_reader(self._vmm.fileno())
+        self._dead = GuestGone(
+            f"the monitor (process {self._vmm.pid}) has ended before all of its memory was there"
+        )
+        self._wake.set()
+        self._fail(self._dead)
 
     # ---- pages ---------------------------------------------------------------------------
 
@@ -462,6 +493,11 @@ class Restoring:
             raise RemoteProtocolError("the source has another number of channels than before")
         if self._counters is None:
             self._counters = self.statistics.counters = Counters(n)
+        if self._locks_may_be_held:
+            # a worker that was killed may have taken the lock along
+            await self._faults.stop()
+            self._faults.renew_lock(context().Lock())
+            self._locks_may_be_held = False
         where = str(self.endpoint.sibling(serving.urgent[0]))
         await self._faults.relink(serving.urgent[1], where)
         self._pool = Pool("receiver", self._counters, self._on_job, self._fail)
@@ -503,12 +539,16 @@ class Restoring:
                 _log.exception("the progress callback failed")
 
     async def _drop_workers(self) -> None:
-        if self._faults is not None and self.status is not Status.COMPLETED:
-            self._faults.unlink()
         if self._pool is not None:
             await self._pool.close()
+            self._locks_may_be_held |= self._pool.killed
+        if self._faults is not None:
+            self._locks_may_be_held |= self._faults.killed
+            self._faults.unlink()
 
     async def _close(self) -> None:
+        if self._vmm is not None:
+            asyncio.get_running_loop().remove_reader(self._vmm.fileno())
         if self._pidfd >= 0:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)

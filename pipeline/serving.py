@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+import xxhash
 import zmq
 import zmq.asyncio
 
@@ -57,8 +58,19 @@ MAX_DESTINATIONS = 64
 # A destination that was offered memory may wait for its monitor for as long as it says that it
 # lives; one that says nothing at all is gone.
 WATCH_SECONDS = 0.25
+_SAMPLED_PAGES = 2048
 _log = logging.getLogger("pageferry")
 M = TypeVar("M", bound=messages.Message)
+
+
+def snapshot_id(block: RamBlock) -> str:
+    """What tells one snapshot from another: of its size and of pages all over it, so that a copy of
+    it on another host has the same."""
+    state = xxhash.xxh3_128(str(block.size).encode())
+    step = max(1, block.pages // _SAMPLED_PAGES)
+    for page in range(0, block.pages, step):
+        state.update(block.read(page * PAGE_SIZE, PAGE_SIZE))
+    return str(uuid.UUID(bytes=state.digest()))
 
 
 class Pulled:
@@ -71,8 +83,10 @@ class Pulled:
         endpoint: Endpoint,
         parameters: Parameters,
         control: Control,
+        snapshot: str,
     ) -> None:
         self.name = name
+        self._snapshot = snapshot
         self.endpoint = endpoint
         self.parameters = parameters
         self.control = control
@@ -124,9 +138,12 @@ class Pulled:
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not serving.done():
-                await self._say_paused()
                 self._failure.result()
             return serving.result()
+        except PageferryError as e:
+            with contextlib.suppress(PageferryError, zmq.ZMQError):
+                await self._say(e)
+            raise
         finally:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
@@ -134,11 +151,16 @@ class Pulled:
                 self._failure.exception()
             await to_its_end(self._close())
 
-    async def _say_paused(self) -> None:
-        error = self._failure.exception()
-        if isinstance(error, PageferryError):
-            with contextlib.suppress(PageferryError, zmq.ZMQError):
-                await self.control.pause(error)
+    async def _say(self, error: PageferryError) -> None:
+        """Tell the destination that this connection is over."""
+        if self.control.session.may_pause:
+            await self.control.pause(error)
+        else:
+            await self.control.abort(error)
+
+    def end(self) -> None:
+        """The server ends."""
+        self._fail(PeerLost("the server has ended"))
 
     async def _next(self, kind: type[M]) -> M:
         message = await self._heard.get()
@@ -150,7 +172,7 @@ class Pulled:
         self._task(self.control.keep_alive())
         await self.control.say(
             messages.Offer(
-                __version__, str(uuid.uuid4()), [b.spec for b in self._guest.blocks],
+                __version__, self._snapshot, [b.spec for b in self._guest.blocks],
                 self.parameters.workers,
             )
         )  # fmt: skip
@@ -276,6 +298,7 @@ class Server:
             raise SourceError("only a raw memory image that nobody writes can be served")
         self._only = only
         self._guest = guest
+        self._snapshot = snapshot_id(guest.blocks[0])
         self._parameters = replace(parameters, postcopy="now").checked()
         self._on_end = on_end or (lambda name, report, error: None)
         self._pulled: dict[bytes, Pulled] = {}
@@ -309,9 +332,12 @@ class Server:
                 else:
                     await self._greet(identity, data)
         finally:
-            for task in self._running:
-                task.cancel()
-            await asyncio.gather(*self._running, return_exceptions=True)
+            for pulled in self.destinations:
+                pulled.end()
+            await to_its_end(self._wait_for_all())
+
+    async def _wait_for_all(self) -> None:
+        await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _greet(self, identity: bytes, data: bytes) -> None:
         async def transmit(answer: bytes) -> None:
@@ -333,7 +359,9 @@ class Server:
             await control.say(messages.Refused(PeerRefused.__name__, "serve", problem))
             return
         self._count += 1
-        pulled = Pulled(str(self._count), self._guest, self.endpoint, self._parameters, control)
+        pulled = Pulled(
+            str(self._count), self._guest, self.endpoint, self._parameters, control, self._snapshot
+        )
         self._pulled[identity] = pulled
         task = asyncio.get_running_loop().create_task(self._serve(identity, pulled))
         self._running.add(task)

@@ -231,6 +231,9 @@ class Source:
                     case core.SendRun():
                         # Said here and now, not in a task that may never begin: the core and
                         # the session must agree on whether it was said.
+                        if not self._control.session.may_send(messages.Run):
+                            # the destination gave up just now; its word for it is in the queue
+                            continue
                         said = self._control.say_now(messages.Run())
                         self._task(self._confirm(said), link=True)
                     case _:
@@ -640,7 +643,10 @@ class Source:
         if len(answer.received) != len(self.guest.blocks):
             raise RemoteProtocolError("Resumed does not match what was asked for")
         for i, bits in enumerate(answer.received):
-            self._table.resume(i, unpack(bits, self.guest.blocks[i].pages))
+            block = self.guest.blocks[i]
+            self._table.resume(i, unpack(bits, block.pages))
+            if block.spec.page_size > PAGE_SIZE:
+                self._table.whole_host_pages(i, block.spec.page_size // PAGE_SIZE)
         await self._open(answer.endpoints, answer.tokens, answer.urgent)
         self.statistics.extra.pop("paused-because", None)
         self.statistics.extra["recoveries"] = self.statistics.extra.get("recoveries", 0) + 1

@@ -6,6 +6,7 @@
     ├── SourceError                     3   the source cannot be opened, read or tracked
     ├── DestinationError                4   the destination cannot be written
     │   ├── DestinationTooSmall
+    │   ├── GuestGone
     │   └── NoSpace
     ├── ConnectError                    5   nobody answers at the address, or somebody else does
     ├── PeerRefused                     6   the peer said no: `field` names what does not match
@@ -73,6 +74,10 @@ class DestinationError(PageferryError):
 
 class DestinationTooSmall(DestinationError):
     """the destination is smaller than the source"""
+
+
+class GuestGone(DestinationError):
+    """the guest at the destination has ended"""
 
 
 class NoSpace(DestinationError):

@@ -37,6 +37,7 @@ CONNECT_SECONDS = 5.0
 # A direct link's read, and what it keeps for a peer that does not take it.
 _READ = 1 << 18
 _MOST_OUTPUT = 8 << 20
+_MOST_STRANGERS = 16
 # What routers and queues on the way may go by (RFC 4594): bulk is AF11, urgent AF22. Linux' own
 # pfifo_fast and prio put the first behind everything and the second before (bits 0x08 and 0x10).
 TOS_BULK, TOS_URGENT = 0x28, 0x50
@@ -322,6 +323,7 @@ class DirectLink:
         self._peer: socket.socket | None = None
         self._token = b""
         self._known = False  # the peer has said the token
+        self._strangers: dict[socket.socket, bytearray] = {}  # connected, token not yet said
         self._input = bytearray()
         self._output = bytearray()
 
@@ -344,6 +346,8 @@ class DirectLink:
             self._listening.bind(address)
             self._listening.listen(4)
         except OSError as e:
+            self._listening.close()
+            self._listening = None
             raise DestinationError(f"cannot listen at {endpoint}: {e.strerror}") from e
         finally:
             os.umask(before)
@@ -377,7 +381,7 @@ class DirectLink:
         self._epoll.register(peer.fileno(), select.EPOLLIN)
 
     def _drop(self) -> None:
-        """The peer is gone, or is somebody else."""
+        """The peer is gone."""
         assert self._peer is not None
         self._epoll.unregister(self._peer.fileno())
         self._peer.close()
@@ -435,20 +439,66 @@ class DirectLink:
             if self._drained:
                 self._drained = False
                 return None
-            if self._peer is None and not self._accept():
-                return None
-            if not self._read():
+            if self._peer is None:
+                self._accept()
+            if self._peer is None or not self._read():
                 return None
 
-    def _accept(self) -> bool:
+    def _accept(self) -> None:
+        """Take as the peer who says the token; others wait beside, so that nobody who says nothing
+        keeps it out."""
         if self._listening is None or self.broken:
-            return False
+            return
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            while True:
+                stranger, _ = self._listening.accept()
+                stranger.setblocking(False)
+                self._strangers[stranger] = bytearray()
+                self._epoll.register(stranger.fileno(), select.EPOLLIN)
+                if len(self._strangers) > _MOST_STRANGERS:
+                    self._turn_away(next(iter(self._strangers)))
+        for stranger, said in list(self._strangers.items()):
+            self._hear(stranger, said)
+            if self._peer is not None:
+                return
+
+    def _hear(self, stranger: socket.socket, said: bytearray) -> None:
         try:
-            peer, _ = self._listening.accept()
+            data = stranger.recv(len(self._token) - len(said))
+        except BlockingIOError:
+            return
         except OSError:
-            return False
-        self._take(peer)
-        return True
+            data = b""
+        said += data
+        if not data:
+            self._turn_away(stranger)
+        elif len(said) == len(self._token):
+            if not hmac.compare_digest(said, self._token):
+                self._turn_away(stranger)
+                return
+            del self._strangers[stranger]
+            self._epoll.unregister(stranger.fileno())
+            for other in list(self._strangers):
+                self._turn_away(other)
+            self._stop_listening()
+            self._known = True
+            self._take(stranger)
+
+    def _stop_listening(self) -> None:
+        if self._listening is None or self._endpoint is None:
+            return
+        self._epoll.unregister(self._listening.fileno())
+        self._listening.close()
+        self._listening = None
+        path = self._endpoint.path
+        if path and not path.startswith("@"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def _turn_away(self, stranger: socket.socket) -> None:
+        del self._strangers[stranger]
+        self._epoll.unregister(stranger.fileno())
+        stranger.close()
 
     def _read(self) -> bool:
         """More bytes of the peer; False if there are none now."""
@@ -468,14 +518,6 @@ class DirectLink:
 
     def _next(self) -> bytes | None:
         """A whole message of what was read."""
-        if not self._known:
-            if len(self._input) < len(self._token) or self._peer is None:
-                return None
-            if not hmac.compare_digest(self._input[: len(self._token)], self._token):
-                self._drop()
-                return None
-            self._known = True
-            del self._input[: len(self._token)]
         if len(self._input) < 4:
             return None
         size = int.from_bytes(self._input[:4], "little")
@@ -488,15 +530,12 @@ class DirectLink:
         return message
 
     def close(self) -> None:
-        for sock in (self._peer, self._listening):
+        self._stop_listening()
+        for sock in (self._peer, *self._strangers):
             if sock is not None:
                 sock.close()
-        if self._listening is not None and self._endpoint is not None:
-            path = self._endpoint.path
-            if path and not path.startswith("@"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-        self._peer = self._listening = None
+        self._peer = None
+        self._strangers.clear()
         self._epoll.close()
 
 

@@ -20,8 +20,8 @@ MAX_WORKERS = 64
 MAX_BLOCK_SIZE = 1 << 46
 
 
-# Capabilities in a Hello: the guest may start before its memory has arrived; the urgent channel is a
-# connection of its own, not ZeroMQ's.
+# Capabilities in a Hello: the guest may start before its memory has arrived; the urgent channel
+# is a connection of its own, not ZeroMQ's.
 POSTCOPY, DIRECT = "postcopy-ram", "postcopy-direct"
 
 

@@ -139,6 +139,10 @@ class Session:
         self.phase = following
         return message
 
+    def may_send(self, message: type[AnyMessage]) -> bool:
+        """True if it is our turn to say it."""
+        return (self.phase, self.role, message) in TRANSITIONS
+
     @property
     def may_pause(self) -> bool:
         return (self.phase, self.role, Paused) in TRANSITIONS

@@ -109,7 +109,7 @@ def decode(data: Buffer) -> Message | None:
         size, bound = 0, MAX_HOST_PAGES
     else:
         raise RemoteProtocolError(f"urgent message of unknown kind {kind}")
-    if count > bound or (size and not count):
+    if count > bound or (kind == _PAGE and not count):
         raise RemoteProtocolError(f"urgent message of {count} pages")
     if len(payload) != size or (size and _digest(payload, _digest(head)) != total):
         return None
@@ -212,6 +212,7 @@ class Requesting(Generic[T]):
         self._open: dict[int, tuple[int, int, T]] = {}
         self._late: dict[int, tuple[int, int, T]] = {}  # asked for again since
         self._installing: set[int] = set()
+        self._first: dict[int, int] = {}  # open -> the first number for that page
         self._placed: list[int] = []
 
     def __repr__(self) -> str:
@@ -228,14 +229,17 @@ class Requesting(Generic[T]):
         if number > _MAX_NUMBER:
             raise LocalProtocolError("more requests than there are numbers")
         self._next += 1
+        first = self._first.pop(instead, number)
         self.forget(instead)
         self._open[number] = (block, page, token)
+        self._first[number] = first
         return encode(_REQUEST, number, block, page, held=took)
 
     def forget(self, number: int) -> None:
         """Nobody waits for the answer to `number` any more; it may still come."""
         if number in self._open:
             self._late[number] = self._open.pop(number)
+            self._first.pop(number, None)
 
     def receive(self, data: Buffer) -> Page[T] | Elsewhere[T] | None:
         """What the source answers; None if it is damaged: then it is asked for again.
@@ -254,6 +258,7 @@ class Requesting(Generic[T]):
         if (message.block, message.page) != (block, page):
             raise RemoteProtocolError(f"answer {message.number} with another page")
         self._open.pop(message.number, None)
+        self._first.pop(message.number, None)
         self._late.pop(message.number, None)
         if message.kind == _ELSEWHERE:
             return Elsewhere(token, block, page)
@@ -273,7 +278,7 @@ class Requesting(Generic[T]):
     def report(self) -> bytes:
         """PLACED for pages that were not yet reported, and for all that were before."""
         numbers, self._placed = self._placed[:MAX_PLACED], self._placed[MAX_PLACED:]
-        unsettled = [*self._installing, *self._placed, *list(self._open)[:1]]
+        unsettled = [*self._installing, *self._placed, *self._first.values()]
         return encode(
             _PLACED, 0, page=min(unsettled, default=self._next), count=len(numbers),
             payload=struct.pack(f"<{len(numbers)}I", *numbers),

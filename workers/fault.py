@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ..transport.errors import LocalProtocolError, WorkerDied
+import numpy as np
+
+from ..transport.errors import GuestGone, LocalProtocolError, RemoteProtocolError, WorkerDied
 from ..transport.links import UrgentLink, parse_endpoint, short, urgent_link
 from ..transport.pages import PAGE_SIZE
 from ..transport.urgent import Elsewhere, Page, Requesting
@@ -34,6 +36,7 @@ from .priority import FIFO, FIFO_PRIORITY, become_urgent, collect_seldom
 from .process import HEARTBEAT_SECONDS, Desk, run_worker
 from .ram import RamBlock
 from .received import Received, Waiting, WaitingWriter
+from .segments import Segment
 
 # An answer that stays away for this long was lost with its connection: ask again.
 ASK_AGAIN_SECONDS = 1.0
@@ -43,7 +46,8 @@ _REPORT_PAGES = 32
 _ARRIVALS = 256
 # Turns of the loop between two looks at the clock.
 _TURNS = 16
-_LOCK_SECONDS = 5.0
+_LOCK_SECONDS = 30.0
+_A_MOMENT = 0.00005
 
 
 _SUMMED = (
@@ -55,7 +59,8 @@ _SUMMED = (
 class FaultJob:
     """Everything it needs, pickled into it once. `arrivals`: the pipe from the receivers; `direct`:
     the channel is a connection of its own; `dial`: `listen` is where the source listens;
-    `removing`: a lock, if the guest may give memory back (placing.py)."""
+    `removing`: a lock, if the guest may give memory back (placing.py); `reading`: a word that is
+    not 0 while what it gave back is read and not yet marked."""
 
     blocks: list[RamBlock]
     memory: ArmedMemory
@@ -69,6 +74,7 @@ class FaultJob:
     direct: bool = False
     dial: bool = False
     removing: Any = None
+    reading: Segment | None = None
 
 
 @dataclass(slots=True)
@@ -80,6 +86,7 @@ class _Wanted:
     since: int
     asked: int = 0  # when it was asked for last; 0: not yet
     number: int = -1  # of that request
+    again: bool = False  # asked for more than once
 
 
 def main(pipe: Connection, index: int, job: FaultJob) -> None:
@@ -101,6 +108,7 @@ class FaultProcess:
         self.session: Requesting[_Wanted] = Requesting()
         self.wanted: dict[tuple[int, int], _Wanted] = {}
         self.link: UrgentLink | None = None
+        self.linked_fd = -1
         self.poll = select.poll()
         self.arrivals = job.arrivals.fileno()
         self.sums = dict.fromkeys(_SUMMED, 0)  # added to the counters now and then
@@ -109,6 +117,7 @@ class FaultProcess:
         self.looked = self.reported = time.monotonic()
 
     def run(self) -> None:
+        self._map_the_word()
         rank = become_urgent()
         collect_seldom()
         self.row.set("priority", rank)
@@ -121,29 +130,45 @@ class FaultProcess:
         for region in self.job.memory.regions:
             wake(self.uffd, region.address, region.pages * PAGE_SIZE)
         try:
-            pipe, arrivals, uffd = self.desk.pipe.fileno(), self.arrivals, self.uffd
-            ready = [(pipe, 0), (uffd, 0), (arrivals, 0)]
+            pipe = self.desk.pipe.fileno()
+            ready = [(pipe, 0), (self.uffd, 0), (self.arrivals, 0)]
             turns = 0
             while True:
                 for fd, _ in ready:
-                    # faults first, where there are: each turn is a part of somebody's sleep
-                    if fd == uffd:
-                        self._faults()
-                    elif fd == arrivals:
-                        self._arrivals()
-                    elif fd != pipe:
-                        self._answers()
-                    elif not self._commands():
+                    if fd == pipe and not self._commands():
                         return
-                if self.link is not None and self.link.eager:
-                    self._answers()
+                    self._turn(fd)
                 turns += 1
                 if not ready or turns % _TURNS == 0:
                     self._look_after()
+                if self.link is not None and self.link.eager:
+                    self._answers()  # the last before the poll: whatever was sent may hide answers
+                if self.backlog:
+                    self._faults()
                 ready = self.poll.poll(self._patience() * 1000)
         finally:
             self._report()
             self._unlink()
+
+    def _turn(self, fd: int) -> None:
+        """Do what `fd` is readable for."""
+        if fd == self.uffd:
+            self._faults()
+        elif fd == self.linked_fd:
+            self._answers()
+        elif fd == self.arrivals:
+            self._arrivals()
+
+    def _map_the_word(self) -> None:
+        """`reading`; GuestGone if a process before this one was killed at the wrong moment."""
+        if self.job.removing is not None:
+            assert self.job.reading is not None
+            self.reading = memoryview(self.job.reading.array(np.uint64, 1).data)
+            if self.reading[0]:
+                raise GuestGone(
+                    "the fault process was killed while the guest gave memory back: what that was "
+                    "is not known; end the guest and restore it again"
+                )
 
     def _patience(self) -> float:
         return _REPORT_SECONDS if self.session.unsaid else HEARTBEAT_SECONDS
@@ -162,9 +187,9 @@ class FaultProcess:
                     self._unlink()
                     where = job.endpoint or self.job.listen
                     self._link(where, job.token, dial=bool(job.endpoint))
-                case jobs.Finish():
+                case jobs.Finish() as job:
                     self._disarm()
-                    self.desk.say(jobs.Ready())
+                    self.desk.say(jobs.Ready(token=job.token))
                 case job:
                     raise LocalProtocolError(f"the fault process was told {job!r}")
         return True
@@ -177,16 +202,23 @@ class FaultProcess:
             self.link.dial(parse_endpoint(where), token)
         else:
             endpoint = short(self.link.listen(parse_endpoint(where), token))
-        self.poll.register(self.link.fd, select.POLLIN)
+        self.linked_fd = self.link.fd
+        self.poll.register(self.linked_fd, select.POLLIN)
         for wanted in self.wanted.values():
             wanted.asked, wanted.number = 0, -1
-        self.desk.say(jobs.Ready(endpoint))
+        self.desk.say(jobs.Ready(endpoint, token))
 
     def _unlink(self) -> None:
         if self.link is not None:
-            self.poll.unregister(self.link.fd)
+            if self.linked_fd >= 0:
+                self.poll.unregister(self.linked_fd)
+                self.linked_fd = -1
             self.link.close()
             self.link = None
+
+    def _broke(self) -> None:
+        self._unlink()
+        self.desk.say(jobs.Unlink())
 
     def _disarm(self) -> None:
         """Everything has arrived: what is still a hole is zero, as any hole is."""
@@ -196,6 +228,10 @@ class FaultProcess:
             self.poll.unregister(self.uffd)
             for region in self.job.memory.regions:
                 unregister(self.uffd, region.address, region.pages * PAGE_SIZE)
+            # who gave memory back just then waits until that is read
+            self._read()
+            while self.placer.changing():
+                self._while_changing()
         self._report()
 
     # ---- faults --------------------------------------------------------------------------
@@ -219,10 +255,13 @@ class FaultProcess:
             if not lock.acquire(timeout=_LOCK_SECONDS):
                 raise WorkerDied("a receiver died while it installed pages")
             try:
+                # who reads lets the guest go on: what is read and not marked would be lost with us
+                self.reading[0] = 1
                 events = read_messages(self.uffd)
                 for event in events:
                     if isinstance(event, Removed):
                         self._removed(event)
+                self.reading[0] = 0
             finally:
                 lock.release()
         self.backlog.extend(event for event in events if isinstance(event, Fault))
@@ -231,7 +270,7 @@ class FaultProcess:
     def _while_changing(self) -> None:
         """The guest waits for its removal to be read."""
         self._read()
-        os.sched_yield()
+        time.sleep(_A_MOMENT)  # not a yield: at real-time priority that lets nobody run
 
     def _fault(self, region: Region, page: int, came: int) -> None:
         host = region.page_size // PAGE_SIZE
@@ -261,6 +300,7 @@ class FaultProcess:
             return
         now = time.monotonic_ns()
         if wanted.asked:
+            wanted.again = True
             self.row.add("asked_again", 1)
         else:
             self.sums["requests"] += 1
@@ -299,17 +339,18 @@ class FaultProcess:
                 self.row.add("elsewhere", 1)
                 self._arrived(answer.block, answer.page, came)
         if link.broken:
-            self._unlink()
-            self.desk.say(jobs.Unlink())
+            self._broke()
         elif self.session.unsaid >= _REPORT_PAGES:
             self._report()
+            if link.eager:
+                self._answers()
 
     def _install(self, answer: Page[_Wanted], came: int) -> None:
         block, page = answer.block, answer.page
         region = self.placer.map.region(block, page)
         host = region.page_size // PAGE_SIZE
         if len(answer.content) not in (0, host * PAGE_SIZE):
-            raise LocalProtocolError("an answer that is no host page")
+            raise RemoteProtocolError("an answer that is no host page")
         if self.placer.view(block)[page]:
             self.placer.zero(region, page, host)  # given back meanwhile, or here already
         elif host == 1 and len(answer.content):
@@ -317,7 +358,8 @@ class FaultProcess:
         else:
             self.placer.install(block, page, host, answer.content)
         now = time.monotonic_ns()
-        self.took = max(1, came - answer.token.asked - answer.held)
+        if not answer.token.again:  # else it is not known which request this answers
+            self.took = max(1, came - answer.token.asked - answer.held)
         self.session.placed(answer.number)
         sums = self.sums
         sums["normal" if len(answer.content) else "duplicate"] += host
@@ -359,6 +401,8 @@ class FaultProcess:
         if now - self.looked < HEARTBEAT_SECONDS / 2:
             return
         self.looked = now
+        if self.link is not None and self.link.broken:
+            self._broke()
         self._report(also_nothing=True)  # makes good a report that was lost
         for wanted in list(self.wanted.values()):
             self._arrived(wanted.block, wanted.page, time.monotonic_ns())

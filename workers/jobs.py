@@ -85,15 +85,19 @@ class Finish(Job, frozen=True, tag="finish"):
     """Coordinator to fault process: all pages are here, catch nothing any more. Answered with
     Ready; to the postcopy process: say Ready when all you sent is placed."""
 
+    token: bytes = b""
+
 
 class Stop(Job, frozen=True, tag="stop"):
     """Coordinator to any: end."""
 
 
 class Ready(Job, frozen=True, tag="ready"):
-    """Worker: up; a receiver says where it listens."""
+    """Worker: up; a receiver says where it listens. `token`: of the job that this answers, where
+    an older one may have been given up."""
 
     endpoint: str = ""
+    token: bytes = b""
 
 
 class ExtentDone(Job, frozen=True, tag="extent-done"):

@@ -36,8 +36,9 @@ CLEAN, DIRTY, IN_FLIGHT = 0, 1, 2
 GROUP = 512
 # Pages counted at a time, so that 64 GiB of memory cost no 16 MiB temporary.
 _STEP = GROUP * 2048
-# Claims take microseconds: whoever holds the lock for this long is dead or stopped.
-_LOCK_SECONDS = 1.0
+# Claims take microseconds, but the holder may be one that nobody lets run. One that died is seen
+# by its coordinator, who ends the others.
+_LOCK_SECONDS = 30.0
 _CLAIMED = bytes([IN_FLIGHT]) * 512
 
 
@@ -81,6 +82,10 @@ class PageTable:
         if not self._lock.acquire(timeout=_LOCK_SECONDS):
             raise WorkerDied("a process died while it claimed pages")
         try:
+            if not (view[found] == DIRTY).all():  # somebody was faster: look again
+                found = candidates(view, first, count, most)
+                if not len(found):
+                    return found
             return claim(view, found)
         finally:
             self._lock.release()
@@ -132,6 +137,7 @@ class PageTable:
         return np.concatenate(counts) if counts else np.empty(0, np.int64)
 
     def close(self) -> None:
+        self._views.clear()
         self._segment.close()
 
 

@@ -46,6 +46,7 @@ class GuestMap:
     """From pages to guest addresses and back."""
 
     def __init__(self, regions: list[Region]) -> None:
+        self.regions = regions
         self._by_address = sorted(regions, key=lambda r: r.address)
         self._addresses = [r.address for r in self._by_address]
         self._by_page = sorted(regions, key=lambda r: (r.block, r.first))
@@ -98,6 +99,10 @@ class GuestPlacer:
         self._lock = lock
         self._on_changing = on_changing or _a_moment
 
+    def changing(self) -> bool:
+        """After all regions were unregistered: somebody still waits for an event to be read."""
+        return any(self._installer.changing(r.address) for r in self.map.regions)
+
     def view(self, block: int) -> Any:
         """Received bytes of a block."""
         if block not in self._views:
@@ -113,7 +118,7 @@ class GuestPlacer:
             n = min(end, region.first + region.pages) - at
             source = base + (at - page) * PAGE_SIZE if base else 0
             if self._lock is None:
-                self._copy(region, at, source, n * PAGE_SIZE)
+                self._copy_all(region, at, source, n * PAGE_SIZE)
                 self.view(block)[at : at + n] = b"\1" * n
             else:
                 self._install_what_is_not_removed(region, at, n, source)
@@ -125,15 +130,22 @@ class GuestPlacer:
             self.install(region.block, page, 1, content)
             return
         self._staging[:] = content
-        self._copy(region, page, self._staged, PAGE_SIZE)
+        self._copy_all(region, page, self._staged, PAGE_SIZE)
         self.view(region.block)[page] = 1
 
     def zero(self, region: Region, page: int, count: int) -> None:
         """Install zeros in a host page that is known to be zero; wakes who sleeps on it."""
+        self._copy_all(region, page, 0, count * PAGE_SIZE)
+
+    def _copy_all(self, region: Region, page: int, source: int, length: int) -> None:
+        """`_copy`, again where the kernel had to break off."""
+        done = 0
         while True:
             try:
-                self._copy(region, page, 0, count * PAGE_SIZE)
-            except MemoryChanging:
+                at = source + done if source else 0
+                self._copy(region, page + done // PAGE_SIZE, at, length - done)
+            except MemoryChanging as e:
+                done += e.done
                 self._on_changing()
             else:
                 return

@@ -83,6 +83,7 @@ class Pool:
         self._on_job = on_job
         self._on_failure = on_failure
         self._closing = False
+        self.killed = False  # a worker did not end by itself, and may have held a lock
         # name, pid and last numbers of each worker, once closed
         self.costs: list[tuple[str, int | None, dict[str, int]]] = []
         self._starting: asyncio.Future[None] | None = None
@@ -135,6 +136,7 @@ class Pool:
             self._readable(worker)
         if not worker.cause:
             worker.cause = cause_of_death(worker.process)
+            self.killed = True
             self._fail(WorkerDied(f"{worker.name} {worker.cause}", worker=worker.name))
 
     def _fail(self, error: Exception) -> None:
@@ -186,6 +188,7 @@ class Pool:
             left = max(0.0, until - time.monotonic())
             await loop.run_in_executor(None, worker.process.join, left)
             if worker.process.is_alive():
+                self.killed = True
                 worker.process.kill()
                 await loop.run_in_executor(None, worker.process.join)
             self.costs.append((worker.name, worker.process.pid, worker.numbers()))

@@ -124,14 +124,15 @@ class PostcopyProcess:
 
     def _serve(self) -> None:
         """Take every message that waits. Senders stand aside from the first request on."""
-        if not self.link.connected:
-            return
         if self.link.broken:
             raise PeerLost("the urgent channel broke")
+        if not self.link.connected:
+            return
         while self.unsent and self.link.send(self.unsent[0]):
             self.unsent.popleft()
         opened = False
-        while (data := self.link.receive()) is not None:
+        # who does not take answers asks in vain
+        while not self.unsent and (data := self.link.receive()) is not None:
             came = time.monotonic_ns()
             event = self.session.receive(data)
             if isinstance(event, Request):

@@ -76,6 +76,7 @@ class Writer:
     def __init__(self, preemption: Preemption) -> None:
         self._words = memoryview(preemption.words())
         self._next = 0
+        self.open(0)  # a process before this one may have been killed while it answered
 
     def open(self, requests: int) -> None:
         self._words[_OPEN] = requests

@@ -9,6 +9,7 @@ Python 3.13 an attach registers once more, which in one tracker changes nothing
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
@@ -78,7 +79,9 @@ class Segment:
         shm, self._shm = self._shm, None
         if self._owner:
             shm.unlink()
-        shm.close()
+        # where somebody still looks at it, the mapping goes with the last view
+        with contextlib.suppress(BufferError):
+            shm.close()
 
 
 def _attach_segment(name: str, size: int) -> Segment:

@@ -139,6 +139,7 @@ class Sender:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket: zmq.Socket[bytes] | None = None
         self.preemption: Reader | None = None  # in postcopy
+        self.answering = False
         self.again: deque[_Sent] = deque()  # in postcopy: what was lost and is still ours
         self.poller = zmq.Poller()
         self.poller.register(desk.pipe.fileno(), zmq.POLLIN)
@@ -336,7 +337,7 @@ class Sender:
 
     def _send_routed(self) -> bool:
         """Without preemption: a page that the destination waits for, next in line."""
-        if self.job.route is None or self.preemption is None:
+        if self.job.route is None or self.preemption is None or self.answering:
             return False
         try:
             data = os.read(self.job.route.fileno(), ROUTED.size)
@@ -349,7 +350,9 @@ class Sender:
         pages = self.job.table.claim(block, first, host, host)
         if len(pages):
             extent = _Extent()  # nobody asked for an answer
+            self.answering = True  # one after the other
             self._send_claimed(extent, block, pages, self.job.batch_pages)
+            self.answering = False
         return True
 
     def _send_zero(self, extent: _Extent, block: int, pages: Pages) -> None:

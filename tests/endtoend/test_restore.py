@@ -65,9 +65,11 @@ def whole(restore, monitor):
 @pytest.mark.parametrize("options", [(), ("--regions", "1"), ("--second-descriptor",)])
 def test_from_an_image_here(snapshot, tmp_path, options):
     path = tmp_path / "u"
-    with restoring(f"image:{snapshot}", path) as restore:
-        with monitor_process(path, snapshot, *options) as monitor:
-            report = whole(restore, monitor)
+    with (
+        restoring(f"image:{snapshot}", path) as restore,
+        monitor_process(path, snapshot, *options) as monitor,
+    ):
+        report = whole(restore, monitor)
     assert report["postcopy-requests"] > 0
     assert not path.exists()
 
@@ -152,10 +154,12 @@ def test_a_monitor_that_dies_ends_it(snapshot, tmp_path):
         "--max-postcopy-bandwidth", "1MB",
     ) as server:  # fmt: skip
         endpoint = json.loads(server.line())["endpoint"]
-        with restoring(endpoint, path) as restore:
-            with monitor_process(path, snapshot, "--die-after", "100") as monitor:
-                monitor.wait(30)
-                code, out, err = restore.finish()
+        with (
+            restoring(endpoint, path) as restore,
+            monitor_process(path, snapshot, "--die-after", "100") as monitor,
+        ):
+            monitor.wait(30)
+            code, out, err = restore.finish()
         assert code == 4
         assert "has ended before" in err
         assert json.loads(out)["error"]["class"] == "DestinationError"
@@ -198,9 +202,11 @@ def huge_pages():
 
 def test_pages_of_2_mib_are_installed_whole(snapshot, tmp_path, huge_pages):
     path = tmp_path / "u"
-    with restoring(f"image:{snapshot}", path) as restore:
-        with monitor_process(path, snapshot, "--huge", "--remove", "2") as monitor:
-            report = whole(restore, monitor)
+    with (
+        restoring(f"image:{snapshot}", path) as restore,
+        monitor_process(path, snapshot, "--huge", "--remove", "2") as monitor,
+    ):
+        report = whole(restore, monitor)
     assert report["postcopy-already-there"] == 0
     assert sum(report["pages-by-channel"]) % 512 == 0
 

@@ -35,7 +35,7 @@ class Mapping(msgspec.Struct, frozen=True):
 
 
 def hand_over(path: str, message: bytes, descriptors: list[int]) -> socket.socket:
-    """Guest or monitor: connect to `path` and say `message`; the connection, to be kept or closed."""
+    """Guest or monitor: connect to `path`, say `message`; the connection, to be kept or closed."""
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
     if message:
@@ -126,7 +126,13 @@ class VmmConnection:
             for fd in descriptors:
                 os.close(fd)
             raise SourceError("it went away without handing anything over")
-        return decode_mappings(data, list(descriptors)), list(descriptors)
+        mappings = decode_mappings(data, list(descriptors))
+        if os.readlink(f"/proc/self/fd/{descriptors[0]}") != "anon_inode:[userfaultfd]":
+            for fd in descriptors:
+                os.close(fd)
+            raise SourceError("the descriptor it handed over is no userfaultfd")
+        os.set_blocking(descriptors[0], False)
+        return mappings, list(descriptors)
 
     def close(self) -> None:
         """Idempotent."""

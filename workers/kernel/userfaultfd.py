@@ -23,7 +23,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from ...transport.errors import DestinationError, HostLacks
+from ...transport.errors import DestinationError, GuestGone, HostLacks
 from .libc import ioctl_raw, syscall
 
 _SYSCALL = {"x86_64": 323, "aarch64": 282}
@@ -182,6 +182,16 @@ class Installer:
         """
         return self._all(_COPY, address, source, length, step)
 
+    def changing(self, address: int) -> bool:
+        """True while somebody is changing the owner's memory map and waits for its event to be
+        read. `address`: a page of a range that is no longer registered: nothing is installed.
+
+        The kernel counts such a change up before it lets go of the map, and looks at the count
+        before anything else: so once the range is unregistered and this says False, no event
+        comes any more, and nobody waits for one to be read.
+        """
+        return self._once(_COPY, address, self._copy_at, 4096)[1] == errno.EAGAIN
+
     def zero(self, address: int, length: int, step: int) -> int:
         """Install zero pages. As `copy`; not for hugetlbfs."""
         return self._all(_ZEROPAGE, address, 0, length, step)
@@ -201,7 +211,7 @@ class Installer:
                 if n == 0:
                     raise MemoryChanging(done)
             elif error == errno.ESRCH:
-                raise DestinationError("the guest is gone: its memory cannot be filled any more")
+                raise GuestGone("the guest has ended: its memory cannot be filled any more")
             else:
                 raise DestinationError(
                     f"cannot install guest memory at {address + done:#x}: {os.strerror(error)}"
