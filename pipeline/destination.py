@@ -94,6 +94,7 @@ class Arrival:
         self._postcopy = False  # the source named what is to come after the guest runs
         self._pausing: asyncio.Task[None] | None = None
         self._early: BaseException | None = None
+        self.ended: messages.Ended | None = None
 
     def __repr__(self) -> str:
         return f"<Arrival {self.hello.uuid} {self.status.value}>"
@@ -395,7 +396,9 @@ class Arrival:
         if missing := self._faults.received.missing():
             raise RemoteProtocolError(f"the source has sent all, and {missing} pages are missing")
         await self._faults.finish()
-        await self.control.say(messages.Ended(self._faults.latency(), self._faults.statistics()))
+        self.ended = messages.Ended(self._faults.latency(), self._faults.statistics())
+        with contextlib.suppress(PageferryError, zmq.ZMQError):  # it may ask again
+            await self.control.say(self.ended)
         self._complete()
 
     def _pause(self, error: BaseException) -> None:
@@ -570,6 +573,8 @@ class Destination:
         self.on_event = on_event or (lambda name, data: None)
         self.arrival: Arrival | None = None
         self._last: dict[str, Any] = {"status": Status.NONE.value}
+        # the last postcopy that is whole: its source may not have heard of it
+        self._ended: tuple[str, bytes, messages.Ended] | None = None
 
     def __repr__(self) -> str:
         return f"<Destination {self.endpoint} {self.arrival!r}>"
@@ -634,6 +639,8 @@ class Destination:
         """Done with the last arrival: the next Hello is welcome. Closes its guest."""
         if self.arrival is not None:
             self._last = self.arrival.query()
+            if self.arrival.ended is not None:
+                self._ended = (self.arrival.hello.uuid, self._identity[:16], self.arrival.ended)
             if self.arrival.guest is not None:
                 self.arrival.guest.close()
             self.arrival = None
@@ -679,6 +686,9 @@ class Destination:
     def _resume(self, identity: bytes, message: messages.Resume, control: Control) -> None:
         """The source of a postcopy is back: it is who begins with the same 16 secret bytes."""
         arrival = self.arrival
+        if self._ended is not None and self._ended[:2] == (message.uuid, identity[:16]):
+            self._answering = asyncio.ensure_future(control.say(self._ended[2]))
+            return
         known = (
             arrival is not None
             and arrival.hello.uuid == message.uuid

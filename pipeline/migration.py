@@ -326,7 +326,7 @@ class Migration:
                 return [SendBackground()]
             case BackgroundDone() if self.status is Status.POSTCOPY_ACTIVE:
                 return [EndPostcopy()]
-            case PostcopyEnded() if self.status is Status.POSTCOPY_ACTIVE:
+            case PostcopyEnded() if self.status is not Status.POSTCOPY_PAUSED:
                 self._become(Status.COMPLETED)
                 return [Finish(None, resume=False)]
             case BackgroundDone() | PostcopyEnded():
@@ -469,6 +469,12 @@ class Migration:
         return [Finish(error, resume=True)]
 
     def _lost(self, error: PageferryError) -> PageferryError:
+        if not self.remaining:
+            return PostcopyFailed(
+                f"all memory was sent, and the destination did not confirm that it has it ({error}): "
+                f"look there whether the guest is whole",
+                remaining=0,
+            )
         return PostcopyFailed(
             f"the guest was started at the destination and {self.remaining * PAGE_SIZE >> 20} MiB "
             f"of its memory never arrived ({error}): end it there; its memory here is as it was "

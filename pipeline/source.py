@@ -579,9 +579,12 @@ class Source:
     async def _end_postcopy(self) -> core.Event:
         ended = await self._control.ask(messages.PostcopyEnd())
         assert isinstance(ended, messages.Ended)
+        self._take_end(ended)
+        return core.PostcopyEnded()
+
+    def _take_end(self, ended: messages.Ended) -> None:
         self.statistics.extra |= latency_report(ended.latency)
         self.statistics.extra |= ended.statistics
-        return core.PostcopyEnded()
 
     async def _pause(self, error: PageferryError) -> None:
         """Drop the connection and everything that used it. The page table stays."""
@@ -638,8 +641,11 @@ class Source:
         answer = await self._first_words(
             messages.Resume(messages.PROTOCOL, self.uuid, self.parameters.workers)
         )
-        assert isinstance(answer, messages.Resumed)
         await starting
+        if isinstance(answer, messages.Ended):  # its word for it was lost
+            self._take_end(answer)
+            return core.PostcopyEnded()
+        assert isinstance(answer, messages.Resumed)
         if len(answer.received) != len(self.guest.blocks):
             raise RemoteProtocolError("Resumed does not match what was asked for")
         for i, bits in enumerate(answer.received):

@@ -45,7 +45,12 @@ TRANSITIONS: dict[Status, tuple[Status, ...]] = {
     # the guest runs at the destination, its memory follows
     Status.POSTCOPY_ACTIVE: (Status.COMPLETED, Status.FAILED, Status.POSTCOPY_PAUSED),
     Status.POSTCOPY_PAUSED: (Status.POSTCOPY_RECOVER, Status.FAILED),
-    Status.POSTCOPY_RECOVER: (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.FAILED),
+    Status.POSTCOPY_RECOVER: (
+        Status.POSTCOPY_ACTIVE,
+        Status.POSTCOPY_PAUSED,
+        Status.FAILED,
+        Status.COMPLETED,
+    ),
     Status.CANCELLING: (Status.CANCELLED, Status.FAILED),
     Status.COMPLETED: (),
     Status.FAILED: (),

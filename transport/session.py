@@ -88,6 +88,7 @@ TRANSITIONS: dict[tuple[Phase, Role, type[AnyMessage]], Phase] = {
     (Phase.ENDING, D, Ended): Phase.CLOSED,
     (Phase.IDLE, S, Resume): Phase.RESUMING,
     (Phase.RESUMING, D, Resumed): Phase.RUNNING,
+    (Phase.RESUMING, D, Ended): Phase.CLOSED,
     (Phase.RESUMING, D, Refused): Phase.CLOSED,
     # the destination dials: a snapshot is restored
     (Phase.IDLE, D, Pull): Phase.PULLING,

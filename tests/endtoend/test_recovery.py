@@ -16,6 +16,7 @@ from pageferry.pipeline.source import Source
 from pageferry.pipeline.state import Status
 from pageferry.transport.errors import PostcopyFailed, UsageError
 from pageferry.transport.links import Endpoint
+from pageferry.transport.session import Phase
 from pageferry.workers.guests import open_source, parse_guest
 
 GUEST = "demo:?size=16M&content=random&access=random&rate=2000"
@@ -157,7 +158,7 @@ def test_a_silent_peer_is_a_pause_too(guest, monkeypatch):
     monkeypatch.setattr(control_module, "PING_SECONDS", 0.2)
 
     async def run():
-        async with Ends(guest) as ends:
+        async with Ends(guest, max_postcopy_bandwidth=4_000_000) as ends:
             await ends.moved(500)
             arrival = ends.listening.arrival
 
@@ -165,6 +166,67 @@ def test_a_silent_peer_is_a_pause_too(guest, monkeypatch):
                 pass
 
             arrival.control._transmit = nowhere
+            await ends.paused()
+            ends.source.recover(None)
+            await ends.whole()
+
+    asyncio.run(run())
+
+
+def test_the_last_word_is_lost(guest, monkeypatch):
+    """The destination has everything, and the source does not hear of it: it asks again."""
+    monkeypatch.setattr(control_module, "LOST_SECONDS", 1.0)
+    monkeypatch.setattr(control_module, "PING_SECONDS", 0.2)
+
+    async def run():
+        async with Ends(guest) as ends:
+            await ends.moved(500)
+            control = ends.listening.arrival.control
+            transmit = control._transmit
+
+            async def all_but_the_end(data):
+                if b"ended" not in data:
+                    await transmit(data)
+
+            control._transmit = all_but_the_end
+            arrived = await ends.arriving
+            assert arrived["oracle"]["ok"]
+            ends.arriving = asyncio.ensure_future(api.receive_one(ends.listening))
+            await ends.paused()
+            ends.source.recover(None)
+            report = await ends.sending
+            assert report["status"] == "completed"
+            assert report["postcopy-latency"] > 0
+
+    asyncio.run(run())
+
+
+def test_a_recover_that_the_destination_did_not_expect(guest):
+    """It has not noticed the break yet when the source is back."""
+
+    async def run():
+        async with Ends(guest) as ends:
+            await ends.moved(500)
+            ends.source._control.session.phase = Phase.CLOSED  # it cannot say goodbye
+            ends.source.pause()
+            await ends.paused()
+            assert ends.listening.arrival.status is Status.POSTCOPY_ACTIVE
+            ends.source.recover(None)
+            await ends.whole()
+
+    asyncio.run(run())
+
+
+def test_a_fault_process_that_dies_before_the_guest_runs(guest):
+    """Between Run and Running: a pause, once it is known that the guest runs."""
+
+    async def run():
+        async with Ends(guest) as ends:
+            await until_async(lambda: ends.status is Status.DEVICE, "switchover")
+            await until_async(lambda: ends.listening.arrival is not None, "arrival")
+            arrival = ends.listening.arrival
+            await until_async(lambda: arrival._committed or ends.sending.done(), "told to run")
+            ends.kill("fault")
             await ends.paused()
             ends.source.recover(None)
             await ends.whole()

@@ -162,7 +162,7 @@ def test_a_monitor_that_dies_ends_it(snapshot, tmp_path):
             code, out, err = restore.finish()
         assert code == 4
         assert "has ended before" in err
-        assert json.loads(out)["error"]["class"] == "DestinationError"
+        assert json.loads(out)["error"]["class"] == "GuestGone"
         ended = json.loads(server.line())
         assert ended["error"]["class"] == "PeerLost"
 
