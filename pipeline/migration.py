@@ -471,7 +471,7 @@ class Migration:
     def _lost(self, error: PageferryError) -> PageferryError:
         if not self.remaining:
             return PostcopyFailed(
-                f"all memory was sent, and the destination did not confirm that it has it ({error}): "
+                f"all memory was sent, and the destination did not confirm that it came ({error}): "
                 f"look there whether the guest is whole",
                 remaining=0,
             )

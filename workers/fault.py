@@ -141,10 +141,10 @@ class FaultProcess:
                 turns += 1
                 if not ready or turns % _TURNS == 0:
                     self._look_after()
-                if self.link is not None and self.link.eager:
-                    self._answers()  # the last before the poll: whatever was sent may hide answers
                 if self.backlog:
                     self._faults()
+                if self.link is not None and self.link.eager:
+                    self._answers()  # the last before the poll: whatever was sent may hide answers
                 ready = self.poll.poll(self._patience() * 1000)
         finally:
             self._report()
@@ -228,6 +228,10 @@ class FaultProcess:
             self.poll.unregister(self.uffd)
             for region in self.job.memory.regions:
                 unregister(self.uffd, region.address, region.pages * PAGE_SIZE)
+            # the kernel wakes who sleeps before it lets go of the range: who touches in between
+            # sleeps again (seen with Linux 6.18, whose faults need no map lock)
+            for region in self.job.memory.regions:
+                wake(self.uffd, region.address, region.pages * PAGE_SIZE)
             # who gave memory back just then waits until that is read
             self._read()
             while self.placer.changing():
