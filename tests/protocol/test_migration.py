@@ -785,11 +785,23 @@ def test_words_of_a_connection_that_is_gone_change_nothing(steps):
     core = walk(POSTCOPY_PATHS["recovered"], steps)
     assert core.status in (Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER)
     before = vars(core).copy()
-    for event in (BackgroundDone(), Confirmed(), PostcopyEnded(), PostcopyAsked()):
+    for event in (BackgroundDone(), Confirmed(), PostcopyAsked()):
         assert core.handle(event) == []
     if core.status is Status.POSTCOPY_PAUSED:
+        assert core.handle(PostcopyEnded()) == []
         assert core.handle(Failed(LOST)) == []
     assert vars(core) | {"asked": False} == before | {"asked": False}
+
+
+def test_a_destination_that_has_everything_says_so_when_it_is_asked_again():
+    """Its last word was lost: what looks like a recovery is the end."""
+    core = walk(POSTCOPY_PATHS["recovered"], 8)
+    if core.status is Status.POSTCOPY_PAUSED:
+        core.handle(RecoverAsked())
+    assert core.status is Status.POSTCOPY_RECOVER
+    finish = finish_of(core.handle(PostcopyEnded()))
+    assert finish.error is None and not finish.resume
+    assert core.status is Status.COMPLETED
 
 
 def test_recover_when_there_is_nothing_to_recover():

@@ -99,6 +99,7 @@ CONVERSATION = {
     (Phase.ENDING, D, Ended): Phase.CLOSED,
     (Phase.IDLE, S, Resume): Phase.RESUMING,
     (Phase.RESUMING, D, Resumed): Phase.RUNNING,
+    (Phase.RESUMING, D, Ended): Phase.CLOSED,
     (Phase.RESUMING, D, Refused): Phase.CLOSED,
     (Phase.IDLE, D, Pull): Phase.PULLING,
     (Phase.PULLING, S, Offer): Phase.OFFERED,

@@ -27,6 +27,7 @@ ALLOWED = {
     ("postcopy-recover", "postcopy-active"),
     ("postcopy-recover", "postcopy-paused"),
     ("postcopy-recover", "failed"),
+    ("postcopy-recover", "completed"),
     ("cancelling", "cancelled"),
     ("cancelling", "failed"),
 }
