@@ -595,7 +595,12 @@ class Destination:
             return
         if self.arrival.status is Status.POSTCOPY_PAUSED:
             self.arrival.abandon(Cancelled("given up while paused"))
-        elif self.arrival.status not in IN_POSTCOPY:
+        elif self.arrival.status in IN_POSTCOPY:
+            _log.warning(
+                "a postcopy cannot be cancelled: the guest runs here and its memory is arriving; "
+                "asked again, both are thrown away"
+            )
+        else:
             self.arrival.fail(Cancelled("cancelled at the destination"))
 
     def start_postcopy(self) -> None:

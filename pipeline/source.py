@@ -164,7 +164,13 @@ class Source:
         self.parameters = p
 
     def cancel(self) -> None:
-        """migrate_cancel. Without effect once the destination was told to run."""
+        """migrate_cancel. Without effect once the destination was told to run, but for a postcopy
+        that is paused: that is given up."""
+        if self.core.status is Status.POSTCOPY_ACTIVE:
+            _log.warning(
+                "a postcopy cannot be cancelled: the guest runs at the destination and needs this "
+                "end; asked again, it is given up and the guest lost"
+            )
         self._events.put_nowait(core.CancelAsked())
 
     def start_postcopy(self) -> None:

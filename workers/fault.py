@@ -355,7 +355,11 @@ class FaultProcess:
         host = region.page_size // PAGE_SIZE
         if len(answer.content) not in (0, host * PAGE_SIZE):
             raise RemoteProtocolError("an answer that is no host page")
-        if self.placer.view(block)[page]:
+        if self.placer.view(block)[page] and self.job.removing is None:
+            # asked for twice, and both answers came
+            at = region.address + (page - region.first) * PAGE_SIZE
+            wake(self.uffd, at, region.page_size)
+        elif self.placer.view(block)[page]:
             self.placer.zero(region, page, host)  # given back meanwhile, or here already
         elif host == 1 and len(answer.content):
             self.placer.install_page(region, page, answer.content)

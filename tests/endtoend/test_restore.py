@@ -131,6 +131,38 @@ def test_the_source_goes_and_comes_back(snapshot, tmp_path):
         whole(restore, monitor)
 
 
+def test_another_snapshot_is_not_mixed_in(snapshot, tmp_path):
+    """The server comes back with another image: the guest waits for its own."""
+    listen, path = f"ipc://{tmp_path}/s", tmp_path / "u"
+    other = tmp_path / "other"
+    other.write_bytes(os.urandom(16 << 20))
+    slow = ("--max-postcopy-bandwidth", "3MB")
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(
+            Running("serve", f"image:{snapshot}", "--listen", listen, "--json", *slow)
+        )
+        first.line()
+        restore = stack.enter_context(restoring(listen, path))
+        monitor = stack.enter_context(monitor_process(path, snapshot))
+        restore.error_line("postcopy:")
+        first.process.send_signal(signal.SIGTERM)
+        first.finish()
+        wrong = stack.enter_context(
+            Running("serve", f"image:{other}", "--listen", listen, "--json")
+        )
+        wrong.line()
+        restore.error_line("serves another snapshot now")
+        wrong.process.send_signal(signal.SIGTERM)
+        wrong.finish()
+        copy = tmp_path / "copy"
+        copy.write_bytes(snapshot.read_bytes())
+        second = stack.enter_context(
+            Running("serve", f"image:{copy}", "--listen", listen, "--json")
+        )
+        second.line()
+        whole(restore, monitor)
+
+
 @pytest.mark.parametrize(
     "kind",
     ["garbage", "no-descriptor", "silent", "gone", "overlap", "outside", "odd-pages",
