@@ -75,8 +75,8 @@ class Background:
         """Start the postcopy process."""
         route = self._route[1] if self._route is not None else None
         job = postcopy.PostcopyJob(
-            self._blocks, self._table, self.counters, self._preemption, route, self._direct
-        )
+            self._blocks, self._table, self.counters, self._preemption, route, self._direct,
+        )  # fmt: skip
         self._answers = asyncio.Queue()
         self.pool = Pool("postcopy", self.counters, self._on_job, self._on_failure)
         await self.pool.start(postcopy.main, [job])

@@ -237,6 +237,9 @@ class UrgentLink(Protocol):
     def receive(self) -> bytes | None:
         """The next message, or None if none waits."""
 
+    def flush(self) -> None:
+        """Hand on what was taken and could not be handed on at once; `fd` says when."""
+
     def close(self) -> None:
         """Idempotent."""
 
@@ -287,6 +290,9 @@ class ZmqLink:
                 raise
             return False
         return True
+
+    def flush(self) -> None:
+        """libzmq does."""
 
     def receive(self) -> bytes | None:
         sock = self._socket
@@ -417,7 +423,9 @@ class DirectLink:
         if self._peer is not None:
             self._epoll.modify(self._peer.fileno(), events)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        if not self._output:
+            return
         while self._output and self._peer is not None:
             try:
                 sent = self._peer.send(self._output)
@@ -430,8 +438,7 @@ class DirectLink:
         self._watch(select.EPOLLIN)
 
     def receive(self) -> bytes | None:
-        if self._output:
-            self._flush()
+        self.flush()
         while True:
             message = self._next()
             if message is not None:

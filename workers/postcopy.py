@@ -79,6 +79,8 @@ class PostcopyProcess:
         self.unsent: deque[bytes] = deque()
         self.finishing = False
         self.shortest = 0
+        self.huge = any(block.spec.page_size > PAGE_SIZE for block in job.blocks)
+        self.waiting = False  # for a huge page to be placed
 
     def run(self) -> None:
         rank = become_urgent() if self.job.route is None else 0
@@ -128,6 +130,7 @@ class PostcopyProcess:
             raise PeerLost("the urgent channel broke")
         if not self.link.connected:
             return
+        self.link.flush()
         while self.unsent and self.link.send(self.unsent[0]):
             self.unsent.popleft()
         opened = False
@@ -146,8 +149,11 @@ class PostcopyProcess:
             elif isinstance(event, Placed):
                 for sent in event.tokens:
                     self._placed(sent)
-        if opened:
-            self.flag.open(0)
+        # a huge page is on its way for long: until it is there, the link is its own
+        waiting = self.huge and self.job.route is None and bool(self.under_way)
+        if opened or waiting != self.waiting:
+            self.waiting = waiting
+            self.flag.open(int(waiting))
 
     def _answer(self, request: Request, came: int) -> None:
         block, first, count = self._host_page(request)
