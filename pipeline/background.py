@@ -85,10 +85,11 @@ class Background:
     def _on_job(self, worker: Worker, job: jobs.AnyJob) -> None:
         self._answers.put_nowait(job)
 
-    async def _ready(self) -> None:
+    async def _ready(self) -> str:
         answer = await self._answers.get()
         if not isinstance(answer, jobs.Ready):
             raise LocalProtocolError(f"the postcopy process said {answer!r}")
+        return answer.endpoint
 
     def dial(self, endpoint: str, token: bytes) -> None:
         """Connect it to the destination's fault process."""
@@ -99,10 +100,7 @@ class Background:
         """Let the destination's fault process connect; where."""
         assert self.pool is not None
         self.pool.say_all(jobs.Listen(endpoint, token))
-        answer = await self._answers.get()
-        if not isinstance(answer, jobs.Ready):
-            raise LocalProtocolError(f"the postcopy process said {answer!r}")
-        return answer.endpoint
+        return await self._ready()
 
     async def drained(self) -> None:
         """Wait until everything that it sent is placed."""
@@ -142,6 +140,11 @@ class Background:
             bandwidth.set_rate(pace.rate if self._preempt else self.pacer.limit)
             self._preemption.pace(pace.piece_pages, pace.credit)
             await asyncio.sleep(TICK_SECONDS)
+
+    def check(self) -> None:
+        """Raise WorkerDied if its process has been silent for too long."""
+        if self.pool is not None:
+            self.pool.check()
 
     async def stop(self) -> None:
         """End the process. Idempotent."""

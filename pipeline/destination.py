@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import zmq
 import zmq.asyncio
 
@@ -32,19 +31,21 @@ from ..transport.errors import (
     PostcopyFailed,
     RemoteProtocolError,
     UsageError,
+    as_ours,
 )
 from ..transport.links import Endpoint, bind, unbind
-from ..transport.messages import DIRECT, MAX_WORKERS
-from ..transport.pages import PAGE_SIZE, Runs, check_runs
+from ..transport.messages import DIRECT, MAX_WORKERS, POSTCOPY
+from ..transport.pages import PAGE_SIZE, Runs
 from ..transport.session import Role
 from ..workers import jobs, receiver
 from ..workers.counters import Counters
 from ..workers.digest import block_digest, part_count
 from ..workers.forking import context
-from ..workers.guests.base import POSTCOPY, DestinationGuest
+from ..workers.guests.base import DestinationGuest
 from ..workers.pool import Pool, Worker
 from .agreement import check_hello
 from .blocking import Blocking, to_its_end
+from .callbacks import tell
 from .control import Control
 from .faults import Faults
 from .state import IN_POSTCOPY, Status, advance
@@ -113,10 +114,7 @@ class Arrival:
         self._emit()
 
     def _emit(self) -> None:
-        try:
-            self._on_event("MIGRATION", {"status": self.status.value})
-        except Exception:
-            _log.exception("the event callback failed")
+        tell(self._on_event, "MIGRATION", {"status": self.status.value})
 
     def fail(self, error: BaseException) -> None:
         """End it. Once Run has come only the guest itself can still fail: it may be running,
@@ -145,9 +143,7 @@ class Arrival:
     def _end(self, error: BaseException) -> None:
         if self.finished.done():
             return
-        if not isinstance(error, PageferryError):
-            error = PageferryError(f"{type(error).__name__}: {error}")
-        self.error = error
+        self.error = as_ours(error)
         self.finished.set_result(None)
 
     def _task(self, coroutine: Any) -> None:
@@ -189,8 +185,7 @@ class Arrival:
             self.guest = self._open_guest(self.hello)
             await self._call(self.guest.lay_out, self.hello)
         except PageferryError as e:
-            field = str(e.data.get("field", "destination"))
-            await self.control.say(messages.Refused(type(e).__name__, field, e.message))
+            await self.control.say(messages.refusal(e))
             raise
         self.statistics.total_pages = sum(block.pages for block in self.guest.blocks)
         urgent = await self._start_faults() if POSTCOPY in self.hello.capabilities else None
@@ -214,7 +209,7 @@ class Arrival:
                 f"memory is there: leave --postcopy out",
                 field=POSTCOPY,
             )
-            await self.control.say(messages.Refused(type(error).__name__, POSTCOPY, error.message))
+            await self.control.say(messages.refusal(error))
             raise error
         self._faults = Faults(
             self.guest.blocks, self.guest.memory, self._listen_at(MAX_WORKERS), self.fail,
@@ -264,13 +259,10 @@ class Arrival:
         while True:
             assert self._pool is not None
             self._pool.check()
-            if self._faults is not None and self._faults.pool is not None:
-                self._faults.pool.check()
+            if self._faults is not None:
+                self._faults.check()
             if self._on_progress is not None:
-                try:
-                    self._on_progress(self.query())
-                except Exception:
-                    _log.exception("the progress callback failed")
+                tell(self._on_progress, self.query())
             await asyncio.sleep(WATCH_SECONDS / 2)
 
     # ---- what the source says ------------------------------------------------------------
@@ -356,15 +348,10 @@ class Arrival:
     def _runs_of(self, message: messages.Discard | messages.Missing) -> tuple[int, Runs]:
         """Block and pages that the source names, checked."""
         assert self.guest is not None
-        try:
-            runs: Runs = (np.array(message.starts, np.int64), np.array(message.counts, np.int64))
-        except OverflowError as e:
-            raise RemoteProtocolError("discard that makes no sense") from e
-        if not 0 <= message.block < len(self.guest.blocks) or len(runs[0]) != len(runs[1]):
-            raise RemoteProtocolError("discard that makes no sense")
+        if not 0 <= message.block < len(self.guest.blocks):
+            raise RemoteProtocolError(f"pages of block {message.block}, which was not announced")
         block = self.guest.blocks[message.block]
-        if not check_runs(runs, block.pages):
-            raise RemoteProtocolError(f"discard outside of block {block.name}")
+        runs = messages.runs_of(message, block.pages)
         return message.block, runs
 
     # ---- postcopy ------------------------------------------------------------------------
@@ -721,10 +708,7 @@ class Destination:
         arrival.resume(message, control)
 
     def _refuse(self, control: Control, error: PeerRefused) -> None:
-        refused = messages.Refused(
-            type(error).__name__, str(error.data.get("field", "")), error.message
-        )
-        self._refusing = asyncio.ensure_future(control.say(refused))
+        self._refusing = asyncio.ensure_future(control.say(messages.refusal(error)))
 
     def _progress(self, report: dict[str, Any]) -> None:
         if self.on_progress is not None:

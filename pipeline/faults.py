@@ -150,6 +150,11 @@ class Faults:
     def report(self) -> dict[str, Any]:
         return latency_report(self.latency()) | self.statistics()
 
+    def check(self) -> None:
+        """Raise WorkerDied if its process has been silent for too long."""
+        if self.pool is not None:
+            self.pool.check()
+
     async def stop(self) -> None:
         """End the process. Idempotent."""
         if self.pool is not None:

@@ -4,6 +4,7 @@ The monitor restores its guest with memory that is not there, and hands over a u
 Firecracker does. We dial a `pageferry serve`, say which pages are mapped, and fill them: faults
 first, the background behind. The snapshot does not change, so that a connection that breaks is
 simply dialled again, with what has arrived; the guest sleeps on what is missing until then.
+Touches no memory itself, and knows no terminal.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from ..transport.errors import (
     PeerRefused,
     RemoteProtocolError,
     SourceError,
+    as_ours,
 )
 from ..transport.links import Endpoint, connect, probe
 from ..transport.messages import Block
-from ..transport.pages import PAGE_SIZE, Runs, check_runs, runs_of
+from ..transport.pages import PAGE_SIZE, mark, runs_of
 from ..transport.session import Role
 from ..workers import jobs, receiver
 from ..workers.counters import Counters
@@ -44,6 +46,7 @@ from ..workers.guests.handover import HandoverListener, Mapping, VmmConnection
 from ..workers.pool import Pool, Worker
 from ..workers.ram import RamBlock, RamFile
 from .blocking import to_its_end
+from .callbacks import tell
 from .control import Control
 from .faults import Faults
 from .state import Status, advance
@@ -180,9 +183,7 @@ class Restoring:
         try:
             await self._restore()
         except Exception as e:
-            error = (
-                e if isinstance(e, PageferryError) else PageferryError(f"{type(e).__name__}: {e}")
-            )
+            error = as_ours(e)
             self.status = Status.FAILED
             await to_its_end(self._close())
             error.data["report"] = self._last_report()
@@ -203,8 +204,7 @@ class Restoring:
 
     def _become(self, status: Status) -> None:
         self.status = advance(self.status, status)
-        with contextlib.suppress(Exception):
-            self.on_event("MIGRATION", {"status": status.value})
+        tell(self.on_event, "MIGRATION", {"status": status.value})
 
     def _fail(self, error: Exception) -> None:
         if self._failure is not None and not self._failure.done():
@@ -462,19 +462,13 @@ class Restoring:
     def _expect(self, serving: messages.Serving) -> None:
         """What is to come; all else of what is mapped is zero."""
         assert self._memory is not None and self._faults is not None
-        try:
-            runs: Runs = (np.array(serving.starts, np.int64), np.array(serving.counts, np.int64))
-        except OverflowError as e:
-            raise RemoteProtocolError("pages that make no sense") from e
         block = self._blocks[0]
-        if len(runs[0]) != len(runs[1]) or not check_runs(runs, block.pages):
-            raise RemoteProtocolError("pages outside of what was asked for")
+        runs = messages.runs_of(serving, block.pages)
         mapped = np.zeros(block.pages, np.uint8)
         for region in self._memory.regions:
             mapped[region.first : region.first + region.pages] = 1
         wanted = np.zeros(block.pages, np.uint8)
-        for first, count in zip(serving.starts, serving.counts, strict=True):
-            wanted[first : first + count] = 1
+        mark(wanted, runs, 1)
         if (wanted > mapped).any():
             raise RemoteProtocolError("pages that nobody asked for")
         host = block.spec.page_size // PAGE_SIZE
@@ -526,17 +520,13 @@ class Restoring:
         while True:
             assert self._pool is not None and self._faults is not None
             self._pool.check()
-            if self._faults.pool is not None:
-                self._faults.pool.check()
+            self._faults.check()
             self._progress()
             await asyncio.sleep(_WATCH_SECONDS)
 
     def _progress(self) -> None:
         if self.on_progress is not None:
-            try:
-                self.on_progress(self.query())
-            except Exception:
-                _log.exception("the progress callback failed")
+            tell(self.on_progress, self.query())
 
     async def _drop_workers(self) -> None:
         if self._pool is not None:

@@ -3,6 +3,7 @@
 The destination dials here, says which pages it maps, and gets channels; from then on it is the
 background and the faults of a postcopy (background.py) over an image that nobody writes. A
 destination that comes back says what it has. One Pulled a destination; one that fails ends alone.
+Touches no memory itself, and knows nothing of the monitors at the other ends.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from ..transport.errors import (
     PeerRefused,
     RemoteProtocolError,
     SourceError,
+    as_ours,
 )
 from ..transport.links import Endpoint, bind, unbind
 from ..transport.messages import MAX_WORKERS
-from ..transport.pages import NO_RUNS, PAGE_SIZE, Runs, check_runs, mark, runs_of
+from ..transport.pages import NO_RUNS, PAGE_SIZE, Runs, mark, runs_of
 from ..transport.session import Role
 from ..transport.urgent import MAX_HOST_PAGES
 from ..workers import jobs, sender
@@ -194,12 +196,7 @@ class Pulled:
         if layout.page_size not in (PAGE_SIZE, MAX_HOST_PAGES * PAGE_SIZE):
             raise RemoteProtocolError(f"host pages of {layout.page_size} bytes")
         block = self._guest.blocks[0]
-        try:
-            runs: Runs = (np.array(layout.starts, np.int64), np.array(layout.counts, np.int64))
-        except OverflowError as e:
-            raise RemoteProtocolError("a layout that makes no sense") from e
-        if len(runs[0]) != len(runs[1]) or not check_runs(runs, block.pages):
-            raise RemoteProtocolError("a layout outside of the memory that was offered")
+        runs = messages.runs_of(layout, block.pages)
         spec = msgspec.structs.replace(block.spec, page_size=layout.page_size)
         self._blocks = [RamBlock(spec, block.file, block.start)]
         self._table = PageTable([block.pages], context().Lock())
@@ -262,8 +259,7 @@ class Pulled:
         while True:
             assert self._crew is not None and self._background is not None
             self._crew.pool.check()
-            if self._background.pool is not None:
-                self._background.pool.check()
+            self._background.check()
             await asyncio.sleep(WATCH_SECONDS)
 
     async def _close(self) -> None:
@@ -376,7 +372,7 @@ class Server:
             error = e
         except Exception as e:
             _log.exception("while serving a destination")
-            error = PageferryError(f"{type(e).__name__}: {e}")
+            error = as_ours(e)
         finally:
             del self._pulled[identity]
         self._on_end(pulled.name, report, error)

@@ -30,6 +30,7 @@ from ..transport.errors import (
     PeerLost,
     RemoteProtocolError,
     UsageError,
+    as_ours,
 )
 from ..transport.links import Endpoint, connect, parse_endpoint, probe
 from ..transport.pages import PAGE_SIZE, complement, runs_of, total_pages
@@ -47,6 +48,7 @@ from ..workers.segments import Segment
 from . import migration as core
 from .background import Background
 from .blocking import Blocking, to_its_end
+from .callbacks import tell
 from .control import Control
 from .convergence import Convergence
 from .crew import Crew, extents
@@ -65,15 +67,6 @@ _DISCARD_RUNS = 65536
 
 T = TypeVar("T")
 _log = logging.getLogger("pageferry")
-
-
-def _ours(error: BaseException) -> PageferryError:
-    """`error` as one of the tree; what is not ours keeps its name in the text."""
-    if isinstance(error, PageferryError):
-        return error
-    wrapped = PageferryError(f"{type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
 
 
 class Source:
@@ -208,7 +201,7 @@ class Source:
             cancelled = True
             finish = self._end_early(core.CancelAsked(), Cancelled("interrupted"))
         except Exception as e:
-            finish = self._end_early(core.Failed(_ours(e)), _ours(e))
+            finish = self._end_early(core.Failed(as_ours(e)), as_ours(e))
         self._tell_status()
         await to_its_end(self._close(finish))
         if cancelled and finish.resume:
@@ -271,7 +264,7 @@ class Source:
         # Once the destination was told to run, nothing here is needed but the link to it.
         # In postcopy everything is needed to the end.
         if link or by_peer or not self.core.run_said or self.core.leaving:
-            self._events.put_nowait(core.Failed(_ours(error), by_peer))
+            self._events.put_nowait(core.Failed(as_ours(error), by_peer))
 
     def _tell_status(self) -> None:
         if self.core.status is not self._status_told:
@@ -458,23 +451,17 @@ class Source:
         while True:
             assert self._crew is not None
             self._crew.pool.check()
-            if self._background is not None and self._background.pool is not None:
-                self._background.pool.check()
+            if self._background is not None:
+                self._background.check()
             self._progress()
             await asyncio.sleep(WATCH_SECONDS / 2)
 
     def _progress(self) -> None:
         if self.on_progress is not None:
-            try:
-                self.on_progress(self.query())
-            except Exception:
-                _log.exception("the progress callback failed")
+            tell(self.on_progress, self.query())
 
     def _emit(self, name: str, data: dict[str, Any]) -> None:
-        try:
-            self.on_event(name, data)
-        except Exception:
-            _log.exception("the event callback failed")
+        tell(self.on_event, name, data)
 
     # ---- rounds --------------------------------------------------------------------------
 

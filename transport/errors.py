@@ -150,6 +150,15 @@ class Cancelled(PageferryError):
     exit_code = 130
 
 
+def as_ours(error: BaseException) -> PageferryError:
+    """`error` as one of the tree; what is not ours keeps its name in the text."""
+    if isinstance(error, PageferryError):
+        return error
+    wrapped = PageferryError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
 def all_errors() -> list[type[PageferryError]]:
     """Every class of the tree, base first, in the order in which they are defined above."""
     found: list[type[PageferryError]] = [PageferryError]

@@ -7,8 +7,10 @@ RemoteProtocolError that names the field. Which message may come when: session.p
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 
 from .errors import PageferryError, RemoteProtocolError, by_name
+from .pages import Runs, check_runs
 
 # A session of another number is refused: both ends say theirs first.
 PROTOCOL = 1
@@ -255,6 +257,23 @@ def decode(data: bytes | memoryview) -> AnyMessage:
 
 def abort_for(error: PageferryError) -> Abort:
     return Abort(type(error).__name__, error.message)
+
+
+def refusal(error: PageferryError) -> Refused:
+    """`error` as a Refused that names its field."""
+    return Refused(type(error).__name__, str(error.data.get("field", "destination")), error.message)
+
+
+def runs_of(message: Discard | Missing | Layout | Serving, pages: int) -> Runs:
+    """The pages that a message names, of a block of `pages`; RemoteProtocolError if they are none
+    of its."""
+    try:
+        runs: Runs = (np.array(message.starts, np.int64), np.array(message.counts, np.int64))
+    except OverflowError as e:
+        raise RemoteProtocolError("pages that make no sense") from e
+    if len(runs[0]) != len(runs[1]) or not check_runs(runs, pages):
+        raise RemoteProtocolError(f"{type(message).__name__} of pages outside of the block")
+    return runs
 
 
 def error_of(message: Abort | Refused) -> PageferryError:

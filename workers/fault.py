@@ -7,7 +7,7 @@ UFFDIO_COPY, which wakes who sleeps. In QEMU, postcopy_ram_fault_thread and
 postcopy_preempt_thread (migration/postcopy-ram.c, ram.c).
 
 While the source is gone it goes on with zero pages and keeps what was asked for, to ask again
-once the channel is back.
+once the channel is back. Decides nothing: whether a connection is over is the coordinator's to say.
 """
 
 from __future__ import annotations

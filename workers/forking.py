@@ -70,6 +70,18 @@ def warm_up() -> None:
             os.environ["OPENBLAS_NUM_THREADS"] = before
 
 
+def let_the_server_end() -> None:
+    """In a process that may sleep for ever: do not keep the fork server alive.
+
+    Each child inherits the pipe by whose end the server sees that nobody needs it. A guest that
+    sleeps on a page which nobody sends any more would hold it, and never be killed with the server.
+    """
+    server: Any = forkserver._forkserver
+    alive, server._forkserver_alive_fd = server._forkserver_alive_fd, None
+    if alive is not None:
+        os.close(alive)
+
+
 def start_process(target: Callable[..., None], args: tuple[Any, ...], name: str) -> BaseProcess:
     """A process that runs `target(*args)`. Blocks until it exists (10 ms when warm)."""
     warm_up()

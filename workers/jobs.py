@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ..transport.errors import PageferryError, by_name
+from ..transport.errors import PageferryError, as_ours, by_name
 
 
 class Job(msgspec.Struct, frozen=True, tag_field="type"):
@@ -149,10 +149,9 @@ def decode(data: bytes) -> AnyJob:
 
 
 def failed(error: BaseException) -> Failed:
-    """`error` for the pipe; what is not ours keeps its class in the text."""
-    if isinstance(error, PageferryError):
-        return Failed(type(error).__name__, error.message)
-    return Failed("PageferryError", f"{type(error).__name__}: {error}")
+    """`error` for the pipe."""
+    ours = as_ours(error)
+    return Failed(type(ours).__name__, ours.message)
 
 
 def error_of(job: Failed) -> PageferryError:

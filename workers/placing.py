@@ -4,6 +4,7 @@ Before the switchover receivers write the file that is guest memory (ram.py). In
 install pages in the guest's address space (UFFDIO_COPY): the kernel does each once and wakes who
 sleeps on it. A zero page is installed as well, never skipped: a hole would be a fault that
 nobody answers. Host pages above 4 KiB are put together here and installed whole.
+Knows no socket and nothing of frames but their runs.
 """
 
 from __future__ import annotations

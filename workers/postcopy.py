@@ -5,6 +5,7 @@ permitted. For each request it claims the host page in the page table and sends 
 uncompressed; a page that a sender has claimed already stays on that sender's channel. While
 a request is open, senders stand aside between two frames (preemption.py). The counterpart of
 postcopy_preempt_thread and the urgent page queue in QEMU's migration/ (ram.c, postcopy-ram.c).
+Decides nothing about when a postcopy begins or ends.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Shared memory, 64-bit words, aligned, so that a read is never torn:
     piece   pages in a frame; credit: bytes in flight a channel   written by the coordinator
 
 Nothing here decides who sends a page (page_table.py does): a sender that reads an old word sends a
-piece too early or too late, and that is all.
+piece too early or too late, and that is all. Knows no socket and no page table.
 """
 
 from __future__ import annotations

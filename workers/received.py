@@ -10,7 +10,7 @@ receiver that has installed pages looks for them here and tells the fault proces
 when a page came by a multifd channel. Order: the fault process stores the word, then asks the
 source; a receiver (1) installs, (2) stores Received, (3) releases a lock, (4) reads Waiting. If it
 reads too early, the source's answer ("elsewhere") finds (2) done. Only the statistics are at stake:
-the kernel wakes who sleeps.
+the kernel wakes who sleeps. Touches no guest memory.
 """
 
 from __future__ import annotations

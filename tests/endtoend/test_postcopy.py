@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import random
+import signal
 
 import pytest
 from helpers import Running, receiver, until
@@ -240,9 +242,6 @@ def test_a_guest_that_dies_in_postcopy_ends_it():
             while not started or started[0].core.status.value != "postcopy-active":
                 await asyncio.sleep(0.005)
             detail = started[0].statistics.extra["destination"]
-            import os
-            import signal
-
             os.kill(int(detail.split("process ")[1].rstrip(")")), signal.SIGKILL)
 
         task = asyncio.ensure_future(killer())
@@ -256,3 +255,23 @@ def test_a_guest_that_dies_in_postcopy_ends_it():
 
     with pytest.raises(PostcopyFailed, match="never arrived"):
         asyncio.run(run_it())
+
+
+def test_a_destination_that_is_killed_leaves_no_guest_asleep():
+    """Its guest sleeps on a page that nobody sends any more: it goes all the same."""
+    with receiver("--into", "demo:", "--once") as there, Running(
+        "send", f"{RANDOM}&rate=2000", there.endpoint, "--postcopy", "now",
+        "--max-postcopy-bandwidth", "2MB",
+    ) as here:  # fmt: skip
+        here.error_line("postcopy:")
+        there.kill()
+        pid = there.process.pid
+        until(
+            lambda: not [n for n in os.listdir("/dev/shm") if n.startswith(f"pageferry-{pid}-")],
+            "its memory is gone",
+        )
+        here.error_line("paused")
+        here.process.send_signal(signal.SIGINT)
+        code, _, err = here.finish()
+    assert code == 14
+    assert "never arrived" in err

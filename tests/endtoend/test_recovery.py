@@ -84,6 +84,13 @@ def guest():
     guest.close()
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """Silence is a loss after a second."""
+    monkeypatch.setattr(control_module, "LOST_SECONDS", 1.0)
+    monkeypatch.setattr(control_module, "PING_SECONDS", 0.2)
+
+
 @pytest.mark.parametrize("link", ["zmq", "direct"])
 @pytest.mark.parametrize("how", ["pause", "there", "sender", "postcopy", "receiver", "fault"])
 def test_a_cut_pauses_both_ends_and_recover_goes_on(guest, how, link):
@@ -152,10 +159,8 @@ def test_cuts_at_random_moments(guest, seed):
     asyncio.run(run())
 
 
-def test_a_silent_peer_is_a_pause_too(guest, monkeypatch):
+def test_a_silent_peer_is_a_pause_too(guest, impatient):
     """Nothing comes any more and nothing says so: heartbeats find it."""
-    monkeypatch.setattr(control_module, "LOST_SECONDS", 1.0)
-    monkeypatch.setattr(control_module, "PING_SECONDS", 0.2)
 
     async def run():
         async with Ends(guest, max_postcopy_bandwidth=4_000_000) as ends:
@@ -173,10 +178,8 @@ def test_a_silent_peer_is_a_pause_too(guest, monkeypatch):
     asyncio.run(run())
 
 
-def test_the_last_word_is_lost(guest, monkeypatch):
+def test_the_last_word_is_lost(guest, impatient):
     """The destination has everything, and the source does not hear of it: it asks again."""
-    monkeypatch.setattr(control_module, "LOST_SECONDS", 1.0)
-    monkeypatch.setattr(control_module, "PING_SECONDS", 0.2)
 
     async def run():
         async with Ends(guest) as ends:

@@ -50,6 +50,19 @@ def restoring(source, path, *options):
         yield it
 
 
+@contextlib.contextmanager
+def serving(image, listen, *options):
+    """`pageferry serve`, listening."""
+    with Running("serve", f"image:{image}", "--listen", listen, "--json", *options) as server:
+        server.endpoint = json.loads(server.line())["endpoint"]
+        yield server
+
+
+def stop(server):
+    server.process.send_signal(signal.SIGTERM)
+    server.finish()
+
+
 def whole(restore, monitor):
     """Both ends satisfied."""
     verdict = json.loads(monitor.stdout.readline())
@@ -77,11 +90,8 @@ def test_from_an_image_here(snapshot, tmp_path, options):
 def test_memory_given_back_meanwhile_reads_as_zero(snapshot, tmp_path):
     """A balloon inflates while pages arrive: nothing stale comes back."""
     path = tmp_path / "u"
-    with Running(
-        "serve", f"image:{snapshot}", "--listen", f"ipc://{tmp_path}/s", "--json",
-        "--max-postcopy-bandwidth", "20MB",
-    ) as server:  # fmt: skip
-        endpoint = json.loads(server.line())["endpoint"]
+    with serving(snapshot, f"ipc://{tmp_path}/s", "--max-postcopy-bandwidth", "20MB") as server:
+        endpoint = server.endpoint
         for seed in range(3):
             with restoring(endpoint, path) as restore:
                 options = ("--remove", "400", "--seed", str(seed))
@@ -93,10 +103,8 @@ def test_memory_given_back_meanwhile_reads_as_zero(snapshot, tmp_path):
 def test_several_destinations_at_once(snapshot, tmp_path, scheme):
     listen = "tcp://127.0.0.1:0" if scheme == "tcp" else f"ipc://{tmp_path}/s"
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(
-            Running("serve", f"image:{snapshot}", "--listen", listen, "--json", "--codec", "zstd")
-        )
-        endpoint = json.loads(server.line())["endpoint"]
+        server = stack.enter_context(serving(snapshot, listen, "--codec", "zstd"))
+        endpoint = server.endpoint
         pairs = []
         for i in range(3):
             path = tmp_path / f"u{i}"
@@ -114,20 +122,13 @@ def test_the_source_goes_and_comes_back(snapshot, tmp_path):
     listen, path = f"ipc://{tmp_path}/s", tmp_path / "u"
     slow = ("--max-postcopy-bandwidth", "3MB")
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(
-            Running("serve", f"image:{snapshot}", "--listen", listen, "--json", *slow)
-        )
-        first.line()
+        first = stack.enter_context(serving(snapshot, listen, *slow))
         restore = stack.enter_context(restoring(listen, path))
         monitor = stack.enter_context(monitor_process(path, snapshot))
         restore.error_line("postcopy:")
-        first.process.send_signal(signal.SIGTERM)
-        first.finish()
+        stop(first)
         restore.error_line("paused")
-        second = stack.enter_context(
-            Running("serve", f"image:{snapshot}", "--listen", listen, "--json")
-        )
-        second.line()
+        stack.enter_context(serving(snapshot, listen))
         whole(restore, monitor)
 
 
@@ -138,28 +139,17 @@ def test_another_snapshot_is_not_mixed_in(snapshot, tmp_path):
     other.write_bytes(os.urandom(16 << 20))
     slow = ("--max-postcopy-bandwidth", "3MB")
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(
-            Running("serve", f"image:{snapshot}", "--listen", listen, "--json", *slow)
-        )
-        first.line()
+        first = stack.enter_context(serving(snapshot, listen, *slow))
         restore = stack.enter_context(restoring(listen, path))
         monitor = stack.enter_context(monitor_process(path, snapshot))
         restore.error_line("postcopy:")
-        first.process.send_signal(signal.SIGTERM)
-        first.finish()
-        wrong = stack.enter_context(
-            Running("serve", f"image:{other}", "--listen", listen, "--json")
-        )
-        wrong.line()
+        stop(first)
+        wrong = stack.enter_context(serving(other, listen))
         restore.error_line("serves another snapshot now")
-        wrong.process.send_signal(signal.SIGTERM)
-        wrong.finish()
+        stop(wrong)
         copy = tmp_path / "copy"
         copy.write_bytes(snapshot.read_bytes())
-        second = stack.enter_context(
-            Running("serve", f"image:{copy}", "--listen", listen, "--json")
-        )
-        second.line()
+        stack.enter_context(serving(copy, listen))
         whole(restore, monitor)
 
 
@@ -181,11 +171,8 @@ def test_nonsense_is_turned_away_and_the_next_is_served(snapshot, tmp_path, kind
 
 def test_a_monitor_that_dies_ends_it(snapshot, tmp_path):
     path = tmp_path / "u"
-    with Running(
-        "serve", f"image:{snapshot}", "--listen", f"ipc://{tmp_path}/s", "--json",
-        "--max-postcopy-bandwidth", "1MB",
-    ) as server:  # fmt: skip
-        endpoint = json.loads(server.line())["endpoint"]
+    with serving(snapshot, f"ipc://{tmp_path}/s", "--max-postcopy-bandwidth", "1MB") as server:
+        endpoint = server.endpoint
         with (
             restoring(endpoint, path) as restore,
             monitor_process(path, snapshot, "--die-after", "100") as monitor,

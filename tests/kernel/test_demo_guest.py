@@ -15,10 +15,10 @@ from helpers import GIVE_UP, until
 
 import pageferry
 from pageferry.transport.errors import HostLacks, PeerRefused, RemoteProtocolError, UsageError
-from pageferry.transport.messages import PROTOCOL, Block, Hello
+from pageferry.transport.messages import POSTCOPY, PROTOCOL, Block, Hello
 from pageferry.transport.pages import PAGE_SIZE, pages_of
 from pageferry.workers.guests import parse_guest
-from pageferry.workers.guests.base import POSTCOPY, Region
+from pageferry.workers.guests.base import Region
 from pageferry.workers.guests.demo import HUGE_PAGE, DemoDestination, DemoSource
 from pageferry.workers.guests.demo_process import (
     Content,

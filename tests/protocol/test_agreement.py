@@ -11,12 +11,12 @@ from pageferry.transport.messages import (
     MAX_BLOCK_SIZE,
     MAX_BLOCKS,
     MAX_WORKERS,
+    POSTCOPY,
     PROTOCOL,
     Block,
     Hello,
 )
 from pageferry.transport.wire import MAX_BATCH_PAGES
-from pageferry.workers.guests.base import POSTCOPY
 
 GOOD = Hello(
     PROTOCOL, "0.1.0", str(uuid.UUID(int=5)), "demo",

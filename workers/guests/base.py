@@ -13,21 +13,9 @@ from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
 from typing import Any
 
-from ...transport.messages import POSTCOPY, Block, Hello
+from ...transport.messages import Block, Hello
 from ...transport.pages import Runs
 from ..ram import RamBlock
-
-__all__ = [
-    "POSTCOPY",
-    "TRACKING_HASH",
-    "TRACKING_NONE",
-    "TRACKING_PAGEMAP",
-    "ArmedMemory",
-    "DestinationGuest",
-    "Region",
-    "SourceGuest",
-    "layout_size",
-]
 
 # How writes are found, in order of preference.
 TRACKING_NONE = "none"  # nobody writes

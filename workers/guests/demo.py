@@ -26,7 +26,7 @@ from ...transport.errors import (
     SourceError,
     UsageError,
 )
-from ...transport.messages import Block, Hello
+from ...transport.messages import POSTCOPY, Block, Hello
 from ...transport.pages import PAGE_SIZE, Runs
 from ...transport.quantities import parse_size
 from ..forking import start_process
@@ -34,7 +34,6 @@ from ..kernel.pagemap import PagemapScanner
 from ..ram import RamBlock, RamFile
 from ..segments import Segment
 from .base import (
-    POSTCOPY,
     TRACKING_HASH,
     TRACKING_PAGEMAP,
     ArmedMemory,

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from ...transport.errors import HostLacks
 from ...transport.pages import PAGE_SIZE
+from ..forking import let_the_server_end
 from ..kernel import userfaultfd
 from ..kernel.libc import die_with_parent, set_process_name, store_byte
 from ..ram import RamFile
@@ -403,6 +404,7 @@ def main(
     """The process. `handover`: where to hand over the userfaultfd, "" if none is wanted: one
     that tracks writes, or in a guest that is `arriving` one that catches missing pages."""
     die_with_parent(os.getppid())
+    let_the_server_end()
     set_process_name("pf-demo-guest")
     sys.setswitchinterval(_SWITCH_SECONDS)
     guest = DemoGuest(pipe, file, registers)

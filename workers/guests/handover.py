@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import stat
 import tempfile
 
 import msgspec
 
 from ...transport.errors import DestinationError, HostLacks, SourceError, UsageError
+from ...transport.links import clear_dead_socket
 
 _MAX_MESSAGE = 1 << 20
 _MAX_DESCRIPTORS = 2
@@ -69,7 +69,7 @@ class HandoverListener:
         self.path = os.path.abspath(path)
         if len(os.fsencode(self.path)) > _MAX_PATH:
             raise UsageError(f"the path {path} is too long for a unix socket: keep it below 100")
-        _clear_dead(self.path)
+        clear_dead_socket(self.path, path)
         self._socket = socket.socket(socket.AF_UNIX)
         before = os.umask(0o177)
         try:
@@ -137,22 +137,6 @@ class VmmConnection:
     def close(self) -> None:
         """Idempotent."""
         self._socket.close()
-
-
-def _clear_dead(path: str) -> None:
-    """Remove the socket of a process that is gone; anything else that is there stays."""
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise DestinationError(f"cannot listen at {path}: a file that is no socket is there")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            os.unlink(path)
-            return
-    raise DestinationError(f"cannot listen at {path}: somebody else does")
 
 
 class HandoverSocket:

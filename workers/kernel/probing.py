@@ -17,10 +17,10 @@ from ...transport.errors import HostLacks
 from ...transport.pages import PAGE_SIZE
 from .libc import syscall
 from .pagemap import PagemapScanner
-from .userfaultfd import _SYSCALL, create, features
+from .userfaultfd import SYSCALL, create, features
 
 # Whom userfaultfd(2) and the rest are wired up for.
-ARCHITECTURES = tuple(_SYSCALL)
+ARCHITECTURES = tuple(SYSCALL)
 # The lowest nice level there is (setpriority(2)).
 _LOWEST_NICE = -20
 
@@ -51,7 +51,7 @@ def probe_userfaultfd() -> Userfaultfd:
 
 def _open_full() -> tuple[int, int]:
     """An errno and -1, or 0 and a descriptor. create() would settle for user mode in silence."""
-    number = _SYSCALL.get(platform.machine())
+    number = SYSCALL.get(platform.machine())
     if number is None:
         return errno.ENOSYS, -1
     try:

@@ -26,7 +26,7 @@ from typing import Any
 from ...transport.errors import DestinationError, GuestGone, HostLacks
 from .libc import ioctl_raw, syscall
 
-_SYSCALL = {"x86_64": 323, "aarch64": 282}
+SYSCALL = {"x86_64": 323, "aarch64": 282}
 _API, _REGISTER, _UNREGISTER = 0xC018AA3F, 0xC020AA00, 0x8010AA01
 _COPY, _ZEROPAGE, _WAKE = 0xC028AA03, 0xC020AA04, 0x8010AA02
 _API_VERSION = 0xAA
@@ -45,7 +45,7 @@ READ_MESSAGES = 64
 
 def create(*, user_mode_only: bool = False) -> int:
     """A new userfaultfd of this process, restricted to user-mode faults if the host insists."""
-    number = _SYSCALL.get(platform.machine())
+    number = SYSCALL.get(platform.machine())
     if number is None:
         raise HostLacks(f"userfaultfd is not wired up for {platform.machine()}")
     flags = os.O_CLOEXEC | os.O_NONBLOCK
