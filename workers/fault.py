@@ -281,8 +281,8 @@ class FaultProcess:
         page -= (page - region.first) % host
         if self.placer.view(region.block)[page]:
             # known to be zero, or it has just been installed: then this only wakes
-            self.placer.zero(region, page, host)
-            self.row.add("local_zero", host)
+            if self.placer.zero(region, page, host):
+                self.row.add("local_zero", host)
             return
         if (region.block, page) in self.wanted:
             self.row.add("repeated", 1)

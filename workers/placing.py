@@ -134,22 +134,32 @@ class GuestPlacer:
         self._copy_all(region, page, self._staged, PAGE_SIZE)
         self.view(region.block)[page] = 1
 
-    def zero(self, region: Region, page: int, count: int) -> None:
-        """Install zeros in a host page that is known to be zero; wakes who sleeps on it."""
-        self._copy_all(region, page, 0, count * PAGE_SIZE)
+    def zero(self, region: Region, page: int, count: int) -> bool:
+        """Wake who sleeps on a host page that is received: zeros where nothing is there.
+
+        True if zeros were installed; that a page was there is no second arrival of it.
+        """
+        return self._copy_again(region, page, 0, count * PAGE_SIZE) == 0
 
     def _copy_all(self, region: Region, page: int, source: int, length: int) -> None:
+        self._count(self._copy_again(region, page, source, length))
+
+    def _copy_again(self, region: Region, page: int, source: int, length: int) -> int:
         """`_copy`, again where the kernel had to break off."""
-        done = 0
+        done = there = 0
         while True:
             try:
                 at = source + done if source else 0
-                self._copy(region, page + done // PAGE_SIZE, at, length - done)
+                there += self._copy(region, page + done // PAGE_SIZE, at, length - done)
             except MemoryChanging as e:
                 done += e.done
                 self._on_changing()
             else:
-                return
+                return there
+
+    def _count(self, there: int) -> None:
+        if there:
+            self._row.add("already_there", there // PAGE_SIZE)
 
     def _install_what_is_not_removed(
         self, region: Region, page: int, count: int, source: int
@@ -169,7 +179,7 @@ class GuestPlacer:
                 if n:
                     from_ = source + (at - page) * PAGE_SIZE if source else 0
                     try:
-                        self._copy(region, at, from_, n * PAGE_SIZE)
+                        self._count(self._copy(region, at, from_, n * PAGE_SIZE))
                     except MemoryChanging as e:
                         n, changing = e.done // PAGE_SIZE, True
                     view[at : at + n] = b"\1" * n
@@ -181,8 +191,8 @@ class GuestPlacer:
             if changing:
                 self._on_changing()
 
-    def _copy(self, region: Region, page: int, source: int, length: int) -> None:
-        """Install; MemoryChanging only where memory may be given back."""
+    def _copy(self, region: Region, page: int, source: int, length: int) -> int:
+        """Install; bytes that were there. MemoryChanging only where memory may be given back."""
         address = region.address + (page - region.first) * PAGE_SIZE
         if source:
             there = self._installer.copy(address, source, length, region.page_size)
@@ -194,8 +204,7 @@ class GuestPlacer:
                 there += self._installer.copy(
                     address + at, address_of(zeros), region.page_size, region.page_size
                 )
-        if there:
-            self._row.add("already_there", there // PAGE_SIZE)
+        return there
 
 
 def _a_moment() -> None:

@@ -407,6 +407,19 @@ def test_one_page_at_a_time(make, content):
     assert guest.already_there() == 1
 
 
+def test_a_fault_that_is_late_for_its_page_only_wakes(make):
+    """The page came after the guest touched it and before the fault was looked at: it is left as
+    it is, and did not arrive twice."""
+    guest = make([4])
+    region = guest.placer.map.region(0, 0)
+    guest.frames.place(0, runs(2), pages_of(7))
+    assert not guest.placer.zero(region, 2, 1)
+    assert guest.page(2) == page_of(7)
+    assert guest.placer.zero(region, 3, 1)
+    assert guest.there() == [2, 3]
+    assert guest.already_there() == 0
+
+
 def test_pages_on_both_sides_of_a_seam(make):
     """A block that is in several places of the guest."""
     guest = make([4, 3, 5])
