@@ -6,11 +6,16 @@ import contextlib
 import gc
 import os
 
+from .kernel.libc import set_nice_and_slice
+
 # Above everything ordinary, below what the kernel and audio set for themselves.
 FIFO_PRIORITY = 50
 _NICE = -15
 # Background of a postcopy: whoever else wants the processor goes first.
 BACKGROUND_NICE = 10
+# Longer than anybody's by default: who wakes with a shorter one takes the processor at once instead
+# of waiting for a slice of the background's to end (EEVDF's PREEMPT_SHORT). Nobody gets less of it.
+_BACKGROUND_SLICE_NS = 10_000_000
 # As counters carry it.
 NORMAL, NICE, FIFO = 0, 1, 2
 NAMES = {NORMAL: "normal", NICE: f"nice {_NICE}", FIFO: f"SCHED_FIFO {FIFO_PRIORITY}"}
@@ -32,9 +37,11 @@ def become_urgent() -> int:
 
 
 def become_background() -> None:
-    """Let others go first. For good: without CAP_SYS_NICE there is no way back."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, BACKGROUND_NICE)
+    """Let others go first, with all threads that there are. For good: without CAP_SYS_NICE there
+    is no way back."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # it has ended; the slice is no one's to refuse
+            set_nice_and_slice(int(thread), BACKGROUND_NICE, _BACKGROUND_SLICE_NS)
 
 
 def collect_seldom() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import signal
+import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -14,6 +16,7 @@ _libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_SCHED_SETATTR = 274 if platform.machine() == "aarch64" else 314
 _FALLOC_PUNCH_HOLE = 0x02 | 0x01  # with KEEP_SIZE, as fallocate(2) demands
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
 # mallopt takes an int; buffers of this size or more still go back to the kernel.
@@ -61,6 +64,18 @@ def keep_buffers() -> None:
 def syscall(number: int, *args: int) -> int:
     """A raw system call with integer arguments; OSError if it fails (syscall(2))."""
     return _check(_libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, args)), "syscall")
+
+
+def set_nice_and_slice(thread: int, nice: int, slice_ns: int) -> None:
+    """SCHED_OTHER with this nice value and time slice for one thread (sched_setattr(2)).
+
+    The slice counts since Linux 6.12 (100 us to 100 ms); older kernels pass over it.
+    """
+    # struct sched_attr: size, policy, flags, nice, priority, runtime, deadline, period
+    attributes = ctypes.create_string_buffer(
+        struct.pack("IIQiIQQQ", 48, os.SCHED_OTHER, 0, nice, 0, slice_ns, 0, 0), 48
+    )
+    syscall(_SCHED_SETATTR, thread, ctypes.addressof(attributes), 0)
 
 
 def ioctl_raw(fd: int, request: int, address: int) -> int:
