@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
-from ..transport.errors import PageferryError, PeerLost, UsageError
+from ..transport.errors import PageferryError, PeerLost, PeerRefused, UsageError
 from ..transport.links import Endpoint, parse_endpoint
 from ..transport.messages import Hello
 from ..workers.forking import warm_up
@@ -127,6 +127,12 @@ def opener(into: GuestUri | None) -> Callable[[Hello], DestinationGuest]:
     """
 
     def open_guest(hello: Hello) -> DestinationGuest:
+        if hello.kind == "qemu" and (into is None or into.kind != "qemu"):
+            raise PeerRefused(
+                "a VM is more than memory (processors, devices): start a QEMU that waits "
+                "(-incoming defer) and receive --into qemu:QMP_SOCKET",
+                field="kind",
+            )
         if into is not None:
             return open_destination(into)
         if hello.kind == "demo":

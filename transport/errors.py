@@ -4,6 +4,7 @@
     ├── LocalProtocolError              1   we broke our own protocol: a bug
     ├── UsageError                      2   an option, a parameter or a URI makes no sense
     ├── SourceError                     3   the source cannot be opened, read or tracked
+    │   └── AttachError
     ├── DestinationError                4   the destination cannot be written
     │   ├── DestinationTooSmall
     │   ├── GuestGone
@@ -64,6 +65,10 @@ class SourceError(PageferryError):
     """the source cannot be read"""
 
     exit_code = 3
+
+
+class AttachError(SourceError):
+    """a process cannot be attached to"""
 
 
 class DestinationError(PageferryError):

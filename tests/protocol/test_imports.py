@@ -29,7 +29,7 @@ IO_MODULES = {
 }  # fmt: skip
 
 # Who may import the socket module: links, and the handover of descriptors over a unix socket.
-SOCKET_MODULES = {"transport/links.py", "workers/guests/handover.py"}
+SOCKET_MODULES = {"transport/links.py", "workers/guests/handover.py", "workers/guests/qmp.py"}
 OPENING = {"socket", "bind", "connect"}
 # The monitor's unix socket is a stream of asyncio's.
 STREAM_MODULES = {"pipeline/monitor.py"}

@@ -42,7 +42,7 @@ def test_guests_that_there_are(text, kind, rest, options):
     [
         ("", "names no guest"),
         ("vm.mem", "names no guest"),
-        ("floppy:x", "write one of image:, ram:, shm:, demo:"),
+        ("floppy:x", "write one of image:, ram:, shm:, qemu:, demo:"),
         ("IMAGE:x", "names no guest"),
         ("image:", "needs a path"),
         ("ram:", "needs a path"),

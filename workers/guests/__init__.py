@@ -21,6 +21,10 @@ def open_source(uri: GuestUri) -> SourceGuest:
         from .demo import DemoSource
 
         return DemoSource(uri)
+    if uri.kind == "qemu":
+        from .qemu import QemuSource
+
+        return QemuSource(uri)
     from .shared_memory import RamSource
 
     return RamSource(uri)
@@ -36,6 +40,10 @@ def open_destination(uri: GuestUri) -> DestinationGuest:
         from .demo import DemoDestination
 
         return DemoDestination(uri)
+    if uri.kind == "qemu":
+        from .qemu import QemuDestination
+
+        return QemuDestination(uri)
     from .shared_memory import RamDestination
 
     return RamDestination(uri)

@@ -3,6 +3,7 @@
 image:PATH                a memory image in a file: raw, or an ELF core
 ram:PATH[?pid=PID]        live memory in a shared-memory file
 shm:NAME                  the same, by its POSIX shared-memory name
+qemu:QMP_SOCKET           a VM of a running QEMU, by its monitor's socket
 demo:[?size=&rate=&content=&access=&vcpus=&hugepages=]   the bundled guest
 """
 
@@ -17,6 +18,7 @@ _OPTIONS: dict[str, set[str]] = {
     "image": set(),
     "ram": {"pid"},
     "shm": {"pid"},
+    "qemu": set(),
     "demo": {"size", "rate", "content", "seed", "access", "vcpus", "hugepages"},
 }
 
@@ -70,6 +72,8 @@ def parse_guest(text: str) -> GuestUri:
         raise UsageError(f"demo: takes options only: write demo:?{rest}")
     if kind in ("image", "ram") and not rest:
         raise UsageError(f"{kind}: needs a path: {kind}:PATH")
+    if kind == "qemu" and not rest:
+        raise UsageError("qemu: needs the socket of QEMU's monitor: qemu:PATH")
     if kind == "shm" and (not rest.strip("/") or "/" in rest.strip("/")):
         raise UsageError("shm: needs the name of a shared-memory segment: shm:NAME")
     return GuestUri(kind, rest, options)

@@ -1,0 +1,216 @@
+"""A VM of an unmodified QEMU moves into another QEMU; its own boot guest says what it lost."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from boot_guest import BootGuest, rom_image
+from helpers import Running, receiver
+from helpers import pageferry as run
+from qemu_vm import Vm, require_qemu
+
+import pageferry
+from pageferry.transport.errors import DestinationError, PeerRefused, SourceError
+
+MIB = 1 << 20
+LO, HI = MIB, 33 * MIB
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Starts VMs with the boot guest, all alike; ends them."""
+    require_qemu()
+    rom = rom_image(tmp_path / "rom", mode=1, lo=LO, hi=HI, delay=2000)
+    with contextlib.ExitStack() as stack:
+
+        def start(name, incoming=None, backend="file", memory=64 * MIB, **more):
+            vm = Vm(name, memory=memory, backend=backend, bios=rom, incoming=incoming, **more)
+            stack.enter_context(vm)
+            if incoming is None and "-S" not in more.get("extra", ()):
+                vm.wait_for_serial(b"B")
+            return vm
+
+        yield start
+
+
+def runs_on(vm):
+    """The guest writes here: its passes go on, and when it is stopped the oracle is content."""
+    with BootGuest(*vm.ram_parts()) as guest:
+        guest.advance("passes", 2)
+        vm.qmp("stop")
+        assert guest.oracle() == []
+        vm.qmp("cont")
+
+
+def test_a_vm_moves_while_it_runs(machine):
+    source, destination = machine("src"), machine("dst", incoming="defer")
+    printed = source.serial()
+    with BootGuest(*source.ram_parts()) as guest:
+        before = guest.get("passes")
+    report = pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
+    assert report["status"] == "completed"
+    assert report["ram"]["dirty-sync-count"] >= 2
+    assert source.status() == "postmigrate"
+    assert destination.status() == "running"
+    assert str(destination.pid) in report["destination"]
+    with BootGuest(*destination.ram_parts()) as guest:
+        assert guest.get("passes") >= before
+    runs_on(destination)
+    assert printed
+    destination.wait_for_serial(b"B")  # its serial line goes on there
+
+
+def test_there_and_back(machine):
+    """Each time into a new QEMU; the counters never go back."""
+    vm, passes = machine("vm0"), 0
+    for i in range(1, 5):
+        following = machine(f"vm{i}", incoming="defer")
+        pageferry.migrate(
+            f"qemu:{vm.qmp_path}", f"qemu:{following.qmp_path}", workers=1 + i % 3,
+            codec=("none", "lz4", "zstd")[i % 3],
+        )  # fmt: skip
+        vm.close()
+        vm = following
+        with BootGuest(*vm.ram_parts()) as guest:
+            assert guest.get("passes") >= passes
+            passes = guest.advance("passes", 1)
+    runs_on(vm)
+
+
+def test_memory_on_two_numa_nodes(machine):
+    source = machine("src", backend="numa2")
+    destination = machine("dst", backend="numa2", incoming="defer")
+    report = pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
+    assert report["ram"]["total"] == 64 * MIB
+    runs_on(destination)
+
+
+def test_memory_without_a_name(machine):
+    source = machine("src", backend="memfd")
+    destination = machine("dst", backend="memfd", incoming="defer")
+    pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
+    runs_on(destination)
+
+
+def test_a_paused_vm_arrives_paused(machine):
+    source, destination = machine("src"), machine("dst", incoming="defer")
+    source.qmp("stop")
+    pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
+    assert destination.status() == "paused"
+    destination.qmp("cont")
+    runs_on(destination)
+
+
+def test_by_send_and_receive(machine):
+    source, destination = machine("src"), machine("dst", incoming="defer")
+    with receiver("--into", f"qemu:{destination.qmp_path}", "--once") as receiving:
+        sent = run("send", f"qemu:{source.qmp_path}", receiving.endpoint, "--json")
+        assert sent.returncode == 0, sent.stderr
+        assert json.loads(sent.stdout)["status"] == "completed"
+        assert receiving.finish()[0] == 0
+    runs_on(destination)
+
+
+def test_cancelled_in_mid_round_it_runs_on(machine):
+    """And can be moved afterwards."""
+    source, destination = machine("src"), machine("dst", incoming="defer")
+    with Running(
+        "copy", f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}", "--max-bandwidth", "1MB"
+    ) as copying:
+        copying.error_line("round 1")
+        copying.process.send_signal(signal.SIGINT)
+        assert copying.finish()[0] == 130
+    assert source.status() == "running"
+    assert destination.status() == "inmigrate"
+    runs_on(source)
+    pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
+    runs_on(destination)
+
+
+def test_a_destination_of_another_size_is_refused(machine):
+    source, destination = machine("src"), machine("dst", incoming="defer", memory=96 * MIB)
+    with pytest.raises(PeerRefused, match="start it with the source's command line"):
+        pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
+    assert source.status() == "running"
+    runs_on(source)
+
+
+def test_devices_that_do_not_match(machine):
+    """Found when the machine stands still: it goes on as it was, its QEMU set as before."""
+    rng = ("-device", "virtio-rng-pci")
+    source, destination = machine("src", extra=rng), machine("dst", incoming="defer")
+    before = source.qmp("query-migrate-parameters")
+    with pytest.raises((DestinationError, PeerRefused), match="the source's command line"):
+        pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
+    assert source.qmp("query-migrate-parameters") == before
+    capabilities = source.qmp("query-migrate-capabilities")
+    assert not any(row["state"] for row in capabilities if row["capability"] == "x-ignore-shared")
+    assert source.status() == "running"
+    runs_on(source)
+    other = machine("other", incoming="defer", extra=rng)
+    pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{other.qmp_path}")
+    runs_on(other)
+
+
+def test_memory_that_somebody_else_writes(machine):
+    """A vhost-user back end, say: what it writes would be lost."""
+    source, destination = machine("src"), machine("dst", incoming="defer")
+    other = subprocess.Popen(
+        [sys.executable, "-c",
+         "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 0); "
+         "print('up', flush=True); sys.stdin.read()", str(source.ram_files[0])],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    with other:
+        assert other.stdout.readline() == b"up\n"
+        with pytest.raises(SourceError, match=f"process {other.pid} "):
+            pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
+        other.stdin.close()
+    runs_on(source)
+
+
+def test_a_destination_that_does_not_wait_is_refused(machine):
+    source, destination = machine("src"), machine("dst")
+    with pytest.raises((DestinationError, PeerRefused), match="-incoming defer"):
+        pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
+    runs_on(source)
+    runs_on(destination)
+
+
+def test_a_vm_of_private_memory_is_refused(machine):
+    source = machine("src", backend="private")
+    with pytest.raises(SourceError, match="share=on"):
+        pageferry.migrate(f"qemu:{source.qmp_path}", "ram:/dev/shm/never")
+    assert source.status() == "running"
+    assert not os.path.exists("/dev/shm/never")
+
+
+def test_a_vm_is_not_moved_into_mere_memory(machine):
+    source = machine("src")
+    with pytest.raises(PeerRefused, match="a VM is more than memory"):
+        pageferry.migrate(f"qemu:{source.qmp_path}", "ram:/dev/shm/never")
+    runs_on(source)
+    assert not os.path.exists("/dev/shm/never")
+
+
+def test_no_monitor(tmp_path):
+    with pytest.raises(SourceError, match="-qmp"):
+        pageferry.migrate(f"qemu:{tmp_path}/none", f"qemu:{tmp_path}/none2")
+
+
+def test_a_monitor_that_somebody_has(machine):
+    source, destination = machine("src"), machine("dst", incoming="defer")
+    from pageferry.workers.guests.qmp import Monitor
+
+    monitor = Monitor(source.qmp_path)
+    try:
+        assert monitor.pid == source.pid
+        with pytest.raises(SourceError, match="has it"):
+            pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
+    finally:
+        monitor.close()
+    runs_on(source)

@@ -1,0 +1,115 @@
+"""A QEMU's monitor, from any thread: the package qemu.qmp on an event loop of its own.
+
+Commands block until they are answered. Knows nothing of migration or memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from qemu.qmp import ExecuteError, QMPClient, QMPError
+
+from ...transport.errors import SourceError
+
+_CONNECT_SECONDS = 5.0
+# A monitor answers when its main loop comes round; a VM that is being stopped flushes its disks.
+_ANSWER_SECONDS = 60.0
+T = TypeVar("T")
+
+
+class CommandFailed(SourceError):
+    """QEMU refused a command."""
+
+
+class Monitor:
+    """Connected to the monitor at a UNIX socket. `pid` is the process behind it.
+
+    Raises SourceError if nobody is there, if it is taken (a monitor has one client at a time), or,
+    later, if QEMU has gone.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        # its own log lines say what our errors say
+        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+        sock = _connect(path)
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        self.pid: int = struct.unpack("3i", credentials)[0]
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._client = QMPClient("pageferry")
+        try:
+            self._call(self._client.connect(sock), _CONNECT_SECONDS)
+        except (QMPError, TimeoutError, asyncio.CancelledError) as e:
+            self.close()
+            sock.close()
+            raise SourceError(
+                f"the monitor at {path} does not answer: another client has it (a monitor has one "
+                f"at a time; give QEMU a second -qmp for pageferry), or it is no QMP socket"
+            ) from e
+
+    def __repr__(self) -> str:
+        return f"<Monitor {self.path} pid={self.pid}>"
+
+    def _call(self, coroutine: Coroutine[Any, Any, T], seconds: float) -> T:
+        async def within() -> T:
+            return await asyncio.wait_for(coroutine, seconds)
+
+        return asyncio.run_coroutine_threadsafe(within(), self._loop).result()
+
+    def __call__(self, command: str, **arguments: Any) -> Any:
+        """Execute a command; `_` in names of arguments is written `-`. CommandFailed with QEMU's
+        own words, SourceError if it is gone."""
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        try:
+            return self._call(self._client.execute(command, named or None), _ANSWER_SECONDS)
+        except ExecuteError as e:
+            raise CommandFailed(f"QEMU refuses {command}: {e}") from e
+        except TimeoutError as e:
+            raise SourceError(f"QEMU at {self.path} does not answer {command}") from e
+        except (QMPError, EOFError, OSError) as e:
+            raise SourceError(f"QEMU at {self.path} is gone") from e
+
+    def give(self, name: str, fd: int) -> None:
+        """QEMU gets a duplicate of `fd`, known to it as `name` (getfd)."""
+
+        async def send() -> None:
+            self._client.send_fd_scm(fd)
+
+        self._call(send(), _ANSWER_SECONDS)
+        self("getfd", fdname=name)
+
+    def close(self) -> None:
+        """Leave it to others. Idempotent; QEMU goes on."""
+        if self._loop.is_closed():
+            return
+        with contextlib.suppress(Exception):
+            self._call(self._client.disconnect(), _CONNECT_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _connect(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.settimeout(_CONNECT_SECONDS)
+        sock.connect(path)
+    except OSError as e:
+        sock.close()
+        what = "there is no such socket" if not os.path.exists(path) else str(e.strerror or e)
+        raise SourceError(
+            f"cannot reach QEMU's monitor at {path}: {what} (start QEMU with -qmp "
+            f"unix:{path},server=on,wait=off)"
+        ) from e
+    sock.setblocking(False)
+    return sock
