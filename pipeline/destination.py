@@ -261,6 +261,8 @@ class Arrival:
             self._pool.check()
             if self._faults is not None:
                 self._faults.check()
+            assert self.guest is not None
+            self.guest.check()
             if self._on_progress is not None:
                 tell(self._on_progress, self.query())
             await asyncio.sleep(WATCH_SECONDS / 2)
@@ -491,8 +493,7 @@ class Arrival:
             self.status = Status.FAILED
             steps = [self._abort, self._discard_guest, self._stop_receivers]
             if self._starting is not None:
-                # it may have begun to run: the source is told that it does not when it cannot
-                steps = [self._discard_guest, self._abort, self._stop_receivers]
+                steps = [self._discard_then_abort, self._stop_receivers]
         for step in steps:
             try:
                 await step()
@@ -516,6 +517,12 @@ class Arrival:
         await self._call.idle()  # what is still being made would outlive its end
         if self.guest is not None:
             await self._call(self.guest.discard)
+
+    async def _discard_then_abort(self) -> None:
+        """It may have begun to run: the source is told that it does not when it cannot, and not
+        told so if it may."""
+        await self._discard_guest()
+        await self._abort()
 
     async def _stop_receivers(self) -> None:
         if self._pool is not None:

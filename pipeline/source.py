@@ -298,6 +298,7 @@ class Source:
                     )
                 )
                 self.statistics.control_bytes += len(state)
+                self.guest.check()  # the last look: next is Run
                 event = core.StateLoaded()
             case _:
                 event = await self._execute_postcopy(instruction)
@@ -451,6 +452,8 @@ class Source:
         while True:
             assert self._crew is not None
             self._crew.pool.check()
+            if not self.core.run_said:  # then its memory is enough
+                self.guest.check()
             if self._background is not None:
                 self._background.check()
             self._progress()

@@ -62,9 +62,9 @@ def test_too_fast_a_guest_is_reported_and_goes_on():
         assert data["rounds"] == 2
         assert data["dirty_rate"] > 0
         assert data["remaining"] > 0
-        before = guest.check().ran_on
+        before = guest.verdict().ran_on
         guest.resume()
-        verdict = guest.check()
+        verdict = guest.verdict()
         assert verdict.ok
         assert verdict.ran_on >= before
     finally:
@@ -105,7 +105,7 @@ def test_cancel_in_each_state_leaves_the_source_running(state):
     try:
         with pytest.raises(Cancelled):
             asyncio.run(_into_nowhere(guest, cancel_in=state))
-        first = guest.check()
+        first = guest.verdict()
         guest.resume()
         assert first.ok
         # it can be migrated all the same afterwards

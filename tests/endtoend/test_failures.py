@@ -190,6 +190,22 @@ def test_a_killed_worker(victim):
         assert there_code == 9, there_err
 
 
+@pytest.mark.parametrize("end", ["source", "destination"])
+def test_a_killed_guest(end):
+    """kill -9 of the guest itself: known at once, not when it is asked for something."""
+    with (
+        receiver("--into", "demo:", "--once") as there,
+        Running("send", "demo:?size=64M", there.endpoint, "--max-bandwidth", "1MB") as sending,
+    ):
+        sending.error_line("round 1")
+        process = (sending if end == "source" else there).process
+        _children(process, "pf-demo-guest")[0].kill()
+        code, _, err = sending.finish()
+        assert code == (3 if end == "source" else 4), err
+        assert "the demo guest is gone" in err
+        there.finish()
+
+
 def test_a_stopped_worker():
     """SIGSTOP of a sender: found by its silence."""
     with (

@@ -15,6 +15,10 @@ from qemu_vm import Vm, require_qemu
 
 import pageferry
 from pageferry.transport.errors import DestinationError, PeerRefused, SourceError
+from pageferry.transport.messages import PROTOCOL, Block, Hello
+from pageferry.workers.guests.qemu import QemuDestination, QemuSource
+from pageferry.workers.guests.qmp import Monitor
+from pageferry.workers.guests.uri import GuestUri
 
 MIB = 1 << 20
 LO, HI = MIB, 33 * MIB
@@ -46,9 +50,28 @@ def runs_on(vm):
         vm.qmp("cont")
 
 
+def settings(vm):
+    return vm.qmp("query-migrate-parameters"), vm.qmp("query-migrate-capabilities")
+
+
+@contextlib.contextmanager
+def loaded(vm, waiting):
+    """Source and destination just before Run."""
+    source = QemuSource(GuestUri("qemu", vm.qmp_path))
+    blocks = [Block(block.name, block.size) for block in source.blocks]
+    destination = QemuDestination(GuestUri("qemu", waiting.qmp_path))
+    try:
+        destination.lay_out(Hello(PROTOCOL, "", "", "qemu", blocks, 1, 1))
+        source.stop()
+        destination.load_state("qemu", source.save_state(), source.running)
+        yield source, destination
+    finally:
+        source.close()
+        destination.close()
+
+
 def test_a_vm_moves_while_it_runs(machine):
     source, destination = machine("src"), machine("dst", incoming="defer")
-    printed = source.serial()
     with BootGuest(*source.ram_parts()) as guest:
         before = guest.get("passes")
     report = pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
@@ -60,7 +83,6 @@ def test_a_vm_moves_while_it_runs(machine):
     with BootGuest(*destination.ram_parts()) as guest:
         assert guest.get("passes") >= before
     runs_on(destination)
-    assert printed
     destination.wait_for_serial(b"B")  # its serial line goes on there
 
 
@@ -105,6 +127,94 @@ def test_a_paused_vm_arrives_paused(machine):
     runs_on(destination)
 
 
+def test_a_paused_vm_that_somebody_lets_go_on_meanwhile(machine):
+    """It is stopped for the switchover like any other, and runs there."""
+    source, destination = machine("src"), machine("dst", incoming="defer")
+    source.qmp("stop")
+    with Running(
+        "copy",
+        f"qemu:{source.qmp_path}",
+        f"qemu:{destination.qmp_path}",
+        "--max-bandwidth",
+        "20MB",
+        "--downtime-limit",
+        "9s",
+    ) as copying:
+        copying.error_line("round 1")
+        source.qmp("cont")
+        code, _, said = copying.finish()
+    assert code == 0, said
+    assert source.status() == "postmigrate"
+    assert destination.status() == "running"
+    runs_on(destination)
+
+
+def test_a_qemu_that_hangs_is_ended_before_the_source_may_go_on(machine):
+    """It was given the devices: whoever gives it up must know that it does not run."""
+    vm, waiting = machine("src"), machine("dst", incoming="defer")
+    with loaded(vm, waiting) as (source, destination):
+        os.kill(waiting.pid, signal.SIGSTOP)
+        destination.discard()
+        assert waiting.has_ended()
+        source.resume()
+    assert vm.status() == "running"
+    runs_on(vm)
+
+
+def test_one_that_was_told_to_run_and_said_nothing_may_have_run(machine):
+    """Then the source must not be told that it did not."""
+    vm, waiting = machine("src"), machine("dst", incoming="defer")
+    with loaded(vm, waiting) as (_, destination):
+        waiting.kill()
+        with pytest.raises(DestinationError):
+            destination.run()
+        with pytest.raises(DestinationError, match="may have run"):
+            destination.discard()
+
+
+def test_the_source_goes_on_while_the_destination_still_has_the_disk(tmp_path, machine):
+    """Both have one disk open, which only one may write."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(MIB))
+    drive = ("-drive", f"file={disk},format=raw")
+    vm, waiting = machine("src", extra=drive), machine("dst", incoming="defer", extra=drive)
+    with loaded(vm, waiting) as (source, destination):
+        source.resume()
+        assert vm.status() == "running"
+        destination.discard()
+    runs_on(vm)
+    other = machine("other", incoming="defer", extra=drive)
+    pageferry.migrate(f"qemu:{vm.qmp_path}", f"qemu:{other.qmp_path}")
+    runs_on(other)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_stopped_vm_that_somebody_lets_go_on(machine, again):
+    """Even for a moment: what it wrote meanwhile would be lost."""
+    vm = machine("src")
+    source = QemuSource(GuestUri("qemu", vm.qmp_path))
+    source.stop()
+    vm.qmp("cont")
+    if again:
+        vm.qmp("stop")
+    with pytest.raises(SourceError, match="let the VM go on"):
+        source.save_state()
+    source.resume()
+    source.close()
+    runs_on(vm)
+
+
+def test_qemu_is_set_as_before(machine):
+    """x-ignore-shared that is left on would make a snapshot without RAM; and what was on stays on,
+    but not while it would hold the state back."""
+    source, destination = machine("src"), machine("dst", incoming="defer")
+    source.set_capabilities(pause_before_switchover=True)
+    before = {vm: settings(vm) for vm in (source, destination)}
+    pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
+    assert {vm: settings(vm) for vm in (source, destination)} == before
+    runs_on(destination)
+
+
 def test_by_send_and_receive(machine):
     source, destination = machine("src"), machine("dst", incoming="defer")
     with receiver("--into", f"qemu:{destination.qmp_path}", "--once") as receiving:
@@ -131,6 +241,25 @@ def test_cancelled_in_mid_round_it_runs_on(machine):
     runs_on(destination)
 
 
+@pytest.mark.parametrize("end", ["source", "destination"])
+def test_a_qemu_that_is_killed(machine, end):
+    """Known at once, not when it is asked for something; the other is as it was."""
+    source, destination = machine("src"), machine("dst", incoming="defer")
+    with Running(
+        "copy", f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}", "--max-bandwidth", "1MB"
+    ) as copying:
+        copying.error_line("round 1")
+        (source if end == "source" else destination).kill()
+        code, _, said = copying.finish()
+    assert code == (3 if end == "source" else 4)
+    assert "has ended" in said
+    if end == "destination":
+        assert source.status() == "running"
+        runs_on(source)
+    else:
+        assert destination.status() == "inmigrate"
+
+
 def test_a_destination_of_another_size_is_refused(machine):
     source, destination = machine("src"), machine("dst", incoming="defer", memory=96 * MIB)
     with pytest.raises(PeerRefused, match="start it with the source's command line"):
@@ -143,12 +272,10 @@ def test_devices_that_do_not_match(machine):
     """Found when the machine stands still: it goes on as it was, its QEMU set as before."""
     rng = ("-device", "virtio-rng-pci")
     source, destination = machine("src", extra=rng), machine("dst", incoming="defer")
-    before = source.qmp("query-migrate-parameters")
+    before = settings(source)
     with pytest.raises((DestinationError, PeerRefused), match="the source's command line"):
         pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
-    assert source.qmp("query-migrate-parameters") == before
-    capabilities = source.qmp("query-migrate-capabilities")
-    assert not any(row["state"] for row in capabilities if row["capability"] == "x-ignore-shared")
+    assert settings(source) == before
     assert source.status() == "running"
     runs_on(source)
     other = machine("other", incoming="defer", extra=rng)
@@ -204,8 +331,6 @@ def test_no_monitor(tmp_path):
 
 def test_a_monitor_that_somebody_has(machine):
     source, destination = machine("src"), machine("dst", incoming="defer")
-    from pageferry.workers.guests.qmp import Monitor
-
     monitor = Monitor(source.qmp_path)
     try:
         assert monitor.pid == source.pid

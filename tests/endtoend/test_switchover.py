@@ -48,9 +48,9 @@ async def _migrate(guest, destination_guest, on_source=None):
 
 
 def _runs(guest):
-    first = guest.check()
+    first = guest.verdict()
     guest.resume()
-    second = guest.check()
+    second = guest.verdict()
     assert first.ok
     assert second.ok
     return second.ran_on >= first.ran_on

@@ -193,8 +193,7 @@ class Vm:
                 arguments += ["-initrd", str(initrd)]
             return [*arguments, "-append", append] if append else arguments
         if disk:
-            # no locking: the source and its destination have it open at the same time
-            return ["-drive", f"file={disk},format=raw,file.locking=off"]
+            return ["-drive", f"file={disk},format=raw"]
         return []
 
     def _lines(self):
@@ -224,6 +223,9 @@ class Vm:
     @property
     def pid(self):
         return self._process.pid
+
+    def has_ended(self):
+        return self._process.poll() is not None
 
     def kill(self):
         """As a host would fail: no `quit`."""

@@ -117,7 +117,7 @@ def test_random_access_is_right_wherever_it_stops(vcpus, rate):
         seen = set()
 
         def enough():
-            verdict = guest.check()
+            verdict = guest.verdict()
             guest.resume()
             assert verdict.ok
             seen.add(verdict.position)
@@ -129,10 +129,10 @@ def test_random_access_is_right_wherever_it_stops(vcpus, rate):
 @pytest.mark.parametrize("offset", [0, 1, 4095])
 def test_one_wrong_byte_is_found(offset):
     with _source("demo:?size=2M&access=random&vcpus=2") as guest:
-        assert guest.check().ok
+        assert guest.verdict().ok
         fd, at = guest.blocks[0].file.fd, 77 * PAGE_SIZE + offset
         os.pwrite(fd, bytes([(os.pread(fd, 1, at)[0] + 1) % 256]), at)
-        verdict = guest.check()
+        verdict = guest.verdict()
         assert not verdict.ok
         assert verdict.wrong_pages == 1
 
@@ -353,8 +353,8 @@ def test_a_host_that_cannot_catch_missing_pages_refuses():
 def test_a_guest_on_huge_pages(huge_pages):
     with _source("demo:?size=16M&hugepages=2M&content=text&access=random&vcpus=2") as guest:
         assert guest.blocks[0].spec == Block("demo.ram", 16 * MIB, HUGE_PAGE)
-        until(lambda: guest.check().ran_on or guest.resume(), "it runs")
-        assert guest.check().ok
+        until(lambda: guest.verdict().ran_on or guest.resume(), "it runs")
+        assert guest.verdict().ok
         if guest.tracking != "pagemap-scan":
             pytest.skip("this kernel does not track writes")
         guest.start_tracking()

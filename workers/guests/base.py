@@ -96,6 +96,9 @@ class SourceGuest(ABC):
         """Everything of the guest that is not RAM. Called when stopped."""
         return b""
 
+    def check(self) -> None:
+        """Raise SourceError if it has ended. Quick: asked several times a second."""
+
     def describe(self) -> dict[str, Any]:
         """What is left of it here, for the result."""
         return {}
@@ -123,6 +126,9 @@ class DestinationGuest(ABC):
 
     def load_state(self, kind: str, state: bytes, running: bool) -> None:
         """Take the device state and make everything durable. All pages have arrived."""
+
+    def check(self) -> None:
+        """Raise GuestGone if it has ended. Quick: asked several times a second."""
 
     @abstractmethod
     def run(self) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import time
@@ -20,6 +21,7 @@ from typing import Any
 import msgspec
 
 from ...transport.errors import (
+    GuestGone,
     HostLacks,
     PeerRefused,
     RemoteProtocolError,
@@ -148,6 +150,9 @@ class GuestProcess:
         except (EOFError, OSError) as e:
             raise SourceError("the demo guest is gone") from e
 
+    def has_ended(self) -> bool:
+        return bool(multiprocessing.connection.wait([self.process.sentinel], 0))
+
     def close(self) -> None:
         """End the guest and its memory. Idempotent."""
         if self._ours.closed:
@@ -253,7 +258,11 @@ class DemoSource(SourceGuest):
     def save_state(self) -> bytes:
         return msgspec.msgpack.encode(self._registers)
 
-    def check(self) -> Verdict:
+    def check(self) -> None:
+        if self._guest.has_ended():
+            raise SourceError("the demo guest is gone")
+
+    def verdict(self) -> Verdict:
         """Stop and ask the oracle: for tests that leave the guest here."""
         self.stop()
         verdict = self._guest.ask("check").verdict
@@ -327,6 +336,10 @@ class DemoDestination(DestinationGuest):
         assert self._guest is not None
         self._guest.ask("run")
         return f"demo: (process {self._guest.process.pid})"
+
+    def check(self) -> None:
+        if self._guest is not None and self._guest.has_ended():
+            raise GuestGone("the demo guest is gone")
 
     def conclude(self) -> dict[str, Any]:
         """How long it waited for its memory; let it run on, stop it, ask the oracle."""

@@ -13,29 +13,44 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import select
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ...transport.errors import (
     DestinationError,
+    GuestGone,
     PageferryError,
     PeerRefused,
     SourceError,
 )
-from ...transport.messages import POSTCOPY, Block, Hello
+from ...transport.messages import MAX_MESSAGE, POSTCOPY, Block, Hello
 from ...transport.pages import PAGE_SIZE
 from ..ram import RamBlock, RamFile
 from .base import TRACKING_HASH, DestinationGuest, SourceGuest
-from .qmp import CommandFailed, Monitor
+from .qmp import Monitor
 from .uri import GuestUri
 
 _FD_NAME = "pageferry-state"
 # Devices and small memories: a 4K screen has 32 MiB.
-_MAX_STATE = 256 << 20
+_MAX_STATE = MAX_MESSAGE // 2
 _STATE_SECONDS = 60.0
+# A QEMU that must not run any more may take so long to end.
+_QUIT_SECONDS = 5.0
+# A line of `info ramblock`: name, host page size, offset and more.
+_RAM_BLOCK = re.compile(r"^ *(\S+) +(\d+) ([KMG])iB +0x", re.MULTILINE)
+_ACTIVE = ("setup", "active", "pre-switchover", "device", "wait-unplug", "cancelling")
 _POLL_SECONDS = 0.001
+# The source gives up waiting for word of the guest's start after 30 s: then this is decided.
+_CONT_SECONDS = 10.0
+_GO_ON_SECONDS, _RETRY_SECONDS = 10.0, 0.1
+_IGNORE_SHARED = "x-ignore-shared"
+# Disks are opened for writing with `cont`, not when all is loaded: the source may still go on.
+_LATE_BLOCK = "late-block-activate"
 # QEMU's own limit must not slow its state down.
 _UNLIMITED = 1 << 50
 _HOW = (
@@ -69,6 +84,7 @@ def backends(monitor: Monitor) -> list[Backend]:
             f"{wanted >> 20} MiB of RAM are not in a shared memory backend: start the VM "
             f"with {_HOW}"
         )
+    _check_page_sizes(monitor, {str(memdev["id"]) for memdev in found})
     made: list[Backend] = []
     try:
         for memdev in sorted(found, key=lambda memdev: str(memdev["id"])):
@@ -81,37 +97,61 @@ def backends(monitor: Monitor) -> list[Backend]:
     return made
 
 
+def _check_page_sizes(monitor: Monitor, names: set[str]) -> None:
+    """SourceError for huge pages: hugetlbfs has no write(2)."""
+    text = str(monitor("human-monitor-command", command_line="info ramblock"))
+    sizes = {name.rpartition("/")[2]: f"{n} {unit}iB" for name, n, unit in _RAM_BLOCK.findall(text)}
+    for name in sorted(names):
+        if sizes.get(name) != "4 KiB":
+            raise SourceError(
+                f"the VM's memory {name} is on pages of {sizes.get(name, 'unknown size')}: only "
+                f"pages of 4 KiB can be moved as yet (mem-path in /dev/shm)"
+            )
+
+
 def _open(monitor: Monitor, name: str, size: int) -> RamFile:
-    """The file of a backend: by the path that QEMU has it at, in QEMU's own view of the files."""
+    """The file of a backend, open, and checked to be the one that the VM uses."""
+    try:
+        path = _path(monitor, name, size)
+        file = RamFile(os.open(path, os.O_RDWR | os.O_CLOEXEC), f"memory {name}")
+        try:
+            _check_file(monitor.pid, file.fd, name, size)
+        except BaseException:
+            file.close()
+            raise
+    except OSError as e:
+        raise SourceError(
+            f"cannot open the memory {name} of process {monitor.pid} ({e.filename}): {e.strerror}; "
+            f"run pageferry as root or as QEMU's user, and where QEMU runs"
+        ) from e
+    return file
+
+
+def _check_file(pid: int, fd: int, name: str, size: int) -> None:
+    if os.fstat(fd).st_size < size or not _is_mapped(pid, fd):
+        raise SourceError(
+            f"the file of memory {name} is not the one that process {pid} uses: it was replaced, "
+            f"or QEMU's monitor belongs to another process"
+        )
+    if others := _others_that_map(pid, fd):
+        raise SourceError(
+            f"the VM's memory {name} is mapped by {', '.join(others)} too, whose writes nobody "
+            f"would see: end it (two QEMUs need two files; vhost-user devices cannot be moved)"
+        )
+
+
+def _path(monitor: Monitor, name: str, size: int) -> str:
+    """Where a backend's file is, in QEMU's own view of the files."""
     kind = {
         row["name"]: row["type"] for row in monitor("qom-list", path="/objects")
     }.get(name, "")  # fmt: skip
     if kind == "child<memory-backend-file>":
         path = str(monitor("qom-get", path=f"/objects/{name}", property="mem-path"))
-        path = f"/proc/{monitor.pid}/root{os.path.join(_directory(monitor.pid), path)}"
-    elif kind == "child<memory-backend-memfd>":
-        path = _memfd(monitor.pid, size)
-    else:
-        raise SourceError(f"memory {name} is a {kind or 'backend'}, which cannot be shared: {_HOW}")
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as e:
-        raise SourceError(f"cannot open the VM's memory {path}: {e.strerror}") from e
-    file = RamFile(fd, f"memory {name}")
-    if os.fstat(fd).st_size < size or not _is_mapped(monitor.pid, fd):
-        file.close()
-        raise SourceError(f"{path} is not the memory {name} of process {monitor.pid} any more")
-    if others := _others_that_map(monitor.pid, fd):
-        file.close()
-        raise SourceError(
-            f"the VM's memory {name} is mapped by {', '.join(others)} too, whose writes nobody "
-            f"would see: end it (vhost-user devices cannot be moved)"
-        )
-    return file
-
-
-def _directory(pid: int) -> str:
-    return os.readlink(f"/proc/{pid}/cwd")
+        directory = os.readlink(f"/proc/{monitor.pid}/cwd")
+        return f"/proc/{monitor.pid}/root{os.path.join(directory, path)}"
+    if kind == "child<memory-backend-memfd>":
+        return _memfd(monitor.pid, size)
+    raise SourceError(f"memory {name} is a {kind or 'backend'}, which cannot be moved: {_HOW}")
 
 
 def _memfd(pid: int, size: int) -> str:
@@ -164,14 +204,38 @@ def _specs(found: list[Backend]) -> list[Block]:
     return specs
 
 
-def _ignore_shared(monitor: Monitor, state: bool) -> None:
-    capability = {"capability": "x-ignore-shared", "state": state}
-    monitor("migrate-set-capabilities", capabilities=[capability])
+class Settings:
+    """What QEMU's migration is set to while it carries our state, and what it was set to before.
 
+    x-ignore-shared left on would make the VM's next snapshot one without RAM: put back, always.
+    """
 
-def _ignores_shared(monitor: Monitor) -> bool:
-    found = monitor("query-migrate-capabilities")
-    return any(row["capability"] == "x-ignore-shared" and row["state"] for row in found)
+    def __init__(self, monitor: Monitor, capabilities: set[str]) -> None:
+        """Only these `capabilities` on (what else is on may hold the state back, or send it by
+        other channels), no limit to the bandwidth, no TLS on a pipe."""
+        self._monitor = monitor
+        found = monitor("query-migrate-capabilities")
+        states = {str(row["capability"]): bool(row["state"]) for row in found}
+        self._states = {
+            name: state for name, state in states.items() if state != (name in capabilities)
+        }
+        known = monitor("query-migrate-parameters")
+        self._parameters = {
+            name: known[name] for name in ("max-bandwidth", "tls-creds") if name in known
+        }
+        self._set({name: not state for name, state in self._states.items()})
+        wanted: dict[str, Any] = {"max-bandwidth": _UNLIMITED, "tls-creds": ""}
+        monitor("migrate-set-parameters", **{name: wanted[name] for name in self._parameters})
+
+    def _set(self, states: dict[str, bool]) -> None:
+        if states:
+            rows = [{"capability": name, "state": state} for name, state in states.items()]
+            self._monitor("migrate-set-capabilities", capabilities=rows)
+
+    def put_back(self) -> None:
+        """As it was."""
+        self._set(self._states)
+        self._monitor("migrate-set-parameters", **self._parameters)
 
 
 class QemuSource(SourceGuest):
@@ -186,7 +250,7 @@ class QemuSource(SourceGuest):
         self._monitor = Monitor(uri.rest)
         self._found: list[Backend] = []
         self._stopped = False
-        self._former: tuple[bool, int] | None = None  # x-ignore-shared, max-bandwidth
+        self._migrating = False  # QEMU may be carrying out our `migrate`
         try:
             self._check()
             self._found = backends(self._monitor)
@@ -200,59 +264,112 @@ class QemuSource(SourceGuest):
     def _check(self) -> None:
         """SourceError for a VM that cannot be moved; nothing has happened yet."""
         status = self._monitor("query-status")
+        if status["status"] == "postmigrate":
+            raise SourceError(
+                "the VM is postmigrate: it has been moved, or somebody tried to; if it does not "
+                "run elsewhere, `cont` it first"
+            )
         if status["status"] not in ("running", "paused"):
             raise SourceError(
                 f"the VM is {status['status']}: only one that runs or is paused can be moved"
             )
         self.running = bool(status["running"])
-        migration = self._monitor("query-migrate")
-        if migration.get("status") in ("setup", "active", "device", "cancelling"):
-            raise SourceError(f"QEMU is migrating this VM by itself: {migration['status']}")
+        migration = self._check_for_others()
         if reasons := migration.get("blocked-reasons"):
             raise SourceError(f"the VM cannot be migrated: {'; '.join(map(str, reasons))}")
 
+    def _check_for_others(self) -> dict[str, Any]:
+        """query-migrate's answer; SourceError if somebody else migrates the VM."""
+        migration: dict[str, Any] = self._monitor("query-migrate")
+        if migration.get("status") in _ACTIVE:
+            raise SourceError(f"QEMU is migrating this VM by itself: {migration['status']}")
+        return migration
+
     def stop(self) -> None:
         if not self._stopped:
+            self._check_for_others()
+            self._monitor.take_resumes()
+            # somebody may have paused it, or let it go on, since we looked
+            self.running = bool(self._monitor("query-status")["running"])
             self._stopped = True  # first: if the answer is lost, resume must not be a no-op
-            if self.running:
-                self._monitor("stop")
+            self._monitor("stop")
+            status = self._monitor("query-status")["status"]
+            if status in ("running", "suspended"):  # asleep, and a key would wake it
+                raise SourceError(f"the VM was stopped and is {status}")
 
     def resume(self) -> None:
         if not self._stopped:
             return
-        if self._former is not None:
-            ignored, bandwidth = self._former
-            _ignore_shared(self._monitor, ignored)
-            self._monitor("migrate-set-parameters", max_bandwidth=bandwidth)
         if self.running:
-            self._monitor("cont")
+            self._go_on()
         self._stopped = False
+
+    def _go_on(self) -> None:
+        """`cont`, again for a while if QEMU refuses: the other end may have to let go of a disk."""
+        until = time.monotonic() + _GO_ON_SECONDS
+        while True:
+            try:
+                self._monitor("cont")
+            except SourceError as e:
+                if not e.data.get("refused") or time.monotonic() > until:
+                    raise
+                time.sleep(_RETRY_SECONDS)
+            else:
+                return
+
+    def _end_migration(self) -> None:
+        """Ours, if it is still under way: nothing can be set until it has ended."""
+        if self._monitor("query-migrate").get("status") in _ACTIVE:
+            self._monitor("migrate_cancel")
+        self._wait_for(lambda found: found.get("status") not in _ACTIVE)
+        self._migrating = False
+
+    def _wait_for(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """query-migrate's answer, once it is as wanted."""
+        until = time.monotonic() + _STATE_SECONDS
+        while not condition(found := self._monitor("query-migrate")):
+            if time.monotonic() > until:
+                raise SourceError(f"QEMU's migration stays {found.get('status')}")
+            time.sleep(_POLL_SECONDS)
+        return dict(found)
 
     def save_state(self) -> bytes:
         """All but RAM, as QEMU's migration stream."""
-        self._former = (
-            _ignores_shared(self._monitor),
-            int(self._monitor("query-migrate-parameters")["max-bandwidth"]),
-        )
-        _ignore_shared(self._monitor, True)
-        self._monitor("migrate-set-parameters", max_bandwidth=_UNLIMITED)
+        settings = Settings(self._monitor, {_IGNORE_SHARED})
+        try:
+            state = self._migrate()
+        finally:
+            if self._migrating:
+                self._end_migration()
+            settings.put_back()
+        self.check()
+        return state
+
+    def _migrate(self) -> bytes:
         ours, theirs = os.pipe2(os.O_CLOEXEC)
         try:
             try:
                 self._monitor.give(_FD_NAME, theirs)
             finally:
                 os.close(theirs)
+            self._migrating = True
             self._monitor("migrate", uri=f"fd:{_FD_NAME}")
             state = _read_all(ours)
         finally:
             os.close(ours)
-        until = time.monotonic() + _STATE_SECONDS
-        while (found := self._monitor("query-migrate")).get("status") != "completed":
-            if found.get("status") in ("failed", "cancelled") or time.monotonic() > until:
-                reason = found.get("error-desc") or found.get("status")
-                raise SourceError(f"QEMU cannot save its devices: {reason}")
-            time.sleep(_POLL_SECONDS)
+        found = self._wait_for(lambda found: found.get("status") not in _ACTIVE)
+        self._migrating = False
+        if found.get("status") != "completed":
+            reason = found.get("error-desc") or found.get("status")
+            raise SourceError(f"QEMU cannot save its devices: {reason}")
         return state
+
+    def check(self) -> None:
+        if self._monitor.has_ended():
+            raise SourceError(f"QEMU (process {self._monitor.pid}) has ended")
+        # what it wrote meanwhile would be lost, and it would run twice
+        if self._stopped and self._monitor.take_resumes():
+            raise SourceError("somebody let the VM go on while it was being moved: start again")
 
     def describe(self) -> dict[str, Any]:
         if not self._stopped:
@@ -266,8 +383,15 @@ class QemuSource(SourceGuest):
 
 
 def _read_all(fd: int) -> bytes:
+    """The other end's all; SourceError if it hangs."""
     parts, size = [], 0
-    while part := os.read(fd, 1 << 20):
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    while True:
+        if not poll.poll(_STATE_SECONDS * 1000):
+            raise SourceError(f"QEMU sent nothing of its devices for {_STATE_SECONDS:g} s")
+        if not (part := os.read(fd, 1 << 20)):
+            break
         parts.append(part)
         size += len(part)
         if size > _MAX_STATE:
@@ -288,6 +412,7 @@ class QemuDestination(DestinationGuest):
         self._monitor: Monitor | None = None
         self._found: list[Backend] = []
         self._loading = False
+        self._told = False  # to run, and it did not say no
 
     def lay_out(self, hello: Hello) -> None:
         if hello.kind != "qemu":
@@ -330,9 +455,20 @@ class QemuDestination(DestinationGuest):
         assert self._monitor is not None
         self._running = running
         self._loading = True
-        _ignore_shared(self._monitor, True)
+        try:
+            settings = Settings(self._monitor, {_IGNORE_SHARED, _LATE_BLOCK})
+            self._load(state)
+            settings.put_back()
+        except SourceError as e:
+            raise DestinationError(
+                f"the QEMU here cannot take the devices' state ({e}): is it started with the "
+                f"source's command line? Its log says which device"
+            ) from e
+
+    def _load(self, state: bytes) -> None:
+        assert self._monitor is not None
         theirs, ours = os.pipe2(os.O_CLOEXEC)
-        feeding = threading.Thread(target=_feed, args=(ours, state))
+        feeding = threading.Thread(target=_feed, args=(ours, state), daemon=True)
         try:
             try:
                 self._monitor.give(_FD_NAME, theirs)
@@ -341,11 +477,6 @@ class QemuDestination(DestinationGuest):
             feeding.start()
             self._monitor("migrate-incoming", uri=f"fd:{_FD_NAME}")
             self._wait_until_loaded()
-        except SourceError as e:
-            raise DestinationError(
-                f"the QEMU here cannot take the devices' state ({e}): is it started with the "
-                f"source's command line? Its log says which device"
-            ) from e
         finally:
             if feeding.ident is None:
                 os.close(ours)
@@ -358,22 +489,43 @@ class QemuDestination(DestinationGuest):
             if found.get("status") == "failed" or time.monotonic() > until:
                 raise SourceError(str(found.get("error-desc", "it did not load in time")))
             time.sleep(_POLL_SECONDS)
+        if self._monitor("query-status")["running"]:
+            self._end()  # before the source hears of it and goes on
+            raise SourceError("it runs before it was told to (store-global-state=off?)")
+
+    def check(self) -> None:
+        if self._monitor is not None and self._monitor.has_ended():
+            raise GuestGone(f"QEMU (process {self._monitor.pid}) has ended: see its log")
 
     def run(self) -> str:
         assert self._monitor is not None
         if self._running:
+            self._told = True
             try:
-                self._monitor("cont")
-            except CommandFailed as e:
+                self._monitor("cont", within=_CONT_SECONDS)
+            except SourceError as e:
+                self._told = not e.data.get("refused")
                 raise DestinationError(e.message) from e
         return f"QEMU process {self._monitor.pid} ({self._path})"
 
     def discard(self) -> None:
-        """A QEMU that was given devices and not told to run is of no use any more."""
+        """A QEMU that was given devices is of no use any more, and must not run: it is ended, by
+        force if it does not answer. DestinationError if it may still run, or may have run."""
         if self._monitor is not None and self._loading:
-            with contextlib.suppress(PageferryError):
-                self._monitor("quit")
+            self._end()
         self.close()
+        if self._told:
+            self._told = False
+            raise DestinationError("QEMU was told to run and did not answer: it may have run")
+
+    def _end(self) -> None:
+        assert self._monitor is not None
+        with contextlib.suppress(PageferryError):
+            self._monitor("quit", within=_QUIT_SECONDS)
+        if not self._monitor.has_ended(_QUIT_SECONDS):
+            self._monitor.kill()
+            if not self._monitor.has_ended(_QUIT_SECONDS):
+                raise DestinationError(f"QEMU process {self._monitor.pid} does not end")
 
     def close(self) -> None:
         for backend in self._found:

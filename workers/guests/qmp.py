@@ -9,13 +9,15 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
+import signal
 import socket
 import struct
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from qemu.qmp import ExecuteError, QMPClient, QMPError
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from ...transport.errors import SourceError
 
@@ -23,10 +25,6 @@ _CONNECT_SECONDS = 5.0
 # A monitor answers when its main loop comes round; a VM that is being stopped flushes its disks.
 _ANSWER_SECONDS = 60.0
 T = TypeVar("T")
-
-
-class CommandFailed(SourceError):
-    """QEMU refused a command."""
 
 
 class Monitor:
@@ -43,10 +41,20 @@ class Monitor:
         sock = _connect(path)
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         self.pid: int = struct.unpack("3i", credentials)[0]
+        try:
+            self._pidfd = os.pidfd_open(self.pid)
+        except OSError as e:
+            sock.close()
+            raise SourceError(
+                f"the process behind {path} cannot be seen from here: run pageferry where QEMU "
+                f"runs (same pid namespace)"
+            ) from e
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._client = QMPClient("pageferry")
+        self._resumed = EventListener(names=["RESUME"])
+        self._client.register_listener(self._resumed)
         try:
             self._call(self._client.connect(sock), _CONNECT_SECONDS)
         except (QMPError, TimeoutError, asyncio.CancelledError) as e:
@@ -66,14 +74,17 @@ class Monitor:
 
         return asyncio.run_coroutine_threadsafe(within(), self._loop).result()
 
-    def __call__(self, command: str, **arguments: Any) -> Any:
-        """Execute a command; `_` in names of arguments is written `-`. CommandFailed with QEMU's
-        own words, SourceError if it is gone."""
+    def __call__(self, command: str, within: float = _ANSWER_SECONDS, **arguments: Any) -> Any:
+        """Execute a command, answered `within` seconds; `_` in names of arguments is written `-`.
+        SourceError, with QEMU's own words and `refused` in its data if it refuses."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        return self._ask(command, self._client.execute(command, named or None), within)
+
+    def _ask(self, command: str, coroutine: Coroutine[Any, Any, T], within: float) -> T:
         try:
-            return self._call(self._client.execute(command, named or None), _ANSWER_SECONDS)
+            return self._call(coroutine, within)
         except ExecuteError as e:
-            raise CommandFailed(f"QEMU refuses {command}: {e}") from e
+            raise SourceError(f"QEMU refuses {command}: {e}", refused=True) from e
         except TimeoutError as e:
             raise SourceError(f"QEMU at {self.path} does not answer {command}") from e
         except (QMPError, EOFError, OSError) as e:
@@ -85,8 +96,29 @@ class Monitor:
         async def send() -> None:
             self._client.send_fd_scm(fd)
 
-        self._call(send(), _ANSWER_SECONDS)
+        self._ask("a descriptor", send(), _ANSWER_SECONDS)
         self("getfd", fdname=name)
+
+    def take_resumes(self) -> int:
+        """How often the VM was let go on since the last call (RESUME events)."""
+
+        async def take() -> int:
+            return len(self._resumed.clear())
+
+        return self._call(take(), _ANSWER_SECONDS)
+
+    def has_ended(self, seconds: float = 0) -> bool:
+        """True if QEMU's process has ended, within `seconds` (pidfd_open(2))."""
+        if self._pidfd < 0:
+            return True  # closed: nobody's business any more
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
+    def kill(self) -> None:
+        """SIGKILL for QEMU."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         """Leave it to others. Idempotent; QEMU goes on."""
@@ -97,6 +129,8 @@ class Monitor:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        os.close(self._pidfd)
+        self._pidfd = -1
 
 
 def _connect(path: str) -> socket.socket:
