@@ -397,7 +397,7 @@ class Arrival:
         self._become(Status.POSTCOPY_PAUSED)
         # what belongs to the connection is taken here and now: another may come at once
         tasks, self._tasks = self._tasks, []
-        letting_go = self._let_go(str(error), self._pausing, tasks, self.control, self._pool)
+        letting_go = self._let_go(str(error), self._pausing, tasks, self.control)
         self._pausing = asyncio.get_running_loop().create_task(letting_go)
 
     async def _let_go(
@@ -406,9 +406,10 @@ class Arrival:
         before: asyncio.Task[None] | None,
         tasks: list[asyncio.Task[Any]],
         control: Control,
-        pool: Pool | None,
     ) -> None:
-        """Drop everything that used a connection, once the one before is dropped."""
+        """Drop everything that used a connection, once the one before is dropped. A recovery that
+        comes meanwhile waits for this, so that the pool is still the old connection's: one of its
+        tasks may have started it after the pause was decided."""
         if before is not None:
             await before
         for task in tasks:
@@ -418,8 +419,8 @@ class Arrival:
             await control.pause(PeerLost(reason))
         if self._faults is not None:
             self._faults.unlink()
-        if pool is not None:
-            await pool.close()
+        if self._pool is not None:
+            await self._pool.close()
 
     def resume(self, message: messages.Resume, control: Control) -> None:
         """The source is back, on a new connection."""

@@ -116,6 +116,29 @@ def test_a_cut_pauses_both_ends_and_recover_goes_on(guest, how, link):
     asyncio.run(run())
 
 
+def test_cut_at_each_turn_of_the_handshake(guest):
+    """Whatever of the new connection has been started by then is let go of."""
+
+    async def run():
+        async with Ends(guest) as ends:
+            await ends.moved(500)
+            ends.source.pause()
+            await ends.paused()
+            for turns in range(24):
+                ends.source.recover(None)
+                await until_async(
+                    lambda: ends.listening.arrival.status is Status.POSTCOPY_RECOVER, "recovering"
+                )
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                ends.listening.arrival.fail(ConnectionError("cut in the handshake"))
+                await ends.paused()
+            ends.source.recover(None)
+            await ends.whole()
+
+    asyncio.run(run())
+
+
 def test_twice_in_a_row_and_in_the_handshake(guest):
     """The second cut falls into the recovery itself."""
 
