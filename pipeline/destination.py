@@ -309,6 +309,8 @@ class Arrival:
                     raise RemoteProtocolError("pages are missing, and nobody says postcopy")
                 if message.postcopy:
                     await self._install_from_now_on()
+                elif self.guest.memory is not None:
+                    self.guest.memory.disarm()  # all is here, and soon nobody serves it
                 await self._call(
                     self.guest.load_state, message.kind, message.state, message.running
                 )

@@ -374,7 +374,7 @@ class Source:
             self.statistics.urgent = self._background.counters
         if self.guest.tracking == TRACKING_HASH:
             self._hashes = Segment(8 * self.statistics.total_pages, "hashes")
-        self.statistics.extra["dirty-tracking"] = self.guest.tracking
+        self.statistics.extra |= {"dirty-tracking": self.guest.tracking} | self.guest.facts()
         self.statistics.extra["codec"] = p.codec
 
     async def _start_senders(self) -> None:
@@ -479,6 +479,7 @@ class Source:
             self.statistics.hole_pages += block.pages - total_pages(runs)
             if not self._fresh[i]:
                 await self._discard(i, complement(runs, block.pages))
+        await self._call(self.guest.settle)
         pages = self._remaining()
         return core.Taken(pages, pages, 0.0, time.monotonic() - begin)
 
@@ -504,6 +505,8 @@ class Source:
             for i in range(len(self.guest.blocks)):
                 # in the loop: a few ms a GiB, and a switchover has no time for a thread
                 self._table.mark_dirty(i, self.guest.dirty_pages(i))
+            if not self.core.stopped:
+                await self._call(self.guest.settle)
         pages = self._remaining()
         now = time.monotonic()
         since, self._taken_at = begin - self._taken_at, begin
@@ -579,6 +582,7 @@ class Source:
         return core.PostcopyEnded()
 
     def _take_end(self, ended: messages.Ended) -> None:
+        self.statistics.finish_round()
         self.statistics.extra |= latency_report(ended.latency)
         self.statistics.extra |= ended.statistics
 

@@ -68,6 +68,11 @@ class Statistics:
         """Pages of this round that are still to be sent."""
         return max(0, self.round_pages - (self.pages_done - self.round_base))
 
+    def finish_round(self) -> None:
+        """Nothing remains. Pages that a postcopy served before its round was begun were counted in
+        both."""
+        self.round_pages = self.pages_done - self.round_base
+
     @property
     def wire_bytes(self) -> int:
         return self._total("wire_bytes") + self.control_bytes

@@ -29,7 +29,7 @@ from ..transport.urgent import Elsewhere, Page, Requesting
 from . import jobs
 from .counters import Counters
 from .guests.base import ArmedMemory, Region
-from .kernel.userfaultfd import READ_MESSAGES, Fault, Removed, read_messages, unregister, wake
+from .kernel.userfaultfd import READ_MESSAGES, Fault, Removed, read_messages, wake
 from .latency import Latency
 from .placing import ARRIVAL, GuestPlacer
 from .priority import FIFO, FIFO_PRIORITY, become_urgent, collect_seldom
@@ -226,12 +226,7 @@ class FaultProcess:
         if self.armed:
             self.armed = False
             self.poll.unregister(self.uffd)
-            for region in self.job.memory.regions:
-                unregister(self.uffd, region.address, region.pages * PAGE_SIZE)
-            # the kernel wakes who sleeps before it lets go of the range: who touches in between
-            # sleeps again (seen with Linux 6.18, whose faults need no map lock)
-            for region in self.job.memory.regions:
-                wake(self.uffd, region.address, region.pages * PAGE_SIZE)
+            self.job.memory.disarm()
             # who gave memory back just then waits until that is read
             self._read()
             while self.placer.changing():

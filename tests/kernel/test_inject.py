@@ -968,7 +968,7 @@ def test_gadgets_are_found_wherever_they_lie(at):
     memory = os.memfd_create("code")
     try:
         os.pwrite(memory, pattern, at)
-        mapping = inject._Mapping(0, 2 << 20, "r-xp", "/lib/libc.so.6")
+        mapping = inject.Mapping(0, 2 << 20, "r-xp", 0, (1, 1), "/lib/libc.so.6")
         assert inject._search(memory, [mapping], (b"not here", pattern)) == (at, pattern)
         assert inject._search(memory, [mapping], (b"not here",)) is None
     finally:

@@ -14,7 +14,8 @@ from multiprocessing.reduction import DupFd
 from typing import Any
 
 from ...transport.messages import Block, Hello
-from ...transport.pages import Runs
+from ...transport.pages import PAGE_SIZE, Runs
+from ..kernel.userfaultfd import unregister, wake
 from ..ram import RamBlock
 
 # How writes are found, in order of preference.
@@ -49,6 +50,16 @@ class ArmedMemory:
     def __reduce__(self) -> tuple[Any, ...]:
         return (_attach_memory, (DupFd(self.uffd), self.regions))
 
+    def disarm(self) -> None:
+        """Nothing is caught any more: what is missing is zero, as any hole is. Wakes who sleeps.
+
+        In this order: the kernel (Linux 6.18) wakes sleepers before it lets go of a range, and who
+        touches in between sleeps again.
+        """
+        for act in (unregister, wake):
+            for region in self.regions:
+                act(self.uffd, region.address, region.pages * PAGE_SIZE)
+
     def close(self) -> None:
         """Idempotent. Memory stays armed while its owner holds a descriptor too."""
         if self.uffd >= 0:
@@ -75,6 +86,10 @@ class SourceGuest(ABC):
     running: bool = False
     image_size: int = 0
 
+    def facts(self) -> dict[str, Any]:
+        """What the statistics say of it from the start."""
+        return {}
+
     def start_tracking(self) -> None:
         """From now on writes are seen. Called once, before `initial_pages`."""
 
@@ -85,6 +100,10 @@ class SourceGuest(ABC):
     def dirty_pages(self, block: int) -> Runs:
         """Pages written since the last call, or since `start_tracking` (get and clear)."""
         raise NotImplementedError
+
+    def settle(self) -> None:
+        """Writes that had begun when pages were last taken (a device's) have ended when this
+        returns. Called before those pages are read, unless it is stopped."""
 
     def stop(self) -> None:
         """No write happens after this returns. Idempotent."""

@@ -12,27 +12,40 @@ destination is a QEMU with the same machine, waiting with `-incoming defer`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import re
 import select
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from ...transport.errors import (
+    AttachError,
     DestinationError,
     GuestGone,
+    HostLacks,
     PageferryError,
     PeerRefused,
     SourceError,
+    UsageError,
 )
-from ...transport.messages import MAX_MESSAGE, POSTCOPY, Block, Hello
-from ...transport.pages import PAGE_SIZE
-from ..ram import RamBlock, RamFile
-from .base import TRACKING_HASH, DestinationGuest, SourceGuest
+from ...transport.messages import MAX_MESSAGE, POSTCOPY, Hello
+from ...transport.pages import PAGE_SIZE, Runs
+from ..kernel import remote
+from ..kernel.userfaultfd import register_missing
+from ..ram import RamBlock
+from .base import (
+    TRACKING_HASH,
+    TRACKING_PAGEMAP,
+    ArmedMemory,
+    DestinationGuest,
+    Region,
+    SourceGuest,
+)
+from .qemu_memory import Backend, VmTracker, backends, check_devices, layout, specs_of
 from .qmp import Monitor
+from .tracking import windows
 from .uri import GuestUri
 
 _FD_NAME = "pageferry-state"
@@ -41,8 +54,6 @@ _MAX_STATE = MAX_MESSAGE // 2
 _STATE_SECONDS = 60.0
 # A QEMU that must not run any more may take so long to end.
 _QUIT_SECONDS = 5.0
-# A line of `info ramblock`: name, host page size, offset and more.
-_RAM_BLOCK = re.compile(r"^ *(\S+) +(\d+) ([KMG])iB +0x", re.MULTILINE)
 _ACTIVE = ("setup", "active", "pre-switchover", "device", "wait-unplug", "cancelling")
 _POLL_SECONDS = 0.001
 # The source gives up waiting for word of the guest's start after 30 s: then this is decided.
@@ -53,155 +64,6 @@ _IGNORE_SHARED = "x-ignore-shared"
 _LATE_BLOCK = "late-block-activate"
 # QEMU's own limit must not slow its state down.
 _UNLIMITED = 1 << 50
-_HOW = (
-    "-object memory-backend-file,id=ram0,size=SIZE,mem-path=/dev/shm/NAME,share=on "
-    "-machine …,memory-backend=ram0"
-)
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A memory backend of the VM whose memory is shared."""
-
-    name: str
-    size: int
-    file: RamFile
-
-
-def backends(monitor: Monitor) -> list[Backend]:
-    """The VM's RAM, in the order of names. SourceError unless all of it is shared memory."""
-    found = monitor("query-memdev")
-    private = [memdev["id"] for memdev in found if not memdev.get("share")]
-    if private:
-        raise SourceError(
-            f"the VM's memory {', '.join(map(str, private))} is private to QEMU: start the VM "
-            f"with share=on ({_HOW})"
-        )
-    summary = monitor("query-memory-size-summary")
-    wanted = int(summary["base-memory"]) + int(summary.get("plugged-memory", 0))
-    if sum(int(memdev["size"]) for memdev in found) < wanted:
-        raise SourceError(
-            f"{wanted >> 20} MiB of RAM are not in a shared memory backend: start the VM "
-            f"with {_HOW}"
-        )
-    _check_page_sizes(monitor, {str(memdev["id"]) for memdev in found})
-    made: list[Backend] = []
-    try:
-        for memdev in sorted(found, key=lambda memdev: str(memdev["id"])):
-            name, size = str(memdev["id"]), int(memdev["size"])
-            made.append(Backend(name, size, _open(monitor, name, size)))
-    except BaseException:
-        for backend in made:
-            backend.file.close()
-        raise
-    return made
-
-
-def _check_page_sizes(monitor: Monitor, names: set[str]) -> None:
-    """SourceError for huge pages: hugetlbfs has no write(2)."""
-    text = str(monitor("human-monitor-command", command_line="info ramblock"))
-    sizes = {name.rpartition("/")[2]: f"{n} {unit}iB" for name, n, unit in _RAM_BLOCK.findall(text)}
-    for name in sorted(names):
-        if sizes.get(name) != "4 KiB":
-            raise SourceError(
-                f"the VM's memory {name} is on pages of {sizes.get(name, 'unknown size')}: only "
-                f"pages of 4 KiB can be moved as yet (mem-path in /dev/shm)"
-            )
-
-
-def _open(monitor: Monitor, name: str, size: int) -> RamFile:
-    """The file of a backend, open, and checked to be the one that the VM uses."""
-    try:
-        path = _path(monitor, name, size)
-        file = RamFile(os.open(path, os.O_RDWR | os.O_CLOEXEC), f"memory {name}")
-        try:
-            _check_file(monitor.pid, file.fd, name, size)
-        except BaseException:
-            file.close()
-            raise
-    except OSError as e:
-        raise SourceError(
-            f"cannot open the memory {name} of process {monitor.pid} ({e.filename}): {e.strerror}; "
-            f"run pageferry as root or as QEMU's user, and where QEMU runs"
-        ) from e
-    return file
-
-
-def _check_file(pid: int, fd: int, name: str, size: int) -> None:
-    if os.fstat(fd).st_size < size or not _is_mapped(pid, fd):
-        raise SourceError(
-            f"the file of memory {name} is not the one that process {pid} uses: it was replaced, "
-            f"or QEMU's monitor belongs to another process"
-        )
-    if others := _others_that_map(pid, fd):
-        raise SourceError(
-            f"the VM's memory {name} is mapped by {', '.join(others)} too, whose writes nobody "
-            f"would see: end it (two QEMUs need two files; vhost-user devices cannot be moved)"
-        )
-
-
-def _path(monitor: Monitor, name: str, size: int) -> str:
-    """Where a backend's file is, in QEMU's own view of the files."""
-    kind = {
-        row["name"]: row["type"] for row in monitor("qom-list", path="/objects")
-    }.get(name, "")  # fmt: skip
-    if kind == "child<memory-backend-file>":
-        path = str(monitor("qom-get", path=f"/objects/{name}", property="mem-path"))
-        directory = os.readlink(f"/proc/{monitor.pid}/cwd")
-        return f"/proc/{monitor.pid}/root{os.path.join(directory, path)}"
-    if kind == "child<memory-backend-memfd>":
-        return _memfd(monitor.pid, size)
-    raise SourceError(f"memory {name} is a {kind or 'backend'}, which cannot be moved: {_HOW}")
-
-
-def _memfd(pid: int, size: int) -> str:
-    """The descriptor of QEMU that is a memfd of this size; SourceError if several are."""
-    found = []
-    for fd in os.listdir(f"/proc/{pid}/fd"):
-        path = f"/proc/{pid}/fd/{fd}"
-        with contextlib.suppress(OSError):
-            if os.readlink(path).startswith("/memfd:memory-backend-memfd") and (
-                os.stat(path).st_size == size
-            ):
-                found.append(path)
-    if len(found) != 1:
-        raise SourceError(
-            f"{len(found)} memory-backend-memfd of {size} bytes: which is which cannot be told; "
-            f"use memory-backend-file for them"
-        )
-    return found[0]
-
-
-def _is_mapped(pid: int, fd: int) -> bool:
-    """True if process `pid` maps the file for writing: for QEMU, it is the one that the VM uses."""
-    status = os.fstat(fd)
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    with open(f"/proc/{pid}/maps") as maps:
-        for line in maps:
-            fields = line.split(maxsplit=5)
-            if fields[3] == device and int(fields[4]) == status.st_ino and "w" in fields[1]:
-                return True
-    return False
-
-
-def _others_that_map(pid: int, fd: int) -> list[str]:
-    """Processes other than `pid` and this one that can write the file through a mapping."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal() and int(name) not in (pid, os.getpid()):
-            with contextlib.suppress(OSError):  # it has ended, or is not ours to see
-                if _is_mapped(int(name), fd):
-                    with open(f"/proc/{name}/comm") as comm:
-                        found.append(f"process {name} ({comm.read().strip()})")
-    return found
-
-
-def _specs(found: list[Backend]) -> list[Block]:
-    specs, offset = [], 0
-    for backend in found:
-        specs.append(Block(backend.name, backend.size, PAGE_SIZE, offset))
-        offset += backend.size
-    return specs
 
 
 class Settings:
@@ -249,17 +111,52 @@ class QemuSource(SourceGuest):
     def __init__(self, uri: GuestUri) -> None:
         self._monitor = Monitor(uri.rest)
         self._found: list[Backend] = []
+        self._tracker: VmTracker | None = None
+        self._facts: dict[str, Any] = {}
         self._stopped = False
         self._migrating = False  # QEMU may be carrying out our `migrate`
         try:
             self._check()
             self._found = backends(self._monitor)
+            self._layout = layout(self._monitor)
+            specs = specs_of(self._found)
+            self.blocks = [RamBlock(s, b.file, 0) for s, b in zip(specs, self._found, strict=True)]
+            self._track(uri.options.get("tracking", ""))
         except BaseException:
             self.close()
             raise
-        specs = _specs(self._found)
-        self.blocks = [RamBlock(s, b.file, 0) for s, b in zip(specs, self._found, strict=True)]
         self.image_size = sum(backend.size for backend in self._found)
+
+    def _track(self, how: str) -> None:
+        """By the kernel if that can be, else by content: then the statistics say why."""
+        if how not in ("", TRACKING_HASH, TRACKING_PAGEMAP):
+            raise UsageError(f"tracking is {TRACKING_PAGEMAP} or {TRACKING_HASH}, not {how!r}")
+        if how == TRACKING_HASH:
+            return
+        try:
+            self._tracker = VmTracker(self._monitor, self.blocks)
+        except (AttachError, HostLacks) as e:
+            if how:
+                raise
+            self._facts = {"dirty-tracking-because": e.message}
+            return
+        self.tracking = TRACKING_PAGEMAP
+        self._facts = {"attach-pause-us": round(self._tracker.paused_seconds * 1e6)}
+
+    def facts(self) -> dict[str, Any]:
+        return self._facts
+
+    def start_tracking(self) -> None:
+        if self._tracker is not None:
+            self._tracker.start()
+
+    def dirty_pages(self, block: int) -> Runs:
+        assert self._tracker is not None
+        return self._tracker.written(block)
+
+    def settle(self) -> None:
+        if self._tracker is not None:
+            self._tracker.settle()
 
     def _check(self) -> None:
         """SourceError for a VM that cannot be moved; nothing has happened yet."""
@@ -277,6 +174,7 @@ class QemuSource(SourceGuest):
         migration = self._check_for_others()
         if reasons := migration.get("blocked-reasons"):
             raise SourceError(f"the VM cannot be migrated: {'; '.join(map(str, reasons))}")
+        check_devices(self._monitor)
 
     def _check_for_others(self) -> dict[str, Any]:
         """query-migrate's answer; SourceError if somebody else migrates the VM."""
@@ -296,6 +194,8 @@ class QemuSource(SourceGuest):
             status = self._monitor("query-status")["status"]
             if status in ("running", "suspended"):  # asleep, and a key would wake it
                 raise SourceError(f"the VM was stopped and is {status}")
+            if layout(self._monitor) != self._layout:
+                raise SourceError("memory was plugged into the VM, or out of it, meanwhile")
 
     def resume(self) -> None:
         if not self._stopped:
@@ -377,6 +277,8 @@ class QemuSource(SourceGuest):
         return {"source-vm": "paused; `cont` on its monitor would let it run a second time"}
 
     def close(self) -> None:
+        if self._tracker is not None:
+            self._tracker.close()
         for block in self._found:
             block.file.close()
         self._monitor.close()
@@ -413,14 +315,11 @@ class QemuDestination(DestinationGuest):
         self._found: list[Backend] = []
         self._loading = False
         self._told = False  # to run, and it did not say no
+        self._planted = -1  # QEMU's own descriptor of what catches missing pages
 
     def lay_out(self, hello: Hello) -> None:
         if hello.kind != "qemu":
             raise PeerRefused(f"a {hello.kind}: guest cannot go on as a qemu: guest", field="kind")
-        if POSTCOPY in hello.capabilities:
-            raise PeerRefused(
-                "postcopy into qemu: is not there yet: leave --postcopy out", field=POSTCOPY
-            )
         try:
             self._monitor = Monitor(self._path)
             self._check()
@@ -439,7 +338,62 @@ class QemuDestination(DestinationGuest):
         if extra := sorted(set(ours) - {spec.name for spec in hello.blocks}):
             raise PeerRefused(f"the source's VM has no memory {', '.join(extra)}", field="blocks")
         self.blocks = [RamBlock(spec, ours[spec.name].file, 0) for spec in hello.blocks]
+        if POSTCOPY in hello.capabilities:
+            self._arm([ours[spec.name] for spec in hello.blocks])
         self.fresh = [not len(block.data_runs()[0]) for block in self.blocks]
+
+    def _arm(self, found: list[Backend]) -> None:
+        """From now on touches of missing pages by this QEMU, or by KVM for it, are caught."""
+        assert self._monitor is not None
+        pid = self._monitor.pid
+        try:
+            planted = self._plant()
+        except (AttachError, HostLacks) as e:
+            raise PeerRefused(
+                f"postcopy into this QEMU is not possible: {e.message}", field=POSTCOPY
+            ) from e
+        self._planted = planted.there
+        regions: list[Region] = []
+        self.memory = ArmedMemory(planted.uffd, regions)
+        for index, backend in enumerate(found):
+            places = windows(pid, backend.file)
+            if sum(place.length for place in places) != backend.size:
+                raise PeerRefused(
+                    f"memory {backend.name} is mapped twice, or not as a whole", field=POSTCOPY
+                )
+            for place in places:
+                try:
+                    register_missing(self.memory.uffd, place.address, place.length)
+                except OSError as e:
+                    raise PeerRefused(_why_not_armed(e, backend.name), field=POSTCOPY) from e
+                regions.append(
+                    Region(
+                        index,
+                        place.offset // PAGE_SIZE,
+                        place.length // PAGE_SIZE,
+                        place.address,
+                        PAGE_SIZE,
+                    )
+                )
+
+    def _plant(self) -> remote.Planted:
+        """The userfaultfd; by a descriptor of ours where QEMU's user may have none that catches
+        the kernel's touches."""
+        assert self._monitor is not None
+        try:
+            return remote.plant_missing(self._monitor.pid)
+        except HostLacks:
+            try:
+                device = os.open(remote.DEVICE, os.O_RDWR | os.O_CLOEXEC)
+            except OSError:
+                device = -1
+            if device < 0:
+                raise
+        try:
+            with self._monitor.lent(device) as there:
+                return remote.plant_missing(self._monitor.pid, there)
+        finally:
+            os.close(device)
 
     def _check(self) -> None:
         assert self._monitor is not None
@@ -508,11 +462,25 @@ class QemuDestination(DestinationGuest):
                 raise DestinationError(e.message) from e
         return f"QEMU process {self._monitor.pid} ({self._path})"
 
+    def conclude(self) -> dict[str, Any]:
+        self._uproot()
+        return {}
+
+    def _uproot(self) -> None:
+        """QEMU is as it was: it has no descriptor of ours. Nothing is caught any more."""
+        if self._planted >= 0 and self._monitor is not None:
+            there, self._planted = self._planted, -1
+            with contextlib.suppress(AttachError, HostLacks, OSError):
+                remote.uproot(self._monitor.pid, there)
+
     def discard(self) -> None:
         """A QEMU that was given devices is of no use any more, and must not run: it is ended, by
         force if it does not answer. DestinationError if it may still run, or may have run."""
         if self._monitor is not None and self._loading:
             self._end()
+        elif self.memory is not None and self.memory.uffd >= 0:
+            self.memory.disarm()
+            self._uproot()
         self.close()
         if self._told:
             self._told = False
@@ -530,8 +498,22 @@ class QemuDestination(DestinationGuest):
     def close(self) -> None:
         for backend in self._found:
             backend.file.close()
+        if self.memory is not None:
+            self.memory.close()
         if self._monitor is not None:
             self._monitor.close()
+
+
+def _why_not_armed(e: OSError, name: str) -> str:
+    if e.errno == errno.EBUSY:
+        return (
+            f"memory {name} is watched by somebody else's userfaultfd, or by that of a pageferry "
+            f"that was killed: start this QEMU anew"
+        )
+    return (
+        f"the kernel cannot catch missing pages of memory {name} ({e.strerror}): it can for files "
+        f"in tmpfs (/dev/shm) and memfds"
+    )
 
 
 def _feed(fd: int, state: bytes) -> None:

@@ -14,7 +14,7 @@ import signal
 import socket
 import struct
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
@@ -98,6 +98,21 @@ class Monitor:
 
         self._ask("a descriptor", send(), _ANSWER_SECONDS)
         self("getfd", fdname=name)
+
+    @contextlib.contextmanager
+    def lent(self, fd: int) -> Iterator[int]:
+        """QEMU gets a duplicate of `fd` for a while; its number there (add-fd)."""
+
+        async def send() -> None:
+            self._client.send_fd_scm(fd)
+
+        self._ask("a descriptor", send(), _ANSWER_SECONDS)
+        added = self("add-fd")
+        try:
+            yield int(added["fd"])
+        finally:
+            with contextlib.suppress(SourceError):
+                self("remove-fd", fdset_id=added["fdset-id"])
 
     def take_resumes(self) -> int:
         """How often the VM was let go on since the last call (RESUME events)."""

@@ -3,7 +3,9 @@
 image:PATH                a memory image in a file: raw, or an ELF core
 ram:PATH[?pid=PID]        live memory in a shared-memory file
 shm:NAME                  the same, by its POSIX shared-memory name
-qemu:QMP_SOCKET           a VM of a running QEMU, by its monitor's socket
+qemu:QMP_SOCKET[?tracking=HOW]
+                          a VM of a running QEMU, by its monitor's socket; HOW its writes are found:
+                          pagemap-scan, content-hash
 demo:[?size=&rate=&content=&access=&vcpus=&hugepages=]   the bundled guest
 """
 
@@ -18,7 +20,7 @@ _OPTIONS: dict[str, set[str]] = {
     "image": set(),
     "ram": {"pid"},
     "shm": {"pid"},
-    "qemu": set(),
+    "qemu": {"tracking"},
     "demo": {"size", "rate", "content", "seed", "access", "vcpus", "hugepages"},
 }
 

@@ -42,6 +42,7 @@ from ...transport.errors import AttachError, HostLacks, PageferryError
 from . import arch
 from .arch import Registers
 from .libc import syscall
+from .mappings import Mapping, mappings
 
 # Numbers of system calls here, by name; for what is not wired up too, where attaching says so.
 NUMBERS = arch.SYSCALLS.get(platform.machine(), arch.SYSCALLS["x86_64"])
@@ -94,7 +95,7 @@ class Injection:
         return f"<Injection pid={self.pid}>"
 
     def __enter__(self) -> Injection:
-        self._tracer = ThreadPoolExecutor(1, thread_name_prefix="tracer")
+        self._tracer = ThreadPoolExecutor(1, thread_name_prefix="tracer", initializer=_hurry)
         try:
             self._run(self._attach)
         except BaseException:  # Ctrl-C too: the tracer works on, and has to let go
@@ -192,6 +193,12 @@ class Injection:
                 self.paused_seconds += time.perf_counter() - stopped.tracee.stopped_at
 
 
+def _hurry() -> None:
+    """While somebody stands still because of this thread, it goes before others."""
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+
+
 @dataclass(frozen=True, slots=True)
 class _Gadgets:
     """Code of the target that we use, by address: `call` is "syscall; ret", `back` rt_sigreturn."""
@@ -239,8 +246,8 @@ class _Stopped:
         The main thread's is marked as such, others end at a page that may not be touched. What
         lies elsewhere (Go's goroutines) may be a few KiB of a heap.
         """
-        pid, at, below = self.tracee.pid, self._found.rsp, _Mapping(0, 0, "", "")
-        for mapping in _mappings(self.tracee.folder):
+        pid, at, below = self.tracee.pid, self._found.rsp, Mapping(0, 0, "---p", 0, (0, 0), "")
+        for mapping in mappings(self.tracee.folder):
             if mapping.start <= at < mapping.end:
                 guarded = below.end == mapping.start and below.access.startswith("---")
                 if not guarded and mapping.name != "[stack]":
@@ -606,9 +613,9 @@ def _find_gadgets(pid: int, tid: int) -> _Gadgets:
                 raise AttachError(
                     f"process {pid} is a 32-bit program: only 64-bit guests", reason="32-bit"
                 )
-        code = [m for m in _mappings(folder) if "x" in m.access and m.has_code]
+        code = [m for m in mappings(folder) if "x" in m.access and m.has_code]
         with _memory(folder, os.O_RDONLY) as fd:
-            code.sort(key=_Mapping.order)
+            code.sort(key=Mapping.order)
             call, back = (
                 _search(fd, code, arch.CALL_GADGETS),
                 _search(fd, code, arch.RETURN_GADGETS),
@@ -622,40 +629,12 @@ def _find_gadgets(pid: int, tid: int) -> _Gadgets:
     return _Gadgets(*call, *back)
 
 
-@dataclass(frozen=True, slots=True)
-class _Mapping:
-    """A line of /proc/PID/maps. `access`: as in "r-xp"."""
-
-    start: int
-    end: int
-    access: str
-    name: str
-
-    @property
-    def has_code(self) -> bool:
-        """Of a file, or the vdso: not what a program makes as it runs, and may drop again."""
-        return self.name.startswith("/") or self.name == "[vdso]"
-
-    def order(self) -> int:
-        """C libraries first: they have what we look for, and are small."""
-        name = self.name.rpartition("/")[2]
-        return 0 if name.startswith(("libc.", "libc-", "ld-musl")) else 1 + (name[:3] != "ld-")
-
-
-def _mappings(folder: str) -> Iterator[_Mapping]:
-    with open(f"{folder}/maps", encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            span, access, _, _, _, *name = line.split(maxsplit=5)
-            start, end = (int(part, 16) for part in span.split("-"))
-            yield _Mapping(start, end, access, name[0].rstrip("\n") if name else "")
-
-
 def _search(
-    fd: int, mappings: list[_Mapping], patterns: tuple[bytes, ...]
+    fd: int, places: list[Mapping], patterns: tuple[bytes, ...]
 ) -> tuple[int, bytes] | None:
     """Where the first of `patterns` that there is lies, and which that is."""
     for pattern in patterns:
-        for mapping in mappings:
+        for mapping in places:
             for at in range(mapping.start, mapping.end, _CHUNK):
                 length = min(_CHUNK + len(pattern) - 1, mapping.end - at)
                 try:

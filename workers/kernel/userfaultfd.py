@@ -20,6 +20,7 @@ import fcntl
 import os
 import platform
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,7 @@ _MESSAGE = struct.Struct("<BxxxxxxxQQQ")
 _EVENT_PAGEFAULT, _EVENT_REMOVE, _EVENT_UNMAP = 0x12, 0x15, 0x16
 # Messages a read takes.
 READ_MESSAGES = 64
+Enable = Callable[[int], None]
 
 
 def create(*, user_mode_only: bool = False) -> int:
@@ -73,28 +75,42 @@ def features(uffd: int, wanted: int) -> int:
     return int(struct.unpack("QQQ", argument)[1])
 
 
-def create_tracking() -> int:
-    """A userfaultfd that tracks writes by itself (WP_ASYNC); HostLacks before Linux 6.7."""
-    uffd = create()
+def enable_tracking(uffd: int) -> None:
+    """A new descriptor tracks writes by itself (WP_ASYNC); HostLacks before Linux 6.7."""
     try:
         features(uffd, _FEATURE_WP_HUGETLBFS_SHMEM | _FEATURE_WP_UNPOPULATED | _FEATURE_WP_ASYNC)
     except OSError as e:
-        os.close(uffd)
         raise HostLacks("this kernel cannot track writes (userfaultfd WP_ASYNC, Linux 6.7)") from e
-    return uffd
 
 
-def create_missing(extra: int = 0) -> int:
-    """A userfaultfd for missing pages of shared memory and hugetlbfs; HostLacks without."""
-    uffd = create()
+def enable_missing(uffd: int, extra: int = 0) -> None:
+    """A new descriptor catches missing pages of shared memory and hugetlbfs; HostLacks without."""
     try:
         features(uffd, FEATURE_MISSING_SHMEM | FEATURE_MISSING_HUGETLBFS | extra)
     except OSError as e:
-        os.close(uffd)
         raise HostLacks(
             "this kernel cannot catch missing pages of shared memory (userfaultfd "
             "MISSING_SHMEM, Linux 4.11): postcopy is not possible here"
         ) from e
+
+
+def create_tracking() -> int:
+    """A userfaultfd of this process that tracks writes. HostLacks."""
+    return _create(enable_tracking)
+
+
+def create_missing(extra: int = 0) -> int:
+    """A userfaultfd of this process for missing pages. HostLacks."""
+    return _create(lambda uffd: enable_missing(uffd, extra))
+
+
+def _create(enable: Enable) -> int:
+    uffd = create()
+    try:
+        enable(uffd)
+    except BaseException:
+        os.close(uffd)
+        raise
     return uffd
 
 

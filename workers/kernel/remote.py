@@ -1,0 +1,105 @@
+"""A userfaultfd inside another process, unmodified and unasked, and a duplicate of it here.
+
+What is done with it is done here: registering, scanning, installing pages. The other process's own
+descriptor is closed again for tracking (who tracks may die: then the kernel lets go of everything),
+and kept for missing pages: if it were gone as well, the guest would find zeros where pages are yet
+to come; so it sleeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from dataclasses import dataclass
+
+from ...transport.errors import AttachError, HostLacks
+from . import userfaultfd
+from .inject import NUMBERS, Injection
+
+DEVICE = "/dev/userfaultfd"
+_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
+_USER_MODE_ONLY = 1
+_IOCTL_NEW = 0xAA00  # USERFAULTFD_IOC_NEW, Linux 6.1
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    """`uffd`: ours. `there`: the other process's descriptor of the same, -1 if it has none.
+    `paused_seconds`: how long one thread of it stood still."""
+
+    uffd: int
+    there: int
+    paused_seconds: float
+
+
+def plant_tracking(pid: int) -> Planted:
+    """A userfaultfd that tracks what process `pid` writes. Faults of the kernel are tracked too,
+    also where it was permitted for those of user mode only: nobody has to be told of them.
+
+    AttachError, or HostLacks: see inject.Injection and userfaultfd.create_tracking.
+    """
+    with Injection(pid) as target:
+        try:
+            there = target.syscall(NUMBERS["userfaultfd"], _FLAGS)
+        except PermissionError:
+            there = _create(target, _FLAGS | _USER_MODE_ONLY)
+        uffd = _take(target, there)
+        target.close_fd(there)
+    return _enable(pid, Planted(uffd, -1, target.paused_seconds), userfaultfd.enable_tracking)
+
+
+def plant_missing(pid: int, device: int = -1) -> Planted:
+    """A userfaultfd that catches touches of missing pages in process `pid`, those of the kernel
+    included: KVM's are. `device`: the other process's descriptor of DEVICE, which permits it
+    where its user may not. Its own descriptor stays open: `uproot` closes it.
+
+    AttachError, or HostLacks.
+    """
+    with Injection(pid) as target:
+        if device >= 0:
+            there = target.syscall(NUMBERS["ioctl"], device, _IOCTL_NEW, _FLAGS)
+        else:
+            there = _create(target, _FLAGS)
+        uffd = _take(target, there)
+    return _enable(pid, Planted(uffd, there, target.paused_seconds), userfaultfd.enable_missing)
+
+
+def _create(target: Injection, flags: int) -> int:
+    try:
+        return target.syscall(NUMBERS["userfaultfd"], flags)
+    except OSError as e:
+        if e.errno == errno.ENOSYS:
+            raise HostLacks("this kernel has no userfaultfd") from e
+        raise HostLacks(
+            f"process {target.pid} may not use userfaultfd ({e.strerror}): set "
+            f"vm.unprivileged_userfaultfd=1"
+        ) from e
+
+
+def _take(target: Injection, there: int) -> int:
+    try:
+        return target.take(there)
+    except BaseException:
+        with contextlib.suppress(AttachError, OSError):
+            target.close_fd(there)
+        raise
+
+
+def _enable(pid: int, planted: Planted, enable: userfaultfd.Enable) -> Planted:
+    try:
+        enable(planted.uffd)
+    except BaseException:
+        os.close(planted.uffd)
+        if planted.there >= 0:
+            with contextlib.suppress(AttachError, HostLacks, OSError):
+                uproot(pid, planted.there)
+        raise
+    return planted
+
+
+def uproot(pid: int, there: int) -> None:
+    """Close the other process's descriptor. AttachError or OSError if that cannot be: it is then
+    open until the process ends, and catches nothing any more."""
+    with Injection(pid) as target:
+        target.close_fd(there)
