@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from boot_guest import BootGuest, rom_image
 from helpers import Running, receiver
 from helpers import pageferry as run
 from qemu_vm import Vm, require_qemu
 
 import pageferry
+from pageferry.tools.bench.boot_guest import BootGuest, rom_image
 from pageferry.transport.errors import DestinationError, PeerRefused, SourceError
 from pageferry.transport.messages import PROTOCOL, Block, Hello
 from pageferry.workers.guests.qemu import QemuDestination, QemuSource

@@ -3,14 +3,16 @@
 import shutil
 import struct
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
-import boot_guest
 import linux_guest
 import pytest
 import qemu_vm
-from boot_guest import PAGE, BootGuest
 from qemu_vm import MIB, Vm
+
+from pageferry.tools.bench import boot_guest
+from pageferry.tools.bench.boot_guest import PAGE, BootGuest
 
 LOW, HIGH = 1 * MIB, 9 * MIB
 BLOCK_FIELD = boot_guest.FIELDS["writes"]
@@ -125,7 +127,9 @@ def test_measures_its_touches(running):
     guest.settle()
     histogram = guest.histogram()
     assert sum(histogram) == guest.get("touches")
-    assert boot_guest.percentile(histogram, 0.5) <= boot_guest.percentile(histogram, 1.0)
+    middle, most = (boot_guest.percentile(histogram, share) for share in (0.5, 1.0))
+    assert 0 < middle <= most
+    assert 0 < boot_guest.mean(histogram) <= most
     assert guest.get("backwards") == 0
 
     guest.set(mode=boot_guest.READ_AT_RANDOM, longest=0)
@@ -135,6 +139,20 @@ def test_measures_its_touches(running):
         guest.get("touches") - sum(histogram), abs=1
     )
     assert guest.get("longest") > 0
+
+
+def test_histogram():
+    """What falls into a counter, and what is read from them."""
+    edges = [boot_guest.edges(index) for index in range(8, boot_guest.BUCKETS)]
+    assert edges[:6] == [(4, 5), (5, 6), (6, 7), (7, 8), (8, 10), (10, 12)]
+    assert all(low < high == following for (low, high), (following, _) in pairwise(edges))
+    assert edges[-1][1] == 2**64
+    counts = [0] * boot_guest.BUCKETS
+    assert boot_guest.percentile(counts, 0.5) == boot_guest.mean(counts) == 0
+    counts[40], counts[48] = 75, 25  # 1024 to 1280, 4096 to 5120
+    assert boot_guest.percentile(counts, 0.75) == 1280
+    assert boot_guest.percentile(counts, 0.875) == 4608
+    assert boot_guest.mean(counts) == 0.75 * 1152 + 0.25 * 4608
 
 
 @pytest.mark.parametrize("mode", [boot_guest.IN_ORDER, boot_guest.AT_RANDOM])

@@ -16,7 +16,7 @@ import click
 
 from ...transport.errors import UsageError
 from ...transport.quantities import parse_size
-from . import demo, links, postcopy, scaling, sparse, startup, throughput
+from . import demo, links, postcopy, scaling, sparse, startup, throughput, vm
 from .content import KINDS
 from .lab import BenchError, Lab, isolate
 from .pageferry import default_command
@@ -184,6 +184,20 @@ def postcopy_command(json_file: str | None, pageferry: str, **options: Any) -> N
     plan = postcopy.Plan(**options)
     plan = postcopy.quick(plan) if plan.quick else plan
     _run(lambda lab: postcopy.measure(lab, plan), json_file, pageferry)
+
+
+@cli.command("qemu")
+@_size_option("1G", "Guest memory.")
+@click.option("--quick", is_flag=True, help="256M, one round, less postcopy: less than a minute.")
+@_list_option("--parts", vm.PARTS, vm.PARTS, "What is measured.")
+@_list_option("--guests", vm.GUEST_NAMES, vm.GUEST_NAMES, "What the guest does.")
+@_accelerator_options
+@_common_options(reps=3)
+def qemu_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """A running VM of an unmodified QEMU: pageferry against QEMU's own migration."""
+    plan = vm.Plan(**options)
+    plan = vm.quick(plan) if plan.quick else plan
+    _run(lambda lab: vm.measure(lab, plan), json_file, pageferry)
 
 
 @cli.command("startup")

@@ -32,7 +32,7 @@ from .lab import (
 PROGRAM = "qemu-system-x86_64"
 # Firmware and tables live below: not compared.
 SKIP = 1 << 20
-_NO_LIMIT = 100 << 30  # bytes a second; QEMU's default is 128 MiB/s
+NO_LIMIT = 100 << 30  # bytes a second; QEMU's default is 128 MiB/s
 
 
 class Qmp:
@@ -141,7 +141,7 @@ class Machine(Emulator):
             "migrate-set-capabilities",
             capabilities=[{"capability": "multifd", "state": channels > 0}],
         )
-        ask("migrate-set-parameters", **{"max-bandwidth": _NO_LIMIT})
+        ask("migrate-set-parameters", **{"max-bandwidth": NO_LIMIT})
         if channels:
             ask("migrate-set-parameters", **{
                 "multifd-channels": channels, "multifd-compression": compression,
@@ -187,7 +187,7 @@ class Qemu:
                     version = machine.qmp.ask("query-version")["qemu"]
                 self.accel = accel
                 text = ".".join(str(version[part]) for part in ("major", "minor", "micro"))
-                self.lab.note("QEMU", f"{text}, accel {accel}, cpu {self.cpu}, machine stopped")
+                self.lab.note("QEMU", f"{text}, accel {accel}, cpu {self.cpu}")
                 return ""
             except BenchError as e:
                 problem = str(e)

@@ -244,6 +244,20 @@ class Waited:
     report: dict[str, Any] = field(default_factory=dict)
 
 
+def nodelay_library(lab: Lab) -> str:
+    """What a QEMU is to preload so that its TCP connections have TCP_NODELAY. BenchError without
+    a C compiler."""
+    return _compiled(lab, "nodelay.c", _NODELAY, "-shared", "-fPIC", "-ldl")
+
+
+def _compiled(lab: Lab, source: str, text: str, *flags: str) -> str:
+    path = os.path.join(lab.directory, source)
+    with open(path, "w") as f:
+        f.write(text)
+    lab.start(["cc", *flags, "-o", f"{path}.out", path]).join()
+    return f"{path}.out"
+
+
 class Postcopy:
     """How QEMU's postcopy is run here."""
 
@@ -265,19 +279,12 @@ class Postcopy:
         return ""
 
     def _build(self) -> None:
-        def compiled(source: str, text: str, *flags: str) -> str:
-            path = os.path.join(self._lab.directory, source)
-            with open(path, "w") as f:
-                f.write(text)
-            self._lab.start(["cc", *flags, "-o", f"{path}.out", path]).join()
-            return f"{path}.out"
-
-        self._disk = compiled(
-            "guest.S", _GUEST, "-nostdlib", "-static",
+        self._disk = _compiled(
+            self._lab, "guest.S", _GUEST, "-nostdlib", "-static",
             "-Wl,--build-id=none,--oformat=binary,-Ttext=0x7c00",
         )  # fmt: skip
         os.truncate(self._disk, _DISK)
-        self._shim = compiled("nodelay.c", _NODELAY, "-shared", "-fPIC", "-ldl")
+        self._shim = nodelay_library(self._lab)
 
     def migrate(self, link: Link, size: int, preempt: bool, nodelay: bool) -> Waited:
         """A guest of `size` bytes of random content."""

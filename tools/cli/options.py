@@ -45,6 +45,8 @@ def migration_options(function: F) -> F:
                          "connection without its threads in between."),
             click.option("--batch-pages", metavar="N", default="256", show_default=True,
                          help="4 KiB pages in a frame."),
+            click.option("--quit-source", is_flag=True,
+                         help="End a VM here once it runs there. Default: it stays paused."),
             click.option("--verify", is_flag=True,
                          help="Compare digests of all memory before the guest runs; a running "
                          "guest stands still meanwhile."),
@@ -79,6 +81,7 @@ def parameters(options: dict[str, Any]) -> Parameters:
         max_rounds=integer("max-rounds", options["max_rounds"]) or 0,
         batch_pages=integer("batch-pages", options["batch_pages"]) or 0,
         verify=options["verify"],
+        quit_source=options["quit_source"],
         postcopy=options["postcopy"],
         preempt=not options["no_preempt"],
         postcopy_link=options["postcopy_link"],

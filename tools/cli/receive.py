@@ -9,7 +9,7 @@ import click
 
 from ...pipeline import api
 from ...pipeline.destination import Destination
-from ...transport.errors import PageferryError
+from ...transport.errors import PageferryError, UsageError
 from ...transport.links import parse_endpoint
 from ...workers.guests import parse_guest
 from .copy import checked_oracle
@@ -24,21 +24,28 @@ from .view import View
               "or ipc://PATH. Channels listen beside it, on ports of their own.")  # fmt: skip
 @click.option("--into", metavar="DESTINATION", help="Where guests go. Default: a demo: guest as "
               "such, memory into a new segment in /dev/shm.")  # fmt: skip
+@click.option("--qemu-command", metavar="COMMAND", help="Start a QEMU for a VM that arrives, with "
+              "memory as the source has it (refer to it by its name: memory-backend=ram0), "
+              "instead of --into.")  # fmt: skip
 @click.option("--once", is_flag=True, help="End after one migration, with its exit code.")
 @output_options
-def receive_command(listen: str, into: str | None, once: bool, **options: Any) -> None:
+def receive_command(
+    listen: str, into: str | None, qemu_command: str | None, once: bool, **options: Any
+) -> None:
     """Wait for `pageferry send` and receive what it sends.
 
     \b
     pageferry receive --listen tcp://192.0.2.7:4444 --into image:/var/lib/vm.mem --once
     """
     endpoint = parse_endpoint(listen)
+    if into is not None and qemu_command is not None:
+        raise UsageError("--into and --qemu-command: leave one of them out")
     guest = None if into is None else parse_guest(into)
     expected = "demo" if guest is not None and guest.kind == "demo" else None
     as_json, quiet = options["as_json"], options["quiet"]
 
     async def start(view: View, interrupts: Interrupts) -> None:
-        destination = Destination(endpoint, api.opener(guest), expected, view)
+        destination = Destination(endpoint, api.opener(guest, qemu_command), expected, view)
         try:
             if once:
                 interrupts.attach(_OneArrival(destination, interrupts))

@@ -22,8 +22,8 @@ LONGEST     equ BLOCK + 0x68    ; cycles between the ends of two touches
 BACKWARDS   equ BLOCK + 0x70    ; times the time stamp counter was seen to go back
 TIME        equ BLOCK + 0x78    ; the time stamp counter after the last touch
 FIELDS      equ 16
-HISTOGRAM   equ BLOCK + 0x200   ; 64 counters, by the bit length of a touch's cycles
-BLOCK_END   equ BLOCK + 0x400
+HISTOGRAM   equ BLOCK + 0x200   ; 256 counters, by a touch's cycles: see touched
+BLOCK_END   equ BLOCK + 0xa00
 
 TABLES      equ 0x1000          ; level 4, level 3, four of level 2
 COM1        equ 0x3f8
@@ -108,8 +108,13 @@ touched:    mov byte [BUSY], 0
             mov rdx, rax
             sub rdx, r9
             js back
+            or rdx, 4           ; four counters an octave: the bit length and two bits more
             bsr rcx, rdx
-            inc qword [HISTOGRAM + 8 + rcx * 8]
+            lea r10d, [rcx * 4 - 4]
+            sub ecx, 2
+            shr rdx, cl
+            add edx, r10d
+            inc qword [HISTOGRAM + rdx * 8]
             mov rdx, rax
             test r12, r12
             jz first
