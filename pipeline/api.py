@@ -22,7 +22,14 @@ from ..transport.errors import PageferryError, PeerLost, PeerRefused, UsageError
 from ..transport.links import Endpoint, parse_endpoint
 from ..transport.messages import Hello
 from ..workers.forking import warm_up
-from ..workers.guests import DestinationGuest, GuestUri, open_destination, open_source, parse_guest
+from ..workers.guests import (
+    DestinationGuest,
+    GuestUri,
+    open_destination,
+    open_source,
+    parse_guest,
+    start_qemu,
+)
 from ..workers.guests.shared_memory import path_of
 from .blocking import Blocking, to_its_end
 from .destination import Destination
@@ -120,17 +127,22 @@ async def receive_one(destination: Destination) -> dict[str, Any]:
         destination.forget()
 
 
-def opener(into: GuestUri | None) -> Callable[[Hello], DestinationGuest]:
-    """What a Hello becomes here: `into`, or without it what it is there.
+def opener(
+    into: GuestUri | None, qemu_command: str | None = None
+) -> Callable[[Hello], DestinationGuest]:
+    """What a Hello becomes here: `into`, or a VM in a QEMU that `qemu_command` starts, or without
+    either what it is there.
 
     The peer never chooses a path: without `into`, memory goes to a new shared-memory file.
     """
 
     def open_guest(hello: Hello) -> DestinationGuest:
+        if qemu_command is not None:
+            return start_qemu(qemu_command)
         if hello.kind == "qemu" and (into is None or into.kind != "qemu"):
             raise PeerRefused(
                 "a VM is more than memory (processors, devices): start a QEMU that waits "
-                "(-incoming defer) and receive --into qemu:QMP_SOCKET",
+                "(-incoming defer) and receive --into qemu:QMP_SOCKET, or receive --qemu-command",
                 field="kind",
             )
         if into is not None:

@@ -36,7 +36,8 @@ class Parameters:
     without limit; `downtime_limit`, `postcopy_latency_target`: seconds; `level`: None for the
     codec's own default; `postcopy`: never, manual, now, auto or after=ROUNDS; `preempt`:
     requested pages on a channel of their own (QEMU: postcopy-preempt); `postcopy_link`: what that
-    channel is, zmq or direct (a connection of its own)."""
+    channel is, zmq or direct (a connection of its own); `quit_source`: a VM that has moved is
+    ended here."""
 
     workers: int = 0
     codec: str = "auto"
@@ -51,6 +52,7 @@ class Parameters:
     max_postcopy_bandwidth: int = 0
     postcopy_latency_target: float = 0.0001
     postcopy_link: str = "zmq"
+    quit_source: bool = False
 
     def checked(self) -> Parameters:
         """With defaults filled in, or UsageError that names the parameter."""

@@ -360,6 +360,8 @@ class Source:
     def _make_shared_memory(self) -> None:
         p = self.parameters
         blocks = self.guest.blocks
+        if p.quit_source and not self.guest.can_quit:
+            raise UsageError("quit-source is for a VM (qemu:): leave it out")
         self.statistics.total_pages = sum(block.pages for block in blocks)
         self._table = PageTable([block.pages for block in blocks], context().Lock())
         self._counters = self.statistics.counters = Counters(p.workers)
@@ -696,7 +698,8 @@ class Source:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         steps = (
-            self._abort, self._resume, self._stop_workers, self._hang_up, self._last_words,
+            self._abort, self._resume, self._quit_source, self._stop_workers, self._hang_up,
+            self._last_words,
         )  # fmt: skip
         for step in steps:
             try:
@@ -716,6 +719,10 @@ class Source:
         await self._call.idle()  # a stop that is under way would undo it
         if finish.resume:
             await self._call(self.guest.resume)
+
+    async def _quit_source(self, finish: core.Finish) -> None:
+        if self.parameters.quit_source and self.core.status is Status.COMPLETED:
+            await self._call(self.guest.quit)
 
     async def _stop_workers(self, finish: core.Finish) -> None:
         if self._crew is not None:

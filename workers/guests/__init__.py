@@ -8,7 +8,7 @@ from .base import DestinationGuest, SourceGuest
 from .uri import GuestUri, parse_guest
 
 __all__ = ["DestinationGuest", "GuestUri", "SourceGuest", "open_destination", "open_source",
-           "parse_guest"]  # fmt: skip
+           "parse_guest", "start_qemu"]  # fmt: skip
 
 
 def open_source(uri: GuestUri) -> SourceGuest:
@@ -47,3 +47,10 @@ def open_destination(uri: GuestUri) -> DestinationGuest:
     from .shared_memory import RamDestination
 
     return RamDestination(uri)
+
+
+def start_qemu(command: str) -> DestinationGuest:
+    """A VM in a QEMU that `command` starts when a VM is announced."""
+    from .qemu_process import StartedQemu
+
+    return StartedQemu(command)

@@ -75,7 +75,8 @@ class SourceGuest(ABC):
     """A guest that is to leave.
 
     `live`: somebody may be writing right now. `can_stop`: `stop` makes that end; a guest that
-    cannot be stopped is moved when a whole scan finds nothing changed.
+    cannot be stopped is moved when a whole scan finds nothing changed. `can_quit`: it can be
+    ended once it has moved.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class SourceGuest(ABC):
     tracking: str = TRACKING_NONE
     live: bool = False
     can_stop: bool = False
+    can_quit: bool = False
     running: bool = False
     image_size: int = 0
 
@@ -117,6 +119,9 @@ class SourceGuest(ABC):
 
     def check(self) -> None:
         """Raise SourceError if it has ended. Quick: asked several times a second."""
+
+    def quit(self) -> None:
+        """It has moved for good: end what is left of it here. Only if `can_quit`."""
 
     def describe(self) -> dict[str, Any]:
         """What is left of it here, for the result."""

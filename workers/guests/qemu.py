@@ -106,14 +106,18 @@ class QemuSource(SourceGuest):
     kind = "qemu"
     live = True
     can_stop = True
+    can_quit = True
     tracking = TRACKING_HASH
 
     def __init__(self, uri: GuestUri) -> None:
+        how = uri.options.get("tracking", "")
+        if how not in ("", TRACKING_HASH, TRACKING_PAGEMAP):
+            raise UsageError(f"tracking is {TRACKING_PAGEMAP} or {TRACKING_HASH}, not {how!r}")
         self._monitor = Monitor(uri.rest)
         self._found: list[Backend] = []
         self._tracker: VmTracker | None = None
         self._facts: dict[str, Any] = {}
-        self._stopped = False
+        self._stopped = self._quit = False
         self._migrating = False  # QEMU may be carrying out our `migrate`
         try:
             self._check()
@@ -121,7 +125,7 @@ class QemuSource(SourceGuest):
             self._layout = layout(self._monitor)
             specs = specs_of(self._found)
             self.blocks = [RamBlock(s, b.file, 0) for s, b in zip(specs, self._found, strict=True)]
-            self._track(uri.options.get("tracking", ""))
+            self._track(how)
         except BaseException:
             self.close()
             raise
@@ -129,8 +133,6 @@ class QemuSource(SourceGuest):
 
     def _track(self, how: str) -> None:
         """By the kernel if that can be, else by content: then the statistics say why."""
-        if how not in ("", TRACKING_HASH, TRACKING_PAGEMAP):
-            raise UsageError(f"tracking is {TRACKING_PAGEMAP} or {TRACKING_HASH}, not {how!r}")
         if how == TRACKING_HASH:
             return
         try:
@@ -271,7 +273,15 @@ class QemuSource(SourceGuest):
         if self._stopped and self._monitor.take_resumes():
             raise SourceError("somebody let the VM go on while it was being moved: start again")
 
+    def quit(self) -> None:
+        self._monitor("quit", within=_QUIT_SECONDS)
+        if not self._monitor.has_ended(_QUIT_SECONDS):
+            raise SourceError(f"QEMU process {self._monitor.pid} does not end: quit it by hand")
+        self._quit = True
+
     def describe(self) -> dict[str, Any]:
+        if self._quit:
+            return {"source-vm": "ended"}
         if not self._stopped:
             return {}
         return {"source-vm": "paused; `cont` on its monitor would let it run a second time"}

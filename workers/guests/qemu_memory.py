@@ -126,6 +126,8 @@ def _path(monitor: Monitor, name: str, size: int) -> str:
     }.get(name, "")  # fmt: skip
     if kind == "child<memory-backend-file>":
         path = str(monitor("qom-get", path=f"/objects/{name}", property="mem-path"))
+        if path.startswith("/proc/self/fd/"):  # what it was started with (qemu_process.py)
+            return f"/proc/{monitor.pid}/fd/{os.path.basename(path)}"
         directory = os.readlink(f"/proc/{monitor.pid}/cwd")
         return f"/proc/{monitor.pid}/root{os.path.join(directory, path)}"
     if kind == "child<memory-backend-memfd>":

@@ -139,13 +139,32 @@ class Monitor:
         """Leave it to others. Idempotent; QEMU goes on."""
         if self._loop.is_closed():
             return
-        with contextlib.suppress(Exception):
-            self._call(self._client.disconnect(), _CONNECT_SECONDS)
+        for end in (self._client.disconnect(), _cancel_all()):
+            with contextlib.suppress(Exception):
+                self._call(end, _CONNECT_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
         os.close(self._pidfd)
         self._pidfd = -1
+
+
+def somebody_listens(path: str) -> bool:
+    """Whether a connection is accepted at a UNIX socket; its file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            sock.connect(path)
+        except OSError:
+            return False
+    return True
+
+
+async def _cancel_all() -> None:
+    """The client leaves tasks behind where QEMU died while it greeted it."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _connect(path: str) -> socket.socket:

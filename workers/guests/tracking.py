@@ -13,6 +13,7 @@ or catch:
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 
@@ -84,6 +85,11 @@ class WriteTracker:
                 try:
                     register_write_protect(self._uffd, window.address, window.length)
                 except OSError as e:
+                    if e.errno == errno.EBUSY:
+                        raise HostLacks(
+                            f"writes to {file.name} are tracked by somebody else already: another "
+                            f"pageferry?"
+                        ) from e
                     raise HostLacks(
                         f"the kernel cannot track writes to {file.name} ({e.strerror}): it can for "
                         f"files in tmpfs (/dev/shm) and memfds"
