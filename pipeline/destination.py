@@ -330,6 +330,7 @@ class Arrival:
         with contextlib.suppress(PageferryError, zmq.ZMQError):
             await self.control.say(messages.Running(detail))
         self.statistics.extra["destination"] = detail
+        await self._call(self.guest.started)
         if self._postcopy:
             self.statistics.running = time.monotonic()
             self._become(Status.POSTCOPY_ACTIVE)

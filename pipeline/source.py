@@ -103,6 +103,7 @@ class Source:
         self._counters: Counters | None = None
         self._bandwidth: Bandwidth | None = None
         self._hashes: Segment | None = None
+        self._scan_seconds = 0.0  # what the last scan of all memory took
         self._crew: Crew | None = None
         self._background: Background | None = None
         self._cut = asyncio.Event()  # hand out no more of this round
@@ -235,6 +236,7 @@ class Source:
                             continue
                         said = self._control.say_now(messages.Run())
                         self._task(self._confirm(said), link=True)
+                        self._task(self._set_back())
                     case _:
                         self._task(self._execute(instruction))
 
@@ -285,8 +287,9 @@ class Source:
             case core.SendRound():
                 event = await self._send_round(instruction)
             case core.StopGuest():
-                self.statistics.stopped = time.monotonic()
+                begin = time.monotonic()
                 await self._call(self.guest.stop)
+                self.statistics.stopped = self.guest.stopped_at or begin
                 event = core.GuestStopped()
             case core.Verify():
                 event = await self._verify()
@@ -316,6 +319,12 @@ class Source:
                 return await self._reconnect(instruction.where)
             case _:
                 raise LocalProtocolError(f"unknown instruction {instruction!r}")
+
+    async def _set_back(self) -> None:
+        try:
+            await self._call(self.guest.moved)
+        except PageferryError as e:
+            _log.warning("the source is not set as before: %s", e)
 
     async def _confirm(self, said: asyncio.Future[messages.AnyMessage]) -> None:
         """Wait for the destination's word that the guest runs there."""
@@ -374,9 +383,11 @@ class Source:
                 )
             self._background = Background(blocks, self._table, p, self._failed)
             self.statistics.urgent = self._background.counters
-        if self.guest.tracking == TRACKING_HASH:
+        if self.guest.tracking == TRACKING_HASH or self.guest.last_look_by_content:
             self._hashes = Segment(8 * self.statistics.total_pages, "hashes")
         self.statistics.extra |= {"dirty-tracking": self.guest.tracking} | self.guest.facts()
+        if self.guest.last_look_by_content:
+            self.statistics.extra["last-look"] = TRACKING_HASH
         self.statistics.extra["codec"] = p.codec
 
     async def _start_senders(self) -> None:
@@ -501,18 +512,24 @@ class Source:
         assert self._table is not None
         begin = time.monotonic()
         before = self._remaining()
-        if self._hashes is not None:
-            await self._scan()
-        elif self.guest.live:
+        scan, ahead = self._hashes is not None, 0.0
+        if self.guest.live and self.guest.tracking != TRACKING_HASH:
+            # all memory is looked at once, to know what that takes, and when the guest is stopped
+            scan = scan and (self.core.stopped or not self._scan_seconds)
+            ahead = 0.0 if scan else self._scan_seconds
             for i in range(len(self.guest.blocks)):
                 # in the loop: a few ms a GiB, and a switchover has no time for a thread
                 self._table.mark_dirty(i, self.guest.dirty_pages(i))
             if not self.core.stopped:
                 await self._call(self.guest.settle)
+        if scan:
+            scan_began = time.monotonic()
+            await self._scan()
+            self._scan_seconds = time.monotonic() - scan_began
         pages = self._remaining()
         now = time.monotonic()
         since, self._taken_at = begin - self._taken_at, begin
-        return core.Taken(pages, pages - before, since, now - begin)
+        return core.Taken(pages, pages - before, since, now - begin + ahead)
 
     async def _scan(self) -> None:
         assert self._crew is not None

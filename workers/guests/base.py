@@ -76,17 +76,21 @@ class SourceGuest(ABC):
 
     `live`: somebody may be writing right now. `can_stop`: `stop` makes that end; a guest that
     cannot be stopped is moved when a whole scan finds nothing changed. `can_quit`: it can be
-    ended once it has moved.
+    ended once it has moved. `last_look_by_content`: `dirty_pages` may miss some, so when it is
+    stopped all memory is compared with what was sent.
     """
 
     kind: str
     blocks: list[RamBlock]
     tracking: str = TRACKING_NONE
+    last_look_by_content: bool = False
     live: bool = False
     can_stop: bool = False
     can_quit: bool = False
     running: bool = False
     image_size: int = 0
+    # When it was told to stop (CLOCK_MONOTONIC, seconds), if `stop` does more before; else 0.
+    stopped_at: float = 0.0
 
     def facts(self) -> dict[str, Any]:
         """What the statistics say of it from the start."""
@@ -112,6 +116,9 @@ class SourceGuest(ABC):
 
     def resume(self) -> None:
         """Undo `stop`. Idempotent; never called once the destination may be running."""
+
+    def moved(self) -> None:
+        """The destination was told to run: what was set here for the move can be set back."""
 
     def save_state(self) -> bytes:
         """Everything of the guest that is not RAM. Called when stopped."""
@@ -157,6 +164,9 @@ class DestinationGuest(ABC):
     @abstractmethod
     def run(self) -> str:
         """Make it whole and let it run; says where it is. Quick: the source waits."""
+
+    def started(self) -> None:
+        """It runs, and the source was told so: what was set for the move can be set back."""
 
     def conclude(self) -> dict[str, Any]:
         """After `run`: what can be said about it. May let the guest run on for a while."""

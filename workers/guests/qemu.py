@@ -69,12 +69,13 @@ _UNLIMITED = 1 << 50
 class Settings:
     """What QEMU's migration is set to while it carries our state, and what it was set to before.
 
-    x-ignore-shared left on would make the VM's next snapshot one without RAM: put back, always.
+    x-ignore-shared left on would make the VM's next snapshot one without RAM: put back, always; and
+    set no earlier than the VM is about to be stopped.
     """
 
     def __init__(self, monitor: Monitor, capabilities: set[str]) -> None:
         """Only these `capabilities` on (what else is on may hold the state back, or send it by
-        other channels), no limit to the bandwidth, no TLS on a pipe."""
+        other channels), no limit to the bandwidth, no TLS on a pipe. Nothing is set yet."""
         self._monitor = monitor
         found = monitor("query-migrate-capabilities")
         states = {str(row["capability"]): bool(row["state"]) for row in found}
@@ -85,9 +86,14 @@ class Settings:
         self._parameters = {
             name: known[name] for name in ("max-bandwidth", "tls-creds") if name in known
         }
+        self._applied = False
+
+    def apply(self) -> None:
+        """As we need it."""
+        self._applied = True
         self._set({name: not state for name, state in self._states.items()})
         wanted: dict[str, Any] = {"max-bandwidth": _UNLIMITED, "tls-creds": ""}
-        monitor("migrate-set-parameters", **{name: wanted[name] for name in self._parameters})
+        self._monitor("migrate-set-parameters", **{name: wanted[name] for name in self._parameters})
 
     def _set(self, states: dict[str, bool]) -> None:
         if states:
@@ -95,9 +101,43 @@ class Settings:
             self._monitor("migrate-set-capabilities", capabilities=rows)
 
     def put_back(self) -> None:
-        """As it was."""
-        self._set(self._states)
-        self._monitor("migrate-set-parameters", **self._parameters)
+        """As it was. Idempotent."""
+        if self._applied:
+            self._applied = False
+            self._set(self._states)
+            self._monitor("migrate-set-parameters", **self._parameters)
+
+
+class _StatePipe:
+    """A pipe of which QEMU has one end, by a name that its migration knows it by."""
+
+    URI = f"fd:{_FD_NAME}"
+
+    def __init__(self, monitor: Monitor, *, reading: bool) -> None:
+        """`reading`: we read."""
+        ends = os.pipe2(os.O_CLOEXEC)
+        self.fd, theirs = ends if reading else ends[::-1]
+        try:
+            monitor.give(_FD_NAME, theirs)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(theirs)
+        self._monitor = monitor
+
+    def take(self) -> int:
+        """Our end, which is the caller's from now on; QEMU's goes with its migration."""
+        fd, self.fd = self.fd, -1
+        return fd
+
+    def close(self) -> None:
+        """If it was not taken: both ends. Idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            with contextlib.suppress(AttributeError, SourceError):
+                self._monitor("closefd", fdname=_FD_NAME)
 
 
 class QemuSource(SourceGuest):
@@ -117,6 +157,8 @@ class QemuSource(SourceGuest):
         self._found: list[Backend] = []
         self._tracker: VmTracker | None = None
         self._facts: dict[str, Any] = {}
+        self._settings: Settings | None = None
+        self._pipe: _StatePipe | None = None
         self._stopped = self._quit = False
         self._migrating = False  # QEMU may be carrying out our `migrate`
         try:
@@ -191,7 +233,12 @@ class QemuSource(SourceGuest):
             self._monitor.take_resumes()
             # somebody may have paused it, or let it go on, since we looked
             self.running = bool(self._monitor("query-status")["running"])
+            # all that can be done while it still runs
+            self._settings = Settings(self._monitor, {_IGNORE_SHARED})
+            self._pipe = _StatePipe(self._monitor, reading=True)
+            self._settings.apply()
             self._stopped = True  # first: if the answer is lost, resume must not be a no-op
+            self.stopped_at = time.monotonic()
             self._monitor("stop")
             status = self._monitor("query-status")["status"]
             if status in ("running", "suspended"):  # asleep, and a key would wake it
@@ -200,11 +247,15 @@ class QemuSource(SourceGuest):
                 raise SourceError("memory was plugged into the VM, or out of it, meanwhile")
 
     def resume(self) -> None:
-        if not self._stopped:
-            return
-        if self.running:
-            self._go_on()
-        self._stopped = False
+        if self._stopped:
+            if self.running:
+                self._go_on()
+            self._stopped = False
+        self.moved()
+
+    def moved(self) -> None:
+        if self._settings is not None:
+            self._settings.put_back()
 
     def _go_on(self) -> None:
         """`cont`, again for a while if QEMU refuses: the other end may have to let go of a disk."""
@@ -237,28 +288,23 @@ class QemuSource(SourceGuest):
 
     def save_state(self) -> bytes:
         """All but RAM, as QEMU's migration stream."""
-        settings = Settings(self._monitor, {_IGNORE_SHARED})
         try:
             state = self._migrate()
         finally:
             if self._migrating:
                 self._end_migration()
-            settings.put_back()
         self.check()
         return state
 
     def _migrate(self) -> bytes:
-        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        assert self._pipe is not None
+        self._migrating = True
+        self._monitor("migrate", uri=_StatePipe.URI)
+        fd = self._pipe.take()
         try:
-            try:
-                self._monitor.give(_FD_NAME, theirs)
-            finally:
-                os.close(theirs)
-            self._migrating = True
-            self._monitor("migrate", uri=f"fd:{_FD_NAME}")
-            state = _read_all(ours)
+            state = _read_all(fd)
         finally:
-            os.close(ours)
+            os.close(fd)
         found = self._wait_for(lambda found: found.get("status") not in _ACTIVE)
         self._migrating = False
         if found.get("status") != "completed":
@@ -289,6 +335,10 @@ class QemuSource(SourceGuest):
     def close(self) -> None:
         if self._tracker is not None:
             self._tracker.close()
+        if self._pipe is not None:
+            self._pipe.close()
+        with contextlib.suppress(SourceError):  # it has gone
+            self.moved()
         for block in self._found:
             block.file.close()
         self._monitor.close()
@@ -325,6 +375,8 @@ class QemuDestination(DestinationGuest):
         self._found: list[Backend] = []
         self._loading = False
         self._told = False  # to run, and it did not say no
+        self._settings: Settings | None = None
+        self._pipe: _StatePipe | None = None
         self._planted = -1  # QEMU's own descriptor of what catches missing pages
 
     def lay_out(self, hello: Hello) -> None:
@@ -348,6 +400,8 @@ class QemuDestination(DestinationGuest):
         if extra := sorted(set(ours) - {spec.name for spec in hello.blocks}):
             raise PeerRefused(f"the source's VM has no memory {', '.join(extra)}", field="blocks")
         self.blocks = [RamBlock(spec, ours[spec.name].file, 0) for spec in hello.blocks]
+        self._settings = Settings(self._monitor, {_IGNORE_SHARED, _LATE_BLOCK})
+        self._pipe = _StatePipe(self._monitor, reading=False)
         if POSTCOPY in hello.capabilities:
             self._arm([ours[spec.name] for spec in hello.blocks])
         self.fresh = [not len(block.data_runs()[0]) for block in self.blocks]
@@ -417,33 +471,20 @@ class QemuDestination(DestinationGuest):
 
     def load_state(self, kind: str, state: bytes, running: bool) -> None:
         assert self._monitor is not None
+        assert self._settings is not None and self._pipe is not None
         self._running = running
         self._loading = True
         try:
-            settings = Settings(self._monitor, {_IGNORE_SHARED, _LATE_BLOCK})
-            self._load(state)
-            settings.put_back()
+            self._settings.apply()
+            self._monitor("migrate-incoming", uri=_StatePipe.URI)
+            fd = self._pipe.take()
+            threading.Thread(target=_feed, args=(fd, state), daemon=True).start()
+            self._wait_until_loaded()
         except SourceError as e:
             raise DestinationError(
                 f"the QEMU here cannot take the devices' state ({e}): is it started with the "
                 f"source's command line? Its log says which device"
             ) from e
-
-    def _load(self, state: bytes) -> None:
-        assert self._monitor is not None
-        theirs, ours = os.pipe2(os.O_CLOEXEC)
-        feeding = threading.Thread(target=_feed, args=(ours, state), daemon=True)
-        try:
-            try:
-                self._monitor.give(_FD_NAME, theirs)
-            finally:
-                os.close(theirs)
-            feeding.start()
-            self._monitor("migrate-incoming", uri=f"fd:{_FD_NAME}")
-            self._wait_until_loaded()
-        finally:
-            if feeding.ident is None:
-                os.close(ours)
 
     def _wait_until_loaded(self) -> None:
         assert self._monitor is not None
@@ -452,7 +493,6 @@ class QemuDestination(DestinationGuest):
             found = self._monitor("query-migrate")
             if found.get("status") == "failed" or time.monotonic() > until:
                 raise SourceError(str(found.get("error-desc", "it did not load in time")))
-            time.sleep(_POLL_SECONDS)
         if self._monitor("query-status")["running"]:
             self._end()  # before the source hears of it and goes on
             raise SourceError("it runs before it was told to (store-global-state=off?)")
@@ -472,6 +512,11 @@ class QemuDestination(DestinationGuest):
                 raise DestinationError(e.message) from e
         return f"QEMU process {self._monitor.pid} ({self._path})"
 
+    def started(self) -> None:
+        if self._settings is not None:
+            with contextlib.suppress(SourceError):
+                self._settings.put_back()
+
     def conclude(self) -> dict[str, Any]:
         self._uproot()
         return {}
@@ -488,13 +533,20 @@ class QemuDestination(DestinationGuest):
         force if it does not answer. DestinationError if it may still run, or may have run."""
         if self._monitor is not None and self._loading:
             self._end()
-        elif self.memory is not None and self.memory.uffd >= 0:
-            self.memory.disarm()
-            self._uproot()
+        else:
+            self._stay_as_it_was()
         self.close()
         if self._told:
             self._told = False
             raise DestinationError("QEMU was told to run and did not answer: it may have run")
+
+    def _stay_as_it_was(self) -> None:
+        """It waits for another."""
+        if self._pipe is not None:
+            self._pipe.close()
+        if self.memory is not None and self.memory.uffd >= 0:
+            self.memory.disarm()
+            self._uproot()
 
     def _end(self) -> None:
         assert self._monitor is not None
@@ -506,6 +558,8 @@ class QemuDestination(DestinationGuest):
                 raise DestinationError(f"QEMU process {self._monitor.pid} does not end")
 
     def close(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
         for backend in self._found:
             backend.file.close()
         if self.memory is not None:

@@ -81,6 +81,9 @@ class Monitor:
         return self._ask(command, self._client.execute(command, named or None), within)
 
     def _ask(self, command: str, coroutine: Coroutine[Any, Any, T], within: float) -> T:
+        if self._loop.is_closed():
+            coroutine.close()
+            raise SourceError(f"the monitor at {self.path} is closed")
         try:
             return self._call(coroutine, within)
         except ExecuteError as e:
