@@ -210,14 +210,43 @@ def test_armed_and_given_up_it_waits_as_before(machine):
     assert injected(vm) == 0
 
 
-def test_what_a_killed_pageferry_left_armed_is_refused(machine):
+@pytest.mark.parametrize("capabilities", [[], [POSTCOPY]])
+def test_what_a_killed_pageferry_left_armed_is_disarmed(machine, capabilities):
     """Its missing pages would be waited for by nobody."""
     vm = machine("dst", incoming="defer")
     left = lay_out(vm, [POSTCOPY])
     left._monitor.close()
+    left.close()  # as the kernel does for who is killed: QEMU's own descriptor stays
+    assert injected(vm) == 1
+    destination = lay_out(vm, capabilities)
+    assert injected(vm) == len(capabilities)
+    destination.discard()
+    source = machine("src")
+    pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{vm.qmp_path}")
+    with BootGuest(*vm.ram_parts()) as guest:
+        guest.advance("passes", 1)
+
+
+def test_memory_that_somebody_else_has_armed(machine):
+    vm = machine("dst", incoming="defer")
+    other = lay_out(vm, [POSTCOPY])
+    other._monitor.close()
     with pytest.raises(PeerRefused, match="start this QEMU anew"):
         lay_out(vm, [POSTCOPY])
-    left.close()
+    other.close()
+
+
+def test_settings_that_a_killed_pageferry_left_are_put_back_by_the_next(machine):
+    vm, waiting = machine("src"), machine("dst", incoming="defer")
+    before = vm.qmp("query-migrate-parameters"), vm.qmp("query-migrate-capabilities")
+    with source_of(vm) as source:
+        source.stop()
+        source.save_state()
+        source._settings._applied = False  # killed: nobody puts them back
+    vm.qmp("cont")
+    assert vm.qmp("query-migrate-parameters") != before[0]
+    pageferry.migrate(f"qemu:{vm.qmp_path}", f"qemu:{waiting.qmp_path}")
+    assert (vm.qmp("query-migrate-parameters"), vm.qmp("query-migrate-capabilities")) == before
 
 
 def test_prepared_for_postcopy_and_not_needed(machine):

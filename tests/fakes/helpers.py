@@ -46,11 +46,12 @@ def pageferry(*arguments: str, timeout: float = GIVE_UP) -> subprocess.Completed
 
 
 class Running:
-    """A pageferry process that can be talked to line by line."""
+    """A pageferry process that can be talked to line by line. `within`: what to put before its
+    command, say `ip netns exec NAME`, which becomes it."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, within: tuple[str, ...] = ()) -> None:
         self.process = subprocess.Popen(
-            command(*arguments),
+            [*within, *command(*arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -89,9 +90,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def receiver(*arguments: str, listen: str = "tcp://127.0.0.1:0"):
+def receiver(*arguments: str, listen: str = "tcp://127.0.0.1:0", within: tuple[str, ...] = ()):
     """`pageferry receive --json`, listening; yields it with `.endpoint`."""
-    with Running("receive", "--listen", listen, "--json", *arguments) as running:
+    with Running("receive", "--listen", listen, "--json", *arguments, within=within) as running:
         running.endpoint = json.loads(running.line())["endpoint"]
         yield running
 

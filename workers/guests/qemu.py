@@ -64,13 +64,14 @@ _IGNORE_SHARED = "x-ignore-shared"
 _LATE_BLOCK = "late-block-activate"
 # QEMU's own limit must not slow its state down.
 _UNLIMITED = 1 << 50
+_QEMUS_BANDWIDTH = 128 << 20  # its default
 
 
 class Settings:
     """What QEMU's migration is set to while it carries our state, and what it was set to before.
 
-    x-ignore-shared left on would make the VM's next snapshot one without RAM: put back, always; and
-    set no earlier than the VM is about to be stopped.
+    x-ignore-shared left on would make the VM's next snapshot one without RAM: set as late as can
+    be, put back always, and what a killed pageferry left is put back by the next.
     """
 
     def __init__(self, monitor: Monitor, capabilities: set[str]) -> None:
@@ -79,21 +80,26 @@ class Settings:
         self._monitor = monitor
         found = monitor("query-migrate-capabilities")
         states = {str(row["capability"]): bool(row["state"]) for row in found}
-        self._states = {
-            name: state for name, state in states.items() if state != (name in capabilities)
-        }
         known = monitor("query-migrate-parameters")
         self._parameters = {
             name: known[name] for name in ("max-bandwidth", "tls-creds") if name in known
         }
+        before = dict(states)
+        if self._parameters.get("max-bandwidth") == _UNLIMITED:
+            # left by a pageferry that was killed just then: nobody else says this
+            self._parameters["max-bandwidth"] = _QEMUS_BANDWIDTH
+            before |= {name: False for name in (_IGNORE_SHARED, _LATE_BLOCK) if name in before}
+        wanted = {name: name in capabilities for name in states}
+        self._to_set = {n: on for n, on in wanted.items() if states[n] != on}
+        self._to_put_back = {n: on for n, on in before.items() if wanted[n] != on}
         self._applied = False
 
     def apply(self) -> None:
-        """As we need it."""
+        """As we need it. The bandwidth first and last: it says that the others are ours."""
         self._applied = True
-        self._set({name: not state for name, state in self._states.items()})
         wanted: dict[str, Any] = {"max-bandwidth": _UNLIMITED, "tls-creds": ""}
         self._monitor("migrate-set-parameters", **{name: wanted[name] for name in self._parameters})
+        self._set(self._to_set)
 
     def _set(self, states: dict[str, bool]) -> None:
         if states:
@@ -104,7 +110,7 @@ class Settings:
         """As it was. Idempotent."""
         if self._applied:
             self._applied = False
-            self._set(self._states)
+            self._set(self._to_put_back)
             self._monitor("migrate-set-parameters", **self._parameters)
 
 
@@ -236,7 +242,6 @@ class QemuSource(SourceGuest):
             # all that can be done while it still runs
             self._settings = Settings(self._monitor, {_IGNORE_SHARED})
             self._pipe = _StatePipe(self._monitor, reading=True)
-            self._settings.apply()
             self._stopped = True  # first: if the answer is lost, resume must not be a no-op
             self.stopped_at = time.monotonic()
             self._monitor("stop")
@@ -297,7 +302,8 @@ class QemuSource(SourceGuest):
         return state
 
     def _migrate(self) -> bytes:
-        assert self._pipe is not None
+        assert self._pipe is not None and self._settings is not None
+        self._settings.apply()
         self._migrating = True
         self._monitor("migrate", uri=_StatePipe.URI)
         fd = self._pipe.take()
@@ -400,11 +406,24 @@ class QemuDestination(DestinationGuest):
         if extra := sorted(set(ours) - {spec.name for spec in hello.blocks}):
             raise PeerRefused(f"the source's VM has no memory {', '.join(extra)}", field="blocks")
         self.blocks = [RamBlock(spec, ours[spec.name].file, 0) for spec in hello.blocks]
+        self._clear_what_was_left()
         self._settings = Settings(self._monitor, {_IGNORE_SHARED, _LATE_BLOCK})
         self._pipe = _StatePipe(self._monitor, reading=False)
         if POSTCOPY in hello.capabilities:
             self._arm([ours[spec.name] for spec in hello.blocks])
         self.fresh = [not len(block.data_runs()[0]) for block in self.blocks]
+
+    def _clear_what_was_left(self) -> None:
+        """A pageferry that was killed before the guest ran here left QEMU a userfaultfd: with that
+        its missing pages would be waited for by nobody. QEMU has none of its own yet."""
+        assert self._monitor is not None
+        try:
+            remote.uproot_all(self._monitor.pid)
+        except (AttachError, HostLacks, OSError) as e:
+            raise DestinationError(
+                f"QEMU's memory was armed by a pageferry that was killed, and cannot be disarmed "
+                f"({e}): start this QEMU anew"
+            ) from e
 
     def _arm(self, found: list[Backend]) -> None:
         """From now on touches of missing pages by this QEMU, or by KVM for it, are caught."""

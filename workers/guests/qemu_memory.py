@@ -32,6 +32,8 @@ _DMA_DRIVERS = ("nvme", "nvme-io_uring", "host_device", "virtio-blk-vfio-pci",
                 "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa")  # fmt: skip
 # Up to this version an empty transaction is known to wait for all requests of all disks.
 _TRANSACTION_WAITS_BEFORE = 9
+# From this version on only named files are left out of QEMU's own stream (x-ignore-shared).
+_MEMFD_TRAVELS_SINCE = (8, 1)
 _HOW = (
     "-object memory-backend-file,id=ram0,size=SIZE,mem-path=/dev/shm/NAME,share=on "
     "-machine …,memory-backend=ram0"
@@ -131,6 +133,12 @@ def _path(monitor: Monitor, name: str, size: int) -> str:
         directory = os.readlink(f"/proc/{monitor.pid}/cwd")
         return f"/proc/{monitor.pid}/root{os.path.join(directory, path)}"
     if kind == "child<memory-backend-memfd>":
+        version = monitor("query-version")["qemu"]
+        if (version["major"], version["minor"]) >= _MEMFD_TRAVELS_SINCE:
+            raise SourceError(
+                f"memory {name} is a memory-backend-memfd, which QEMU since 8.1 sends by itself, "
+                f"while the VM stands still: use memory-backend-file ({_HOW})"
+            )
         return _memfd(monitor, name, size)
     raise SourceError(f"memory {name} is a {kind or 'backend'}, which cannot be moved: {_HOW}")
 

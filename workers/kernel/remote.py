@@ -98,6 +98,14 @@ def _enable(pid: int, planted: Planted, enable: userfaultfd.Enable) -> Planted:
     return planted
 
 
+def uproot_all(pid: int) -> None:
+    """Close all that process `pid` has, if any. Errors as below."""
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"/proc/{pid}/fd/{fd}") == "anon_inode:[userfaultfd]":
+                uproot(pid, int(fd))
+
+
 def uproot(pid: int, there: int) -> None:
     """Close the other process's descriptor. AttachError or OSError if that cannot be: it is then
     open until the process ends, and catches nothing any more."""
