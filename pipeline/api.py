@@ -196,7 +196,7 @@ async def copy(
 
 def _not_the_same(source: GuestUri, destination: GuestUri) -> None:
     """Memory moved onto itself would be cleared before it is read."""
-    kinds = ("ram", "shm")
+    kinds = ("ram", "shm", "pid")
     if source.kind in kinds and destination.kind in kinds:
         with contextlib.suppress(OSError):
             if os.path.samefile(path_of(source), path_of(destination)):

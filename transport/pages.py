@@ -77,6 +77,20 @@ def runs_from_bytes(ranges: list[tuple[int, int]]) -> Runs:
     return array[:, 0].copy(), array[:, 1] - array[:, 0]
 
 
+def union(parts: list[Runs]) -> Runs:
+    """Runs of the pages that any of `parts` holds; theirs may come in any order and overlap."""
+    starts = np.concatenate([NO_RUNS[0], *(part[0] for part in parts)])
+    counts = np.concatenate([NO_RUNS[1], *(part[1] for part in parts)])
+    if len(starts) <= 1:
+        return starts, counts
+    order = np.argsort(starts, kind="stable")
+    starts = starts[order]
+    reach = np.maximum.accumulate(starts + counts[order])
+    first = np.flatnonzero(np.concatenate(([True], starts[1:] > reach[:-1])))
+    last = np.concatenate((first[1:], [len(starts)])) - 1
+    return starts[first], reach[last] - starts[first]
+
+
 def complement(runs: Runs, pages: int) -> Runs:
     """Runs of the pages below `pages` that `runs` do not hold."""
     starts, counts = runs

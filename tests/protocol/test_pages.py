@@ -18,6 +18,7 @@ from pageferry.transport.pages import (
     runs_from_bytes,
     runs_of,
     total_pages,
+    union,
 )
 
 examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -218,3 +219,19 @@ def test_no_pages_are_no_runs():
     assert check_runs(NO_RUNS, 0)
     assert as_pairs(complement(NO_RUNS, 5)) == [(0, 5)]
     assert as_pairs(complement(NO_RUNS, 0)) == []
+
+
+@given(st.lists(page_sets, max_size=5), st.randoms(use_true_random=False))
+@examples
+def test_union_holds_what_any_part_holds(parts, draw):
+    """In as few runs as possible, however many parts, and whatever their order."""
+    cut = []
+    for part in parts:
+        starts, counts = runs_of(sorted_array(part))
+        order = list(range(len(starts)))
+        draw.shuffle(order)
+        cut.append((starts[order], counts[order]))
+    found = union(cut)
+    assert as_set(found) == set().union(*parts)
+    assert as_pairs(found) == as_pairs(runs_of(sorted_array(set().union(*parts))))
+    assert found[0].dtype == found[1].dtype == np.int64

@@ -24,6 +24,9 @@ examples = settings(max_examples=200, deadline=None, derandomize=True, database=
         ("shm:name", "shm", "name", {}),
         ("shm:/name", "shm", "/name", {}),
         ("shm:name?pid=1", "shm", "name", {"pid": "1"}),
+        ("pid:12", "pid", "12", {}),
+        ("pid:12?mapping=/memfd:a b (deleted)", "pid", "12", {"mapping": "/memfd:a b (deleted)"}),
+        ("pid:1?mapping=/x&tracking=y", "pid", "1", {"mapping": "/x", "tracking": "y"}),
         ("demo:", "demo", "", {}),
         ("demo:?size=64M&rate=5", "demo", "", {"size": "64M", "rate": "5"}),
         ("demo:?content=text&seed=3", "demo", "", {"content": "text", "seed": "3"}),
@@ -42,7 +45,7 @@ def test_guests_that_there_are(text, kind, rest, options):
     [
         ("", "names no guest"),
         ("vm.mem", "names no guest"),
-        ("floppy:x", "write one of image:, ram:, shm:, qemu:, demo:"),
+        ("floppy:x", "write one of image:, ram:, shm:, pid:, qemu:, demo:"),
         ("IMAGE:x", "names no guest"),
         ("image:", "needs a path"),
         ("ram:", "needs a path"),
@@ -51,6 +54,13 @@ def test_guests_that_there_are(text, kind, rest, options):
         ("shm:/", "needs the name"),
         ("shm:a/b", "needs the name"),
         ("shm:../x", "needs the name"),
+        ("pid:", "needs the number of a process"),
+        ("pid:x", "needs the number of a process"),
+        ("pid:-1", "needs the number of a process"),
+        ("pid:0", "needs the number of a process"),
+        ("pid:²", "needs the number of a process"),
+        ("pid:" + "9" * 5000, "needs the number of a process"),
+        ("pid:1?pid=2", r"no option 'pid' \(it has: mapping, tracking\)"),
         ("demo:x", "takes options only"),
         ("demo:size=64M", r"write demo:\?size=64M"),
         ("demo:?colour=red", "no option 'colour'"),
@@ -82,7 +92,18 @@ def test_options_that_must_be_whole_numbers():
             GuestUri("ram", "x", {"pid": text}).integer("pid", 0)
 
 
-@given(st.text(max_size=30), st.sampled_from(["", "image:", "ram:", "shm:", "demo:", "demo:?"]))
+def test_options_that_must_be_one_of_a_few():
+    """Empty if it is not there."""
+    assert GuestUri("pid", "1").choice("tracking", ("a", "b")) == ""
+    assert GuestUri("pid", "1", {"tracking": "b"}).choice("tracking", ("a", "b")) == "b"
+    with pytest.raises(UsageError, match=r"pid:1\?tracking=c: tracking is a or b, not 'c'"):
+        GuestUri("pid", "1", {"tracking": "c"}).choice("tracking", ("a", "b"))
+
+
+PREFIXES = ["", "image:", "ram:", "shm:", "pid:", "demo:", "demo:?"]
+
+
+@given(st.text(max_size=30), st.sampled_from(PREFIXES))
 @examples
 def test_any_text_is_a_guest_or_refused(text, prefix):
     """What is parsed can be written and parsed again."""

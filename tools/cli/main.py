@@ -63,7 +63,8 @@ def cli() -> None:
     """Move the memory of running guests between hosts.
 
     SOURCE and DESTINATION are image:PATH (a memory image), ram:PATH or shm:NAME (live shared
-    memory) or demo: (a bundled guest).
+    memory), qemu:QMP_SOCKET (a VM), pid:PID (a process's shared memory; a source only) or demo: (a
+    bundled guest).
     """
 
 

@@ -4,6 +4,7 @@ in `open_source` / `open_destination`.
 
 from __future__ import annotations
 
+from ...transport.errors import UsageError
 from .base import DestinationGuest, SourceGuest
 from .uri import GuestUri, parse_guest
 
@@ -25,6 +26,10 @@ def open_source(uri: GuestUri) -> SourceGuest:
         from .qemu import QemuSource
 
         return QemuSource(uri)
+    if uri.kind == "pid":
+        from .process import ProcessSource
+
+        return ProcessSource(uri)
     from .shared_memory import RamSource
 
     return RamSource(uri)
@@ -44,6 +49,8 @@ def open_destination(uri: GuestUri) -> DestinationGuest:
         from .qemu import QemuDestination
 
         return QemuDestination(uri)
+    if uri.kind == "pid":
+        raise UsageError("pid: is a source: memory arrives as ram:PATH, shm:NAME or image:PATH")
     from .shared_memory import RamDestination
 
     return RamDestination(uri)

@@ -1,96 +1,38 @@
 """ram:PATH and shm:NAME, live memory in a shared-memory file.
 
 Nobody tells who writes it, so changes are found by content: senders note a hash of each page
-they sent, and a scan compares. `?pid=PID` names the process that writes: it is stopped with
-SIGSTOP for the switchover and stays stopped afterwards. Without it nothing can be stopped,
-and the memory has moved when a whole scan finds it as it was sent.
+they sent, and a scan compares. `?pid=PID` names the process that writes: it is stopped for the
+switchover (stopping.py) and stays so afterwards. Without it nothing can be stopped, and the memory
+has moved when a whole scan finds it as it was sent.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import signal
 import stat
-import time
 from typing import Any
 
 from ...transport.errors import (
     DestinationError,
     DestinationTooSmall,
     PeerRefused,
-    SourceError,
-    UsageError,
 )
 from ...transport.messages import Block, Hello
 from ..ram import RamBlock, RamFile
 from .base import TRACKING_HASH, DestinationGuest, SourceGuest, layout_size
 from .files import NewFile, open_to_read
+from .process_memory import path_of_memory
+from .stopping import WriterProcess
 from .uri import GuestUri
-
-_STOP_SECONDS = 2.0
 
 
 def path_of(uri: GuestUri) -> str:
-    """Where the memory's file is."""
+    """Where the file is that holds the memory of a ram:, shm: or pid: guest. SourceError if a
+    process has none."""
+    if uri.kind == "pid":
+        return path_of_memory(int(uri.rest), uri.options.get("mapping", ""))
     return uri.rest if uri.kind == "ram" else f"/dev/shm/{uri.rest.strip('/')}"
-
-
-class WriterProcess:
-    """The process that writes the memory: stopped and continued by signal."""
-
-    def __init__(self, pid: int) -> None:
-        import psutil
-
-        self._gone = psutil.NoSuchProcess
-        self._denied = psutil.AccessDenied
-        try:
-            self._process = psutil.Process(pid)
-        except self._gone as e:
-            raise SourceError(f"there is no process {pid}") from e
-        if pid == os.getpid():
-            raise UsageError("pid= must name the process that writes the memory, not pageferry")
-        self.stopped = False
-
-    def stop(self) -> None:
-        """SIGSTOP, and wait until every thread has stopped."""
-        try:
-            if self._all_stopped():
-                return  # somebody stopped it before us, and it stays so
-            self.stopped = True
-            self._process.send_signal(signal.SIGSTOP)
-            until = time.monotonic() + _STOP_SECONDS
-            while not self._all_stopped():
-                if time.monotonic() > until:
-                    raise SourceError(f"process {self._process.pid} does not stop")
-                time.sleep(0.0005)
-        except self._gone:
-            pass  # it ended: nobody writes any more
-        except self._denied as e:
-            raise SourceError(f"not allowed to stop process {self._process.pid}") from e
-
-    def _all_stopped(self) -> bool:
-        pid = self._process.pid
-        try:
-            tasks = os.listdir(f"/proc/{pid}/task")
-        except OSError:
-            return True  # it ended
-        for task in tasks:
-            try:
-                with open(f"/proc/{pid}/task/{task}/stat") as f:
-                    state = f.read().rpartition(")")[2].split()[0]
-            except OSError:
-                continue
-            if state not in "TtZX":
-                return False
-        return True
-
-    def resume(self) -> None:
-        if self.stopped:
-            self.stopped = False
-            with contextlib.suppress(self._gone):
-                self._process.send_signal(signal.SIGCONT)
 
 
 class RamSource(SourceGuest):
@@ -124,13 +66,19 @@ class RamSource(SourceGuest):
         if self._writer is not None:
             self._writer.resume()
 
+    def check(self) -> None:
+        if self._writer is not None:
+            self._writer.check()
+
     def describe(self) -> dict[str, Any]:
-        if self._writer is None or not self._writer.stopped:
+        if self._writer is None or not self._writer.stands_still:
             return {}
-        return {"source-process": "stopped (SIGSTOP); SIGCONT would let it run a second time"}
+        return {"source-process": self._writer.describe()}
 
     def close(self) -> None:
         self._file.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class RamDestination(DestinationGuest):

@@ -3,9 +3,11 @@
 image:PATH                a memory image in a file: raw, or an ELF core
 ram:PATH[?pid=PID]        live memory in a shared-memory file
 shm:NAME                  the same, by its POSIX shared-memory name
+pid:PID[?mapping=PATH&tracking=HOW]
+                          the shared memory of a process, unmodified: PATH as in /proc/PID/maps; HOW
+                          its writes are found: pagemap-scan, content-hash
 qemu:QMP_SOCKET[?tracking=HOW]
-                          a VM of a running QEMU, by its monitor's socket; HOW its writes are found:
-                          pagemap-scan, content-hash
+                          a VM of a running QEMU, by its monitor's socket; HOW as above
 demo:[?size=&rate=&content=&access=&vcpus=&hugepages=]   the bundled guest
 """
 
@@ -20,9 +22,11 @@ _OPTIONS: dict[str, set[str]] = {
     "image": set(),
     "ram": {"pid"},
     "shm": {"pid"},
+    "pid": {"mapping", "tracking"},
     "qemu": {"tracking"},
     "demo": {"size", "rate", "content", "seed", "access", "vcpus", "hugepages"},
 }
+_MAX_PID = 1 << 22  # PID_MAX_LIMIT of 64-bit Linux
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,13 @@ class GuestUri:
         if not (text.isdecimal() and len(text) < 20):
             raise UsageError(f"{self}: {name} must be a whole number, not {text!r}")
         return int(text)
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        """An option that is one of `choices`, or "" if it is not there."""
+        text = self.options.get(name, "")
+        if text and text not in choices:
+            raise UsageError(f"{self}: {name} is {' or '.join(choices)}, not {text!r}")
+        return text
 
 
 def parse_guest(text: str) -> GuestUri:
@@ -76,6 +87,8 @@ def parse_guest(text: str) -> GuestUri:
         raise UsageError(f"{kind}: needs a path: {kind}:PATH")
     if kind == "qemu" and not rest:
         raise UsageError("qemu: needs the socket of QEMU's monitor: qemu:PATH")
+    if kind == "pid" and not (rest.isdecimal() and len(rest) < 8 and 0 < int(rest) <= _MAX_PID):
+        raise UsageError(f"pid: needs the number of a process: pid:PID, not {rest!r}")
     if kind == "shm" and (not rest.strip("/") or "/" in rest.strip("/")):
         raise UsageError("shm: needs the name of a shared-memory segment: shm:NAME")
     return GuestUri(kind, rest, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import platform
 import signal
@@ -10,6 +11,7 @@ import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 _libc.syscall.restype = ctypes.c_long
 _libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
@@ -19,6 +21,8 @@ _PR_SET_NAME = 15
 _SCHED_SETATTR = 274 if platform.machine() == "aarch64" else 314
 _FALLOC_PUNCH_HOLE = 0x02 | 0x01  # with KEEP_SIZE, as fallocate(2) demands
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
+FUSE = 0x65735546
+TMPFS = 0x01021994  # <linux/magic.h>; memfds are in one too
 # mallopt takes an int; buffers of this size or more still go back to the kernel.
 _KEEP_BELOW = 32 << 20
 
@@ -33,6 +37,25 @@ def _check(result: int, what: str) -> int:
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """Make `length` bytes of a file from `offset` read as zero and cost nothing (fallocate(2))."""
     _check(_libc.fallocate(fd, _FALLOC_PUNCH_HOLE, offset, length), "fallocate")
+
+
+def lock_file(fd: int) -> bool:
+    """Lock a file as long as this descriptor, or one of the same (a child's), is open (flock(2));
+    False if somebody else has."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def file_system(fd: int) -> int:
+    """Which kind of file system a file is in, by its magic number (<linux/magic.h>); O_PATH will
+    do. OSError (fstatfs(2))."""
+    # SAFETY: struct statfs has 120 bytes and begins with f_type, a long
+    raw = ctypes.create_string_buffer(512)
+    _check(_libc.fstatfs(fd, ctypes.addressof(raw)), "fstatfs")
+    return int(ctypes.c_long.from_buffer(raw).value)
 
 
 def die_with_parent(parent: int) -> None:

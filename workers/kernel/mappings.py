@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,3 +55,15 @@ def writable_mappings(pid: int, fd: int) -> list[Mapping]:
     status = os.fstat(fd)
     wanted = (status.st_dev, status.st_ino)
     return [m for m in mappings(f"/proc/{pid}") if m.file == wanted and m.shared_and_writable]
+
+
+def other_writers(pid: int, fd: int) -> list[int]:
+    """Processes but `pid` and this one that can write the file that `fd` is through a mapping, as
+    far as they are ours to see."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and int(name) not in (pid, os.getpid()):
+            with contextlib.suppress(OSError):  # it has ended, or is not ours to see
+                if writable_mappings(int(name), fd):
+                    found.append(int(name))
+    return found

@@ -8,6 +8,7 @@ the guest can write it: no write falls between "get" and "clear".
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import struct
@@ -19,10 +20,14 @@ from ...transport.errors import HostLacks, SourceError
 from ...transport.pages import NO_RUNS, PAGE_SIZE, Runs
 
 _SCAN = 0xC0606610
-_WP_MATCHING = 1
+_WP_MATCHING, _CHECK_WPASYNC = 1, 2
 _PAGE_IS_WRITTEN = 1 << 1
 # Regions a call can return: 24 bytes each.
 _REGIONS = 16384
+
+
+class NotTracked(Exception):
+    """Part of the range is memory whose writes nobody notes."""
 
 
 class PagemapScanner:
@@ -30,21 +35,37 @@ class PagemapScanner:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        try:
-            self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as e:
-            raise SourceError(f"cannot read the page map of process {pid}: {e.strerror}") from e
+        self._fd = self._open()
         self._vector = (ctypes.c_uint64 * (3 * _REGIONS))()
 
     def __repr__(self) -> str:
         return f"<PagemapScanner pid={self.pid}>"
 
-    def collect(self, start: int, length: int) -> Runs:
-        """Runs of pages (from `start`) written since the last call; they are armed again."""
+    def _open(self) -> int:
+        try:
+            return os.open(f"/proc/{self.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            raise SourceError(
+                f"cannot read the page map of process {self.pid}: {e.strerror}"
+            ) from e
+
+    def renew(self) -> None:
+        """Read the memory that the process has now: after execve(2) it is another, and that of
+        before has no page left."""
+        fd = self._open()
+        os.close(self._fd)
+        self._fd = fd
+
+    def collect(self, start: int, length: int, *, complete: bool = False) -> Runs:
+        """Runs of pages (from `start`) written since the last call; they are armed again.
+
+        The kernel passes over memory that is not registered; with `complete` it raises NotTracked
+        instead, and what was written in the rest may be lost. Where nothing is mapped is no memory.
+        """
         parts: list[tuple[Runs, int]] = []
         at, end = start, start + length
         while at < end:
-            found, at = self._scan(at, end)
+            found, at = self._scan(at, end, _WP_MATCHING | (_CHECK_WPASYNC if complete else 0))
             if len(found):
                 starts = (found[:, 0].astype(np.int64) - start) // PAGE_SIZE
                 counts = (found[:, 1] - found[:, 0]).astype(np.int64) // PAGE_SIZE
@@ -54,19 +75,21 @@ class PagemapScanner:
         runs = [part[0] for part in parts]
         return np.concatenate([r[0] for r in runs]), np.concatenate([r[1] for r in runs])
 
-    def _scan(self, at: int, end: int) -> tuple[npt.NDArray[np.uint64], int]:
+    def _scan(self, at: int, end: int, flags: int) -> tuple[npt.NDArray[np.uint64], int]:
         # SAFETY: the kernel writes at most _REGIONS entries into self._vector, which outlives
         # the call; the argument is the 96-byte struct it declares.
         argument = bytearray(
             struct.pack(
-                "12Q", 96, _WP_MATCHING, at, end, 0, ctypes.addressof(self._vector), _REGIONS, 0,
+                "12Q", 96, flags, at, end, 0, ctypes.addressof(self._vector), _REGIONS, 0,
                 0, _PAGE_IS_WRITTEN, 0, _PAGE_IS_WRITTEN,
             )
         )  # fmt: skip
         try:
             n = fcntl.ioctl(self._fd, _SCAN, argument)
         except OSError as e:
-            if e.errno in (25, 22):  # ENOTTY, EINVAL
+            if e.errno == errno.EPERM and flags & _CHECK_WPASYNC:
+                raise NotTracked from e
+            if e.errno in (errno.ENOTTY, errno.EINVAL):
                 raise HostLacks("this kernel has no PAGEMAP_SCAN (Linux 6.7)") from e
             raise SourceError(f"scan of process {self.pid} failed: {e.strerror}") from e
         walked = struct.unpack_from("Q", argument, 32)[0]
