@@ -23,6 +23,7 @@ from .._version import __version__
 from ..transport import messages
 from ..transport.errors import (
     Cancelled,
+    DestinationError,
     GuestGone,
     LocalProtocolError,
     PageferryError,
@@ -42,6 +43,7 @@ from ..workers.counters import Counters
 from ..workers.digest import block_digest, part_count
 from ..workers.forking import context
 from ..workers.guests.base import DestinationGuest
+from ..workers.kernel.huge import may_be_huge
 from ..workers.pool import Pool, Worker
 from .agreement import check_hello
 from .blocking import Blocking, to_its_end
@@ -267,6 +269,12 @@ class Arrival:
                 tell(self._on_progress, self.query())
             await asyncio.sleep(WATCH_SECONDS / 2)
 
+    async def _watch_guest(self) -> None:
+        while True:
+            assert self.guest is not None
+            self.guest.check()
+            await asyncio.sleep(WATCH_SECONDS)
+
     # ---- what the source says ------------------------------------------------------------
 
     def heard(self, data: bytes) -> None:
@@ -309,8 +317,8 @@ class Arrival:
                     raise RemoteProtocolError("pages are missing, and nobody says postcopy")
                 if message.postcopy:
                     await self._install_from_now_on()
-                elif self.guest.memory is not None:
-                    self.guest.memory.disarm()  # all is here, and soon nobody serves it
+                elif self._faults is not None:
+                    await self._faults.finish()  # all is here, and soon nobody serves it
                 await self._call(
                     self.guest.load_state, message.kind, message.state, message.running
                 )
@@ -330,14 +338,22 @@ class Arrival:
         with contextlib.suppress(PageferryError, zmq.ZMQError):
             await self.control.say(messages.Running(detail))
         self.statistics.extra["destination"] = detail
-        await self._call(self.guest.started)
         if self._postcopy:
             self.statistics.running = time.monotonic()
             self._become(Status.POSTCOPY_ACTIVE)
+            self._tasks.append(asyncio.get_running_loop().create_task(self._set_back()))
             if self._early is not None:
                 self.fail(self._early)
             return
+        await self._set_back()
         self._complete()
+
+    async def _set_back(self) -> None:
+        assert self.guest is not None
+        try:
+            await self._call(self.guest.started)
+        except PageferryError as e:
+            _log.warning("the guest's host is not set as before: %s", e)
 
     def _complete(self) -> None:
         self._become(Status.COMPLETED)
@@ -370,9 +386,23 @@ class Arrival:
         host = self.guest.blocks[block].spec.page_size // PAGE_SIZE
         if host > 1 and ((runs[0] % host).any() or (runs[1] % host).any()):
             raise RemoteProtocolError("a part of a host page is to come later")
-        await self._call(self.guest.blocks[block].clear, runs)
+        if not self._postcopy:
+            # between the hole and the note that it is no zero page nobody may be answered
+            await self._faults.hold(True)
+            self._postcopy = True
+        await self._call(self._make_missing, block, runs)
         self._faults.received.expect(block, runs)
-        self._postcopy = True
+
+    def _make_missing(self, block: int, runs: Runs) -> None:
+        assert self.guest is not None
+        ram = self.guest.blocks[block]
+        ram.clear(runs)
+        if ram.spec.page_size == PAGE_SIZE and may_be_huge(ram.file.fd) and ram.has_data(runs):
+            raise DestinationError(
+                f"pages of {ram.name} stay there as zeros when they are given back: the memory is "
+                f"on transparent huge pages; move it without --postcopy, or to a tmpfs that is "
+                f"mounted with huge=never"
+            )
 
     async def _install_from_now_on(self) -> None:
         """Receivers write no file any more: what comes is installed in the guest."""
@@ -382,6 +412,8 @@ class Arrival:
         self._pool.say_all(jobs.Postcopy())
         for _ in self._pool.workers:
             await self._ready.get()
+        assert self._faults is not None
+        await self._faults.hold(False)
 
     async def _end_postcopy(self) -> None:
         assert self._faults is not None
@@ -402,6 +434,7 @@ class Arrival:
         tasks, self._tasks = self._tasks, []
         letting_go = self._let_go(str(error), self._pausing, tasks, self.control)
         self._pausing = asyncio.get_running_loop().create_task(letting_go)
+        self._task(self._watch_guest())
 
     async def _let_go(
         self,
@@ -518,6 +551,8 @@ class Arrival:
             await self.control.abort(self.error or PageferryError("interrupted"))
 
     async def _discard_guest(self) -> None:
+        if self.guest is not None:
+            self.guest.hurry()
         await self._call.idle()  # what is still being made would outlive its end
         if self.guest is not None:
             await self._call(self.guest.discard)

@@ -124,12 +124,21 @@ class Faults:
             await self.stop()  # it does not move any more: another one takes its place
             return await self.start(token, dial)
 
+    async def hold(self, on: bool) -> None:
+        """Leave who touches a missing page asleep while it is said which are missing; or serve
+        them again."""
+        assert self.pool is not None
+        token = secrets.token_bytes(8)
+        self.pool.say_all(jobs.Hold(token, on))
+        await self._ready(token)
+
     async def finish(self) -> None:
         """All pages are here: catch nothing any more."""
         assert self.pool is not None
         token = secrets.token_bytes(8)
         self.pool.say_all(jobs.Finish(token))
         await self._ready(token)
+        self._memory.armed = False
 
     def latency(self) -> list[int]:
         return self._latency.numbers()

@@ -64,6 +64,10 @@ WATCH_SECONDS = 0.5
 _SCAN_PAGES = 16384
 # Runs in one Discard message.
 _DISCARD_RUNS = 65536
+# A block above 32 GiB is looked at in a thread: the control link must not fall silent.
+_PAGES_IN_LOOP = 8 << 20
+# A settle that took less had nothing to wait for.
+_NOTHING_SECONDS = 0.0005
 
 T = TypeVar("T")
 _log = logging.getLogger("pageferry")
@@ -108,6 +112,7 @@ class Source:
         self._background: Background | None = None
         self._cut = asyncio.Event()  # hand out no more of this round
         self._connections = 0
+        self._opened = False
         self._socket: Any = None
         self._context: zmq.asyncio.Context | None = None
         self._fresh: list[bool] = []
@@ -342,6 +347,7 @@ class Source:
     async def _open_channels(self) -> core.Event:
         await asyncio.to_thread(probe, self.endpoint)
         self._make_shared_memory()
+        self._task(self._watch())
         starting = self._task(self._start_senders())
         welcome = await self._greet()
         await starting
@@ -359,7 +365,7 @@ class Source:
         ):
             raise RemoteProtocolError("the channels do not match what was asked for")
         await self._crew.gather(jobs.Ready)
-        self._task(self._watch())
+        self._opened = True
         workers = self._crew.pool.workers
         for worker, where, token in zip(workers, endpoints, tokens, strict=True):
             worker.say(jobs.Open(str(self.endpoint.sibling(where)), token))
@@ -463,13 +469,16 @@ class Source:
     async def _watch(self) -> None:
         """Look after the workers and tell the display."""
         while True:
-            assert self._crew is not None
-            self._crew.pool.check()
-            if not self.core.run_said:  # then its memory is enough
+            if self._crew is not None:
+                self._crew.pool.check()
+            if not self.core.run_said:
                 self.guest.check()
+            elif self.core.leaving:  # its memory is enough, if nobody writes it
+                self.guest.check_stopped()
             if self._background is not None:
                 self._background.check()
-            self._progress()
+            if self._opened:  # who is refused sees no progress
+                self._progress()
             await asyncio.sleep(WATCH_SECONDS / 2)
 
     def _progress(self) -> None:
@@ -492,9 +501,21 @@ class Source:
             self.statistics.hole_pages += block.pages - total_pages(runs)
             if not self._fresh[i]:
                 await self._discard(i, complement(runs, block.pages))
-        await self._call(self.guest.settle)
+        if self.guest.live:
+            begin += await self._settle()
         pages = self._remaining()
         return core.Taken(pages, pages, 0.0, time.monotonic() - begin)
+
+    async def _settle(self) -> float:
+        """Before pages that were taken are read. Seconds; in the statistics, because the guest's
+        disks stand still meanwhile."""
+        begin = time.monotonic()
+        await self._call(self.guest.settle)
+        took = time.monotonic() - begin
+        known = self.statistics.extra.get("disks-drained-us", 0)
+        if took > _NOTHING_SECONDS:
+            self.statistics.extra["disks-drained-us"] = max(known, round(took * 1e6))
+        return took
 
     async def _discard(self, block: int, runs: tuple[Any, Any]) -> None:
         starts, counts = runs
@@ -517,11 +538,14 @@ class Source:
             # all memory is looked at once, to know what that takes, and when the guest is stopped
             scan = scan and (self.core.stopped or not self._scan_seconds)
             ahead = 0.0 if scan else self._scan_seconds
-            for i in range(len(self.guest.blocks)):
-                # in the loop: a few ms a GiB, and a switchover has no time for a thread
-                self._table.mark_dirty(i, self.guest.dirty_pages(i))
+            for i, block in enumerate(self.guest.blocks):
+                if block.pages > _PAGES_IN_LOOP:
+                    runs = await self._call(self.guest.dirty_pages, i)
+                else:  # a few ms, and a switchover has no time for a thread
+                    runs = self.guest.dirty_pages(i)
+                self._table.mark_dirty(i, runs)
             if not self.core.stopped:
-                await self._call(self.guest.settle)
+                begin += await self._settle()  # no part of a switchover
         if scan:
             scan_began = time.monotonic()
             await self._scan()
@@ -619,6 +643,7 @@ class Source:
         await self._drop_connection()
         if self._table is not None:
             self.core.remaining = self._remaining()
+            self.statistics.begin_round(self.statistics.rounds, self.core.remaining)
         asked = []
         while not self._events.empty():  # of the connection that is gone
             event = self._events.get_nowait()
@@ -656,6 +681,7 @@ class Source:
         self._table.renew_lock(context().Lock())
         assert self._bandwidth is not None
         self._bandwidth.renew_lock(context().Lock())
+        self._task(self._watch())
         starting = self._task(self._start_senders())
         answer = await self._first_words(
             messages.Resume(messages.PROTOCOL, self.uuid, self.parameters.workers)

@@ -112,7 +112,7 @@ class FaultProcess:
         self.poll = select.poll()
         self.arrivals = job.arrivals.fileno()
         self.sums = dict.fromkeys(_SUMMED, 0)  # added to the counters now and then
-        self.armed = True
+        self.armed, self.held = True, False
         self.took = 0  # what the last answer was on the wire, nanoseconds
         self.looked = self.reported = time.monotonic()
 
@@ -187,6 +187,9 @@ class FaultProcess:
                     self._unlink()
                     where = job.endpoint or self.job.listen
                     self._link(where, job.token, dial=bool(job.endpoint))
+                case jobs.Hold() as job:
+                    self._hold(job.on)
+                    self.desk.say(jobs.Ready(token=job.token))
                 case jobs.Finish() as job:
                     self._disarm()
                     self.desk.say(jobs.Ready(token=job.token))
@@ -220,8 +223,19 @@ class FaultProcess:
         self._unlink()
         self.desk.say(jobs.Unlink())
 
+    def _hold(self, on: bool) -> None:
+        """Read no faults: the coordinator is about to say which pages are missing, and until all
+        is said and done a hole may be zero or yet to come. What was read before is answered."""
+        if on and not self.held:
+            self._faults()
+            self.poll.unregister(self.uffd)
+        elif self.held and not on:
+            self.poll.register(self.uffd, select.POLLIN)
+        self.held = on
+
     def _disarm(self) -> None:
         """Everything has arrived: what is still a hole is zero, as any hole is."""
+        self._hold(False)
         self._faults()
         if self.armed:
             self.armed = False
@@ -236,7 +250,7 @@ class FaultProcess:
     # ---- faults --------------------------------------------------------------------------
 
     def _faults(self) -> None:
-        more = self.armed
+        more = self.armed and not self.held
         while more:
             more = self._read()
             came = time.monotonic_ns()

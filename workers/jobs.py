@@ -81,6 +81,14 @@ class Relink(Job, frozen=True, tag="relink"):
     endpoint: str = ""  # dial here, instead of listening
 
 
+class Hold(Job, frozen=True, tag="hold"):
+    """Coordinator to fault process: leave who touches a missing page asleep; or, with `on` False,
+    serve them again. Answered with Ready."""
+
+    token: bytes
+    on: bool
+
+
 class Finish(Job, frozen=True, tag="finish"):
     """Coordinator to fault process: all pages are here, catch nothing any more. Answered with
     Ready; to the postcopy process: say Ready when all you sent is placed."""
@@ -132,8 +140,8 @@ class Failed(Job, frozen=True, tag="failed"):
 
 
 AnyJob = (
-    Open | Listen | Extent | Barrier | Scan | Digest | Stop | Postcopy | Unlink | Relink | Finish
-    | Ready | ExtentDone | BarrierDone | ScanDone | DigestDone | Failed
+    Open | Listen | Extent | Barrier | Scan | Digest | Stop | Postcopy | Unlink | Relink | Hold
+    | Finish | Ready | ExtentDone | BarrierDone | ScanDone | DigestDone | Failed
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

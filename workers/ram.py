@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ..transport.errors import DestinationError, NoSpace
 from ..transport.messages import Block
-from ..transport.pages import PAGE_SIZE, WORDS, Runs, page_count, runs_from_bytes
+from ..transport.pages import PAGE_SIZE, WORDS, Runs, mark, page_count, runs_from_bytes
 from ..transport.wire import Buffer
 from .kernel.libc import punch_hole
 
@@ -143,6 +143,19 @@ class RamBlock:
             at = min(os.lseek(self.file.fd, data, os.SEEK_HOLE), end)
             ranges.append((data - self.start, at - self.start))
         return runs_from_bytes(ranges)
+
+    def has_data(self, runs: Runs) -> bool:
+        """True if a page of `runs` is there, False if all are holes."""
+        if not len(runs[0]):
+            return False
+        first, last = int(runs[0].min()), int((runs[0] + runs[1]).max())
+        table = np.zeros(last - first, np.uint8)
+        mark(table, (runs[0] - first, runs[1]), 1)
+        starts, counts = self.data_runs(first, last - first)
+        return any(
+            table[start - first : start - first + count].any()
+            for start, count in zip(starts.tolist(), counts.tolist(), strict=True)
+        )
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset`; shorter at the end of the block."""

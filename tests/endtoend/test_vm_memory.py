@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ import pageferry
 from pageferry.tools.bench.boot_guest import BootGuest, rom_image
 from pageferry.transport.errors import (
     DestinationError,
-    HostLacks,
     PeerRefused,
     SourceError,
     UsageError,
@@ -157,17 +157,48 @@ def test_by_content_if_asked(machine):
         pageferry.migrate(f"qemu:{vm.qmp_path}?tracking=guess", f"qemu:{waiting.qmp_path}")
 
 
-def test_by_content_where_the_kernel_cannot(machine):
-    """Somebody else tracks it already; the result says why."""
+def test_one_that_somebody_moves_already(machine):
     vm, waiting = machine("src"), machine("dst", incoming="defer")
     with source_of(vm) as first:
-        assert first.tracking == TRACKING_PAGEMAP
         first._monitor.close()  # it has one client at a time
-        with pytest.raises(HostLacks, match="already"):
-            QemuSource(GuestUri("qemu", vm.qmp_path, {"tracking": TRACKING_PAGEMAP}))
+        with pytest.raises(SourceError, match="another pageferry"):
+            QemuSource(GuestUri("qemu", vm.qmp_path))
+    pageferry.migrate(f"qemu:{vm.qmp_path}", f"qemu:{waiting.qmp_path}")
+
+
+def test_by_content_where_the_kernel_cannot(machine):
+    """Nobody may attach to it; the result says why."""
+    vm, waiting = machine("src"), machine("dst", incoming="defer")
+    with held_by_a_tracer(vm):
         report = pageferry.migrate(f"qemu:{vm.qmp_path}", f"qemu:{waiting.qmp_path}")
         assert report["dirty-tracking"] == TRACKING_HASH
-        assert "tracked" in report["dirty-tracking-because"]
+        assert "traced by process" in report["dirty-tracking-because"]
+
+
+@contextlib.contextmanager
+def held_by_a_tracer(vm):
+    """All threads of QEMU are traced, and run."""
+    with subprocess.Popen(
+        [sys.executable, "-c", TRACER, str(vm.pid)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as tracer:
+        try:
+            assert tracer.stdout.readline() == b"traced\n"
+            yield
+        finally:
+            tracer.kill()
+
+
+TRACER = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+for thread in os.listdir(f"/proc/{sys.argv[1]}/task"):
+    assert libc.ptrace(0x4206, int(thread), None, None) == 0  # PTRACE_SEIZE
+print("traced", flush=True)
+while True:  # signals are its to pass on
+    thread, status = os.waitpid(-1, 0x40000000)
+    if os.WIFSTOPPED(status):
+        libc.ptrace(7, thread, None, ctypes.c_void_p(os.WSTOPSIG(status)))
+"""
 
 
 def test_memory_plugged_in_meanwhile(machine):
@@ -231,7 +262,7 @@ def test_memory_that_somebody_else_has_armed(machine):
     vm = machine("dst", incoming="defer")
     other = lay_out(vm, [POSTCOPY])
     other._monitor.close()
-    with pytest.raises(PeerRefused, match="start this QEMU anew"):
+    with pytest.raises(DestinationError, match="another pageferry"):
         lay_out(vm, [POSTCOPY])
     other.close()
 

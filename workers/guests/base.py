@@ -43,6 +43,7 @@ class ArmedMemory:
     def __init__(self, uffd: int, regions: list[Region]) -> None:
         self.uffd = uffd
         self.regions = regions
+        self.armed = True
 
     def __repr__(self) -> str:
         return f"<ArmedMemory uffd={self.uffd} {len(self.regions)} regions>"
@@ -56,6 +57,7 @@ class ArmedMemory:
         In this order: the kernel (Linux 6.18) wakes sleepers before it lets go of a range, and who
         touches in between sleeps again.
         """
+        self.armed = False
         for act in (unregister, wake):
             for region in self.regions:
                 act(self.uffd, region.address, region.pages * PAGE_SIZE)
@@ -127,6 +129,10 @@ class SourceGuest(ABC):
     def check(self) -> None:
         """Raise SourceError if it has ended. Quick: asked several times a second."""
 
+    def check_stopped(self) -> None:
+        """Raise SourceError if somebody lets it go on: its memory is still being sent. It may have
+        ended. Quick."""
+
     def quit(self) -> None:
         """It has moved for good: end what is left of it here. Only if `can_quit`."""
 
@@ -171,6 +177,9 @@ class DestinationGuest(ABC):
     def conclude(self) -> dict[str, Any]:
         """After `run`: what can be said about it. May let the guest run on for a while."""
         return {}
+
+    def hurry(self) -> None:
+        """It will not arrive: a call that is under way in another thread is to end soon."""
 
     @abstractmethod
     def discard(self) -> None:

@@ -43,8 +43,17 @@ from .base import (
     Region,
     SourceGuest,
 )
-from .qemu_memory import Backend, VmTracker, backends, check_devices, layout, specs_of
-from .qmp import Monitor
+from .qemu_memory import (
+    Backend,
+    Discarding,
+    VmTracker,
+    backends,
+    check_devices,
+    check_whole,
+    layout,
+    specs_of,
+)
+from .qmp import Monitor, Pending
 from .tracking import windows
 from .uri import GuestUri
 
@@ -58,6 +67,8 @@ _ACTIVE = ("setup", "active", "pre-switchover", "device", "wait-unplug", "cancel
 _POLL_SECONDS = 0.001
 # The source gives up waiting for word of the guest's start after 30 s: then this is decided.
 _CONT_SECONDS = 10.0
+# In a postcopy it may sleep on a page first; one that refuses says so at once.
+_CONT_AWHILE = 1.0
 _GO_ON_SECONDS, _RETRY_SECONDS = 10.0, 0.1
 _IGNORE_SHARED = "x-ignore-shared"
 # Disks are opened for writing with `cont`, not when all is loaded: the source may still go on.
@@ -165,6 +176,7 @@ class QemuSource(SourceGuest):
         self._facts: dict[str, Any] = {}
         self._settings: Settings | None = None
         self._pipe: _StatePipe | None = None
+        self._discarding: Discarding | None = None
         self._stopped = self._quit = False
         self._migrating = False  # QEMU may be carrying out our `migrate`
         try:
@@ -186,7 +198,7 @@ class QemuSource(SourceGuest):
         try:
             self._tracker = VmTracker(self._monitor, self.blocks)
         except (AttachError, HostLacks) as e:
-            if how:
+            if how or e.data.get("reason") == "busy":
                 raise
             self._facts = {"dirty-tracking-because": e.message}
             return
@@ -225,6 +237,7 @@ class QemuSource(SourceGuest):
         if reasons := migration.get("blocked-reasons"):
             raise SourceError(f"the VM cannot be migrated: {'; '.join(map(str, reasons))}")
         check_devices(self._monitor)
+        check_whole(self._monitor.pid)
 
     def _check_for_others(self) -> dict[str, Any]:
         """query-migrate's answer; SourceError if somebody else migrates the VM."""
@@ -242,6 +255,8 @@ class QemuSource(SourceGuest):
             # all that can be done while it still runs
             self._settings = Settings(self._monitor, {_IGNORE_SHARED})
             self._pipe = _StatePipe(self._monitor, reading=True)
+            self._discarding = Discarding(self._monitor, self._found)
+            self._discarding.set(False)
             self._stopped = True  # first: if the answer is lost, resume must not be a no-op
             self.stopped_at = time.monotonic()
             self._monitor("stop")
@@ -256,6 +271,8 @@ class QemuSource(SourceGuest):
             if self.running:
                 self._go_on()
             self._stopped = False
+        if self._discarding is not None:
+            self._discarding.set(True)
         self.moved()
 
     def moved(self) -> None:
@@ -331,6 +348,15 @@ class QemuSource(SourceGuest):
             raise SourceError(f"QEMU process {self._monitor.pid} does not end: quit it by hand")
         self._quit = True
 
+    def check_stopped(self) -> None:
+        if not self._monitor.has_ended() and self._monitor.take_resumes():
+            with contextlib.suppress(SourceError):
+                self._monitor("stop")
+            raise SourceError(
+                "somebody let the VM go on here while its memory was still being sent: what came "
+                "since then may be torn; end it at both ends, and start it anew"
+            )
+
     def describe(self) -> dict[str, Any]:
         if self._quit:
             return {"source-vm": "ended"}
@@ -383,6 +409,7 @@ class QemuDestination(DestinationGuest):
         self._told = False  # to run, and it did not say no
         self._settings: Settings | None = None
         self._pipe: _StatePipe | None = None
+        self._cont: Pending | None = None
         self._planted = -1  # QEMU's own descriptor of what catches missing pages
 
     def lay_out(self, hello: Hello) -> None:
@@ -391,6 +418,7 @@ class QemuDestination(DestinationGuest):
         try:
             self._monitor = Monitor(self._path)
             self._check()
+            check_devices(self._monitor)
             self._found = backends(self._monitor)
         except SourceError as e:
             raise DestinationError(e.message) from e
@@ -418,7 +446,8 @@ class QemuDestination(DestinationGuest):
         its missing pages would be waited for by nobody. QEMU has none of its own yet."""
         assert self._monitor is not None
         try:
-            remote.uproot_all(self._monitor.pid)
+            for fd in remote.planted_in(self._monitor.pid):
+                remote.uproot(self._monitor.pid, fd)
         except (AttachError, HostLacks, OSError) as e:
             raise DestinationError(
                 f"QEMU's memory was armed by a pageferry that was killed, and cannot be disarmed "
@@ -519,16 +548,35 @@ class QemuDestination(DestinationGuest):
     def check(self) -> None:
         if self._monitor is not None and self._monitor.has_ended():
             raise GuestGone(f"QEMU (process {self._monitor.pid}) has ended: see its log")
+        if self._told and self._cont is not None and self._cont.wait(0):
+            self._told = False
+            try:
+                self._cont.result()
+            except SourceError as e:
+                raise GuestGone(f"the VM does not go on here: {e.message}") from e
 
     def run(self) -> str:
         assert self._monitor is not None
         if self._running:
             self._told = True
+            postcopy = self.memory is not None and self.memory.armed
+            self._cont = self._monitor.begin("cont")
+            if not self._cont.wait(_CONT_AWHILE if postcopy else _CONT_SECONDS):
+                if not postcopy:
+                    raise DestinationError(f"QEMU at {self._path} does not answer cont")
+                # its main thread sleeps on a page: it goes on when that comes, over this link or
+                # the next
+                return self._where()
             try:
-                self._monitor("cont", within=_CONT_SECONDS)
+                self._cont.result()
             except SourceError as e:
                 self._told = not e.data.get("refused")
                 raise DestinationError(e.message) from e
+            self._told = False
+        return self._where()
+
+    def _where(self) -> str:
+        assert self._monitor is not None
         return f"QEMU process {self._monitor.pid} ({self._path})"
 
     def started(self) -> None:
@@ -546,6 +594,10 @@ class QemuDestination(DestinationGuest):
             there, self._planted = self._planted, -1
             with contextlib.suppress(AttachError, HostLacks, OSError):
                 remote.uproot(self._monitor.pid, there)
+
+    def hurry(self) -> None:
+        if self._monitor is not None and self._loading:
+            self._monitor.kill()  # it would be ended anyway, and may be asleep on a page
 
     def discard(self) -> None:
         """A QEMU that was given devices is of no use any more, and must not run: it is ended, by

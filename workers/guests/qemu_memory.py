@@ -17,7 +17,10 @@ import numpy as np
 from ...transport.errors import HostLacks, SourceError
 from ...transport.messages import Block
 from ...transport.pages import PAGE_SIZE, Bytes8, Runs, mark, runs_of
+from ..kernel.huge import may_be_huge, reports_what_is_gone
+from ..kernel.libc import FUSE, file_system, lock_file
 from ..kernel.mappings import mappings, writable_mappings
+from ..kernel.remote import planted_in
 from ..ram import RamBlock, RamFile
 from .qmp import Monitor
 from .tracking import WriteTracker
@@ -27,9 +30,10 @@ _RAM_BLOCK = re.compile(r"^ *(\S+) +(\d+) ([KMG])iB +0x", re.MULTILINE)
 # A line of `info mtree -f`: where guest RAM begins, and the backend's name.
 _RAM_AT = re.compile(r"^ *([0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, ram\): (\S+)", re.MULTILINE)
 _HVA = re.compile(r"is 0x([0-9a-f]+)")
-# Block drivers whose requests write to guest memory by DMA, whatever the cache mode.
-_DMA_DRIVERS = ("nvme", "nvme-io_uring", "host_device", "virtio-blk-vfio-pci",
-                "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa")  # fmt: skip
+# Block drivers that map all guest memory for a device once and for all: no page table tells what it
+# writes.
+_FOREIGN_DRIVERS = ("nvme", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-user",
+                    "virtio-blk-vhost-vdpa")  # fmt: skip
 # Up to this version an empty transaction is known to wait for all requests of all disks.
 _TRANSACTION_WAITS_BEFORE = 9
 # From this version on only named files are left out of QEMU's own stream (x-ignore-shared).
@@ -97,6 +101,10 @@ def _open(monitor: Monitor, name: str, size: int) -> RamFile:
         file = RamFile(os.open(path, os.O_RDWR | os.O_CLOEXEC), f"memory {name}")
         try:
             _check_file(monitor.pid, file.fd, name, size)
+            if not lock_file(file.fd):
+                raise SourceError(
+                    f"the VM's memory {name} is being moved by another pageferry already"
+                )
         except BaseException:
             file.close()
             raise
@@ -208,17 +216,23 @@ class VmTracker:
     def __init__(self, monitor: Monitor, blocks: list[RamBlock]) -> None:
         self._monitor = monitor
         self._blocks = blocks
+        gives_back = _gives_back(monitor)
+        if any(may_be_huge(block.file.fd) for block in blocks) and not reports_what_is_gone():
+            raise HostLacks(
+                "its memory may be on transparent huge pages, and this kernel loses what was "
+                "written to some of them (PAGEMAP_SCAN before a fix of 2026)"
+            )
         self._can_wait = int(monitor("query-version")["qemu"]["major"]) < _TRANSACTION_WAITS_BEFORE
         self._check_disks()
         self._tracker = WriteTracker(monitor.pid, [block.file for block in blocks])
         self.paused_seconds = self._tracker.paused_seconds
         try:
             self._tracker.prepare()
+            # of each block, where it had data when last looked at; if it may lose some
+            self._data = self._look_for_data() if gives_back else None
         except BaseException:
             self._tracker.close()
             raise
-        # of each block, where it had data when last looked at; if it may lose some
-        self._data = self._look_for_data() if _gives_back(monitor) else None
 
     def _check_disks(self) -> None:
         """HostLacks if a disk may write by DMA, and nothing would tell when that has ended."""
@@ -256,19 +270,39 @@ class VmTracker:
         return table
 
     def settle(self) -> None:
-        """All requests of all disks that had begun have ended: what they write by DMA is there."""
-        if self._can_wait:
-            self._monitor("transaction", actions=[])  # drains before it does nothing
-        else:
+        """All requests of disks that had begun, and write by DMA, have ended."""
+        if not self._can_wait:
             self._check_disks()  # none came meanwhile
+        elif _has_direct_disks(self._monitor):
+            self._monitor("transaction", actions=[])  # drains before it does nothing
 
     def close(self) -> None:
         self._tracker.close()
 
 
 def _has_direct_disks(monitor: Monitor) -> bool:
-    nodes = monitor("query-named-block-nodes", flat=True)
-    return any(node["cache"]["direct"] or node["drv"] in _DMA_DRIVERS for node in nodes)
+    """Whether a disk may write to guest memory by DMA: past the page cache, or in a file system
+    that itself goes past it (FUSE with direct_io)."""
+    pid = monitor.pid
+    for node in monitor("query-named-block-nodes", flat=True):
+        if node["cache"]["direct"] or node["drv"] == "host_device":
+            return True
+        path = str(node.get("file", ""))
+        if node["drv"] == "file" and _is_fuse(f"/proc/{pid}/root{path}"):
+            return True
+    return False
+
+
+def _is_fuse(path: str) -> bool:
+    """What cannot be looked at counts as one."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        return file_system(fd) == FUSE
+    finally:
+        os.close(fd)
 
 
 def _gives_back(monitor: Monitor) -> bool:
@@ -284,6 +318,35 @@ def _gives_back(monitor: Monitor) -> bool:
     return True
 
 
+def check_whole(pid: int) -> None:
+    """SourceError for a VM whose own memory is still arriving: what is missing reads as zeros."""
+    if planted_in(pid):
+        raise SourceError(
+            f"QEMU (process {pid}) has a userfaultfd open: its own memory has not all arrived yet "
+            f"(a postcopy into it); wait for its end"
+        )
+
+
+class Discarding:
+    """discard-data=on makes a QEMU that ends throw its memory away; while that is still being sent,
+    it must not."""
+
+    def __init__(self, monitor: Monitor, found: list[Backend]) -> None:
+        self._monitor = monitor
+        self._paths = []
+        for backend in found:
+            path = f"/objects/{backend.name}"
+            properties = {row["name"] for row in monitor("qom-list", path=path)}
+            if "discard-data" in properties and monitor(
+                "qom-get", path=path, property="discard-data"
+            ):
+                self._paths.append(path)
+
+    def set(self, on: bool) -> None:
+        for path in self._paths:
+            self._monitor("qom-set", path=path, property="discard-data", value=on)
+
+
 def layout(monitor: Monitor) -> dict[str, Any]:
     """What is compared to see whether memory was plugged in or out meanwhile."""
     return {str(row["id"]): int(row["size"]) for row in monitor("query-memdev")}
@@ -291,7 +354,7 @@ def layout(monitor: Monitor) -> dict[str, Any]:
 
 # ---- devices that write memory behind QEMU's back ------------------------------------------
 
-_FOREIGN = ("vfio-", "vhost-user-", "vhost-vdpa-")
+_FOREIGN = ("vfio-", "vhost-user-", "vhost-vdpa-", "vhost-scsi")
 
 
 def check_devices(monitor: Monitor) -> None:
@@ -304,6 +367,8 @@ def check_devices(monitor: Monitor) -> None:
                 found.add(kind[6:-1])
     network = str(monitor("human-monitor-command", command_line="info network"))
     found |= {kind for kind in ("vhost-user", "vhost-vdpa") if f"type={kind}" in network}
+    nodes = monitor("query-named-block-nodes", flat=True)
+    found |= {str(node["drv"]) for node in nodes if node["drv"] in _FOREIGN_DRIVERS}
     if found:
         raise SourceError(
             f"the VM has {', '.join(sorted(found))}: a device that another process or the hardware "

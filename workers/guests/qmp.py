@@ -15,6 +15,7 @@ import socket
 import struct
 import threading
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import CancelledError, Future, wait
 from typing import Any, TypeVar
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
@@ -80,12 +81,22 @@ class Monitor:
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         return self._ask(command, self._client.execute(command, named or None), within)
 
+    def begin(self, command: str) -> Pending:
+        """Execute a command that may take long; ask what is returned for its answer."""
+        coroutine = self._client.execute(command)
+        return Pending(self, command, asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+
     def _ask(self, command: str, coroutine: Coroutine[Any, Any, T], within: float) -> T:
         if self._loop.is_closed():
             coroutine.close()
             raise SourceError(f"the monitor at {self.path} is closed")
-        try:
+        with self._as_ours(command):
             return self._call(coroutine, within)
+
+    @contextlib.contextmanager
+    def _as_ours(self, command: str) -> Iterator[None]:
+        try:
+            yield
         except ExecuteError as e:
             raise SourceError(f"QEMU refuses {command}: {e}", refused=True) from e
         except TimeoutError as e:
@@ -150,6 +161,27 @@ class Monitor:
         self._loop.close()
         os.close(self._pidfd)
         self._pidfd = -1
+
+
+class Pending:
+    """A command that was given and may not be answered yet."""
+
+    def __init__(self, monitor: Monitor, command: str, future: Future[Any]) -> None:
+        self._monitor = monitor
+        self._command = command
+        self._future = future
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is answered, within so long."""
+        return bool(wait([self._future], seconds).done)
+
+    def result(self) -> Any:
+        """The answer; SourceError as when it is asked directly."""
+        with self._monitor._as_ours(self._command):
+            try:
+                return self._future.result()
+            except CancelledError as e:
+                raise EOFError from e
 
 
 def somebody_listens(path: str) -> bool:

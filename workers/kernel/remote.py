@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...transport.errors import AttachError, HostLacks
@@ -39,14 +40,14 @@ def plant_tracking(pid: int) -> Planted:
 
     AttachError, or HostLacks: see inject.Injection and userfaultfd.create_tracking.
     """
-    with Injection(pid) as target:
+
+    def create(target: Injection) -> int:
         try:
-            there = target.syscall(NUMBERS["userfaultfd"], _FLAGS)
+            return target.syscall(NUMBERS["userfaultfd"], _FLAGS)
         except PermissionError:
-            there = _create(target, _FLAGS | _USER_MODE_ONLY)
-        uffd = _take(target, there)
-        target.close_fd(there)
-    return _enable(pid, Planted(uffd, -1, target.paused_seconds), userfaultfd.enable_tracking)
+            return _create(target, _FLAGS | _USER_MODE_ONLY)
+
+    return _plant(pid, create, userfaultfd.enable_tracking, keep=False)
 
 
 def plant_missing(pid: int, device: int = -1) -> Planted:
@@ -56,13 +57,35 @@ def plant_missing(pid: int, device: int = -1) -> Planted:
 
     AttachError, or HostLacks.
     """
-    with Injection(pid) as target:
+
+    def create(target: Injection) -> int:
         if device >= 0:
-            there = target.syscall(NUMBERS["ioctl"], device, _IOCTL_NEW, _FLAGS)
-        else:
-            there = _create(target, _FLAGS)
-        uffd = _take(target, there)
-    return _enable(pid, Planted(uffd, there, target.paused_seconds), userfaultfd.enable_missing)
+            return target.syscall(NUMBERS["ioctl"], device, _IOCTL_NEW, _FLAGS)
+        return _create(target, _FLAGS)
+
+    return _plant(pid, create, userfaultfd.enable_missing, keep=True)
+
+
+def _plant(
+    pid: int, create: Callable[[Injection], int], enable: userfaultfd.Enable, *, keep: bool
+) -> Planted:
+    there = uffd = -1
+    try:
+        with Injection(pid) as target:
+            there = create(target)
+            uffd = target.take(there)
+            if not keep:
+                target.close_fd(there)
+                there = -1
+        enable(uffd)
+    except BaseException:
+        if uffd >= 0:
+            os.close(uffd)
+        if there >= 0:
+            with contextlib.suppress(AttachError, HostLacks, OSError):
+                uproot(pid, there)
+        raise
+    return Planted(uffd, there, target.paused_seconds)
 
 
 def _create(target: Injection, flags: int) -> int:
@@ -77,33 +100,14 @@ def _create(target: Injection, flags: int) -> int:
         ) from e
 
 
-def _take(target: Injection, there: int) -> int:
-    try:
-        return target.take(there)
-    except BaseException:
-        with contextlib.suppress(AttachError, OSError):
-            target.close_fd(there)
-        raise
-
-
-def _enable(pid: int, planted: Planted, enable: userfaultfd.Enable) -> Planted:
-    try:
-        enable(planted.uffd)
-    except BaseException:
-        os.close(planted.uffd)
-        if planted.there >= 0:
-            with contextlib.suppress(AttachError, HostLacks, OSError):
-                uproot(pid, planted.there)
-        raise
-    return planted
-
-
-def uproot_all(pid: int) -> None:
-    """Close all that process `pid` has, if any. Errors as below."""
+def planted_in(pid: int) -> list[int]:
+    """Descriptors of userfaultfds that process `pid` has."""
+    found = []
     for fd in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
             if os.readlink(f"/proc/{pid}/fd/{fd}") == "anon_inode:[userfaultfd]":
-                uproot(pid, int(fd))
+                found.append(int(fd))
+    return found
 
 
 def uproot(pid: int, there: int) -> None:
