@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from pageferry.transport.errors import AttachError, HostLacks
 from pageferry.workers.kernel import arch, inject, userfaultfd
-from pageferry.workers.kernel.inject import NUMBERS, Injection, why_forbidden
+from pageferry.workers.kernel.inject import NUMBERS, Injection
+from pageferry.workers.kernel.task_facts import why_forbidden
 
 FAKES = Path(__file__).resolve().parents[1] / "fakes"
 # How long a program in inject_target.c sleeps, and by how much it may be late on a busy host.

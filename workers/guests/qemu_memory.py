@@ -247,7 +247,11 @@ class VmTracker:
         self._tracker.start()
 
     def written(self, index: int) -> Runs:
-        """Pages of a block that were written, or given back, since the last call."""
+        """Pages of a block that were written, or given back, since the last call.
+
+        One that was given back and then only read keeps what it had there: a guest that gave a page
+        away may find that in it, or zeros, so nothing is lost; digests (--verify) may differ.
+        """
         found = self._tracker.written(index)
         if self._data is None:
             return found

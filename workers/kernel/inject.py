@@ -32,10 +32,9 @@ import platform
 import signal
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from ...transport.errors import AttachError, HostLacks, PageferryError
@@ -43,6 +42,16 @@ from . import arch
 from .arch import Registers
 from .libc import syscall
 from .mappings import Mapping, mappings
+from .task_facts import (
+    check_process,
+    check_thread,
+    forbidden,
+    gone,
+    memory_of,
+    parent_of,
+    stat_of,
+    status_of,
+)
 
 # Numbers of system calls here, by name; for what is not wired up too, where attaching says so.
 NUMBERS = arch.SYSCALLS.get(platform.machine(), arch.SYSCALLS["x86_64"])
@@ -68,8 +77,6 @@ LIMIT = 2.0
 STACK_ROOM = 32 << 10
 _ATTEMPTS, _BETWEEN_ATTEMPTS = 10, 0.005  # seconds
 _CHUNK = 1 << 20  # bytes of code that are read at a time
-_KERNEL_THREAD = 0x00200000  # PF_KTHREAD
-_CAP_SYS_PTRACE = 1 << 19
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 
 _T = TypeVar("_T")
@@ -127,7 +134,7 @@ class Injection:
             finally:
                 os.close(pidfd)
         except ProcessLookupError:
-            raise _gone(self.pid) from None
+            raise gone(self.pid) from None
 
     def close_fd(self, fd: int) -> None:
         """Close a descriptor in the target; OSError if it has none of that number."""
@@ -144,7 +151,7 @@ class Injection:
     def _attach(self) -> None:
         """Stop the first thread, of those that could be, that has room on its stack: now, or when
         it comes back from a signal handler or coroutine."""
-        threads = _check_process(self.pid)
+        threads = check_process(self.pid)
         gadgets = _find_gadgets(self.pid, threads[0])
         last = _ATTEMPTS * len(threads) - 1
         for attempt, tid in enumerate(threads * _ATTEMPTS):
@@ -157,7 +164,7 @@ class Injection:
                 time.sleep(_BETWEEN_ATTEMPTS)
 
     def _stop(self, tid: int, gadgets: _Gadgets) -> None:
-        _check_thread(self.pid, tid)
+        check_thread(self.pid, tid)
         tracee = _Tracee(self.pid, tid, self._on_step)
         tracee.seize()
         tracee.interrupt()
@@ -207,6 +214,17 @@ class _Gadgets:
     call_code: bytes
     back: int
     back_code: bytes
+
+
+_UNCONFINE = "start it without (QEMU: -sandbox off; systemd: no SystemCallFilter=)"
+_HARMLESS = (arch.SECCOMP_ALLOW, arch.SECCOMP_LOG)
+_ACTIONS = {
+    0x80000000: "the death of the process",
+    0x00000000: "the death of the thread",
+    0x00030000: "SIGSYS",
+    0x7FC00000: "a question to its supervisor",
+    0x7FF00000: "a question to its tracer",
+}
 
 
 class _Stopped:
@@ -368,20 +386,20 @@ class _Tracee:
             return syscall(NUMBERS["ptrace"], request, self.tid, address, data)
         except ProcessLookupError:
             # not stopped any more: it was killed, which is reported next
-            raise _gone(self.pid) if self._has_ended() else self._stuck() from None
+            raise gone(self.pid) if self._has_ended() else self._stuck() from None
 
     def seize(self) -> None:
         self._on_step("seize")
         try:
             syscall(NUMBERS["ptrace"], _SEIZE, self.tid, 0, _TRACESYSGOOD)
         except ProcessLookupError:
-            raise _gone(self.pid) from None
+            raise gone(self.pid) from None
         except PermissionError:
             # What ends cannot be traced either, and somebody may have been quicker.
-            if self.tid not in _check_process(self.pid):
-                raise _gone(self.pid) from None
-            _check_thread(self.pid, self.tid)
-            raise _forbidden(self.pid) from None
+            if self.tid not in check_process(self.pid):
+                raise gone(self.pid) from None
+            check_thread(self.pid, self.tid)
+            raise forbidden(self.pid) from None
 
     def interrupt(self) -> None:
         # asked for, not there yet: so what is said of the pause is an upper bound
@@ -419,13 +437,13 @@ class _Tracee:
         try:
             found = os.waitid(os.P_PID, self.tid, _WAIT)
         except ChildProcessError:
-            raise _gone(self.pid) from None
+            raise gone(self.pid) from None
         if found is None:
             return None
         if found.si_code == os.CLD_TRAPPED:
             return found.si_status
         self._reap()
-        raise _gone(self.pid)
+        raise gone(self.pid)
 
     def _has_ended(self) -> bool:
         """Whether it is ending, soon."""
@@ -441,13 +459,13 @@ class _Tracee:
     def _reap(self) -> None:
         """Its parent hears of the end only now. If we are that ourselves, whoever started it will
         want to wait for it."""
-        if self.tid != self.pid or _parent(self.pid) != os.getpid():
+        if self.tid != self.pid or parent_of(self.pid) != os.getpid():
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, self.tid, os.WEXITED | os.WNOHANG | _WALL)
 
     def _stuck(self) -> AttachError:
         """It is let go of when our thread ends; a stop that was asked for is then forgotten."""
-        state = _stat(self.folder)[0]
+        state = stat_of(self.folder)[0]
         where = (
             "in the kernel, where nothing interrupts it" if state == "D" else f"in state {state}"
         )
@@ -508,7 +526,7 @@ class _Tracee:
     def filters(self) -> list[bytes]:
         """The seccomp filters, as programs; AttachError if there are some that we cannot see."""
         found: list[bytes] = []
-        if _status(self.pid, self.folder).get("Seccomp", "0") == "0":
+        if status_of(self.pid, self.folder).get("Seccomp", "0") == "0":
             return found
         raw = ctypes.create_string_buffer(8 * _INSTRUCTIONS_MOST)
         while True:
@@ -526,7 +544,7 @@ class _Tracee:
     def read(self, address: int, length: int) -> bytes:
         """Memory of the target; OSError if nothing is there."""
         self._on_step("read")
-        with _memory(self.folder, os.O_RDONLY) as fd:
+        with memory_of(self.folder, os.O_RDONLY) as fd:
             data = os.pread(fd, length, address)
         if len(data) < length:
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
@@ -543,65 +561,10 @@ class _Tracee:
         """False if it cannot be written, or not all."""
         self._on_step("write")
         try:
-            with _memory(self.folder, os.O_WRONLY) as fd:
+            with memory_of(self.folder, os.O_WRONLY) as fd:
                 return os.pwrite(fd, data, address) == len(data)
         except OSError:
             return False
-
-
-# ---- what is known of a process without stopping it ----------------------------------------
-
-
-@contextlib.contextmanager
-def _memory(folder: str, flags: int) -> Iterator[int]:
-    """A descriptor for the memory of the program that runs in a task now."""
-    fd = os.open(f"{folder}/mem", flags | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _check_process(pid: int) -> list[int]:
-    """Threads that might be stopped, the best first; raises if this is none to attach to."""
-    if platform.machine() != "x86_64":
-        raise HostLacks(f"attaching is not wired up for {platform.machine()} yet")
-    status = _status(pid, f"/proc/{pid}")
-    if int(status["Tgid"]) == os.getpid():
-        raise AttachError(f"process {pid} is this one: it cannot attach to itself", reason="self")
-    if status["Tgid"] != status["Pid"]:
-        raise AttachError(
-            f"{pid} is a thread of process {status['Tgid']}: name the process", reason="thread"
-        )
-    if int(_stat(f"/proc/{pid}")[6]) & _KERNEL_THREAD:
-        raise AttachError(f"process {pid} is a thread of the kernel, no guest", reason="kernel")
-    threads = [tid for tid in _threads(pid) if _state(f"/proc/{pid}/task/{tid}") not in "ZX"]
-    if not threads:
-        raise AttachError(
-            f"process {pid} is a zombie: it has ended, and its parent has not asked how",
-            reason="zombie",
-        )
-    return threads
-
-
-def _check_thread(pid: int, tid: int) -> None:
-    """Raises if this thread is none to attach to."""
-    status = _status(pid, f"/proc/{pid}/task/{tid}")
-    if status["TracerPid"] != "0":
-        raise AttachError(
-            f"process {pid} is traced by process {_named(status['TracerPid'])}: there can be only "
-            "one tracer; end that first", reason="traced",
-        )  # fmt: skip
-    if status.get("Seccomp") == "1":
-        raise AttachError(
-            f"process {pid} is confined by seccomp's strict mode: any other call would kill it",
-            reason="seccomp",
-        )
-    if "shstk" in status.get("x86_Thread_features", ""):
-        raise AttachError(
-            f"process {pid} has a shadow stack, on which a call cannot be made to return: start "
-            "it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off", reason="shadow-stack",
-        )  # fmt: skip
 
 
 def _find_gadgets(pid: int, tid: int) -> _Gadgets:
@@ -614,16 +577,16 @@ def _find_gadgets(pid: int, tid: int) -> _Gadgets:
                     f"process {pid} is a 32-bit program: only 64-bit guests", reason="32-bit"
                 )
         code = [m for m in mappings(folder) if "x" in m.access and m.has_code]
-        with _memory(folder, os.O_RDONLY) as fd:
+        with memory_of(folder, os.O_RDONLY) as fd:
             code.sort(key=Mapping.order)
             call, back = (
                 _search(fd, code, arch.CALL_GADGETS),
                 _search(fd, code, arch.RETURN_GADGETS),
             )
     except PermissionError:
-        raise _forbidden(pid) from None
+        raise forbidden(pid) from None
     except (FileNotFoundError, ProcessLookupError):
-        raise _gone(pid) from None
+        raise gone(pid) from None
     if call is None or back is None:
         raise _no_gadgets(pid)
     return _Gadgets(*call, *back)
@@ -646,127 +609,8 @@ def _search(
     return None
 
 
-def _read(path: str, pid: int) -> str:
-    """A file of /proc; AttachError if the process has ended."""
-    try:
-        return Path(path).read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        raise _gone(pid) from None
-
-
-def _status(pid: int, folder: str) -> dict[str, str]:
-    lines = _read(f"{folder}/status", pid).splitlines()
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
-_ENDED = ["X", *["0"] * 6]
-
-
-def _stat(folder: str) -> list[str]:
-    """Fields of /proc/PID/stat from the state on (state, parent, ..., flags)."""
-    try:
-        return Path(f"{folder}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return _ENDED
-
-
-def _state(folder: str) -> str:
-    return _stat(folder)[0]
-
-
-def _threads(pid: int) -> list[int]:
-    """The main thread first."""
-    try:
-        return sorted(map(int, os.listdir(f"/proc/{pid}/task")), key=lambda tid: (tid != pid, tid))
-    except FileNotFoundError:
-        raise _gone(pid) from None
-
-
-def _parent(pid: int) -> int:
-    return int(_stat(f"/proc/{pid}")[1])
-
-
-def _named(tid: str) -> str:
-    """The process of a thread, with its name: a tracer is a thread."""
-    try:
-        pid = _status(0, f"/proc/{tid}")["Tgid"]
-        return f"{pid} ({Path(f'/proc/{pid}/comm').read_text(errors='replace').strip()})"
-    except (AttachError, OSError):
-        return f"{tid} (which has ended)"
-
-
-# ---- refusals ------------------------------------------------------------------------------
-
-_UNCONFINE = "start it without (QEMU: -sandbox off; systemd: no SystemCallFilter=)"
-_HARMLESS = (arch.SECCOMP_ALLOW, arch.SECCOMP_LOG)
-_ACTIONS = {
-    0x80000000: "the death of the process",
-    0x00000000: "the death of the thread",
-    0x00030000: "SIGSYS",
-    0x7FC00000: "a question to its supervisor",
-    0x7FF00000: "a question to its tracer",
-}
-
-
-def _gone(pid: int) -> AttachError:
-    return AttachError(f"process {pid} has ended, or there is none", reason="gone")
-
-
 def _no_gadgets(pid: int) -> AttachError:
     return AttachError(
         f"process {pid} has no code that makes a system call and returns, or none to return from "
         "a signal: it was built without a C library", reason="gadget",
     )  # fmt: skip
-
-
-def _forbidden(pid: int) -> HostLacks:
-    """Why the kernel did not let us; HostLacks, or AttachError if the process ended meanwhile."""
-    status = _status(pid, f"/proc/{pid}")
-    owners = {int(uid) for uid in status["Uid"].split()}
-    return HostLacks(
-        why_forbidden(
-            pid,
-            scope=_yama_scope(),
-            capable=bool(int(_status(pid, "/proc/self")["CapEff"], 16) & _CAP_SYS_PTRACE),
-            owner=next(iter(owners - {os.getuid()}), os.getuid()),
-            # what is in /proc/PID belongs to root then, though the folder does not
-            dumpable=os.stat(f"/proc/{pid}/status").st_uid in owners,
-        ),
-        reason="permission",
-    )
-
-
-def _yama_scope() -> int:
-    try:
-        return int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
-    except (OSError, ValueError):
-        return 0
-
-
-def why_forbidden(pid: int, *, scope: int, capable: bool, owner: int, dumpable: bool) -> str:
-    """What to do. `scope`: Yama's (Documentation/admin-guide/LSM/Yama.rst), 0 without Yama;
-    `capable`: we have CAP_SYS_PTRACE; `owner`: a user it runs as, ours only if there is no other.
-    """
-    may_not = f"may not attach to process {pid}: "
-    if scope == 3:
-        return may_not + "yama ptrace_scope=3 forbids it to all until the host restarts"
-    if capable:
-        return may_not + (
-            "CAP_SYS_PTRACE is there, so a security module (SELinux, AppArmor) forbids it, or "
-            "the process is in a user namespace above ours"
-        )
-    if owner != os.getuid():
-        return may_not + f"it runs as user {owner}: be root or have CAP_SYS_PTRACE"
-    if not dumpable:
-        return may_not + (
-            "it is not dumpable (it changed its user, or asked for it by prctl): be root or have "
-            "CAP_SYS_PTRACE"
-        )
-    if scope == 2:
-        return may_not + "yama ptrace_scope=2 demands CAP_SYS_PTRACE: be root"
-    if scope == 1:
-        return may_not + (
-            "yama ptrace_scope=1 lets only a parent do that: set kernel.yama.ptrace_scope=0, or "
-            "be root"
-        )
-    return may_not + "it has a group or a capability that we lack: be root or have CAP_SYS_PTRACE"
