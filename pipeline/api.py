@@ -35,6 +35,7 @@ from .blocking import Blocking, to_its_end
 from .destination import Destination
 from .monitor import Monitor, serve_monitor
 from .parameters import Parameters
+from .reception import Reception
 from .restoring import Restoring
 from .serving import Server
 from .source import Source
@@ -58,8 +59,10 @@ async def send(
     on_started: Started | None = None,
     monitor: str | None = None,
     identity: bytes | None = None,
+    name: str = "",
 ) -> dict[str, Any]:
-    """Migrate `source` to the receiver at `endpoint`. Returns the report, raises the error."""
+    """Migrate `source` to the receiver at `endpoint`. Returns the report, raises the error. `name`:
+    what it is to be called in a receiver's directory; by default as its file here."""
     parameters = parameters.checked()
     warm_up()
     opening = Blocking()
@@ -70,7 +73,10 @@ async def send(
             opened.close()
         raise
     try:
-        migration = Source(guest, endpoint, parameters, on_progress, identity=identity)
+        migration = Source(
+            guest, endpoint, parameters, on_progress, identity=identity,
+            name=name or _name_of(source),
+        )  # fmt: skip
         async with AsyncExitStack() as stack:
             await _attach_monitor(stack, monitor, migration)
             if on_started is not None:
@@ -78,6 +84,10 @@ async def send(
             return await migration.run()
     finally:
         await to_its_end(opening(guest.close))
+
+
+def _name_of(source: GuestUri) -> str:
+    return os.path.basename(source.rest.rstrip("/")) if source.rest else ""
 
 
 async def _attach_monitor(
@@ -115,6 +125,13 @@ async def receive(
                 raise error
             if once:
                 return
+
+
+async def receive_many(destination: Reception, *, monitor: str | None = None) -> None:
+    """Serve migrations at `destination`, several at a time, until cancelled."""
+    async with AsyncExitStack() as stack:
+        await _attach_monitor(stack, monitor, destination)
+        await destination.serve()
 
 
 async def receive_one(destination: Destination) -> dict[str, Any]:
@@ -162,6 +179,7 @@ async def copy(
     on_progress: Progress | None = None,
     on_started: Started | None = None,
     monitor: str | None = None,
+    name: str = "",
 ) -> dict[str, Any]:
     """Both ends on this host, each with its own coordinator and workers, over ipc.
 
@@ -179,7 +197,7 @@ async def copy(
         try:
             report = await send(
                 source, endpoint, parameters, on_progress=on_progress, on_started=on_started,
-                monitor=monitor, identity=identity,
+                monitor=monitor, identity=identity, name=name,
             )  # fmt: skip
             return _merge(report, await arriving)
         except BaseException:

@@ -98,6 +98,7 @@ class Arrival:
         self._pausing: asyncio.Task[None] | None = None
         self._early: BaseException | None = None
         self.ended: messages.Ended | None = None
+        self.slot = 0  # among those that arrive at the same time
 
     def __repr__(self) -> str:
         return f"<Arrival {self.hello.uuid} {self.status.value}>"
@@ -197,7 +198,13 @@ class Arrival:
         self._become(Status.ACTIVE)
         await self.control.say(
             messages.Welcome(
-                __version__, endpoints, self._tokens, self.guest.fresh, self.guest.kind, urgent
+                __version__,
+                endpoints,
+                self._tokens,
+                self.guest.fresh,
+                self.guest.kind,
+                urgent,
+                list(self.guest.have),
             )
         )
         self._task(self._watch())
@@ -245,7 +252,8 @@ class Arrival:
 
     def _listen_at(self, channel: int) -> str:
         if self.endpoint.scheme == "ipc":
-            return f"ipc://{self.endpoint.path}.{channel}"
+            slot = f"{self.slot}-" if self.slot else ""
+            return f"ipc://{self.endpoint.path}.{slot}{channel}"
         return str(Endpoint("tcp", self.endpoint.host, 0))
 
     def _on_job(self, worker: Worker, job: jobs.AnyJob) -> None:
@@ -707,7 +715,7 @@ class Destination:
             self._resume(identity, hello, control)
             return None
         assert isinstance(hello, messages.Hello)
-        if self.arrival is not None:
+        if self._is_busy():
             self._refuse(control, PeerRefused("the destination is busy", field="busy"))
             return None
         try:
@@ -720,6 +728,9 @@ class Destination:
             hello, control, self.endpoint, self._open_guest,
             self._progress, self._event,
         )  # fmt: skip
+
+    def _is_busy(self) -> bool:
+        return self.arrival is not None
 
     def _resume(self, identity: bytes, message: messages.Resume, control: Control) -> None:
         """The source of a postcopy is back: it is who begins with the same 16 secret bytes."""

@@ -33,12 +33,12 @@ from ..transport.errors import (
     as_ours,
 )
 from ..transport.links import Endpoint, connect, parse_endpoint, probe
-from ..transport.pages import PAGE_SIZE, complement, runs_of, total_pages
+from ..transport.pages import PAGE_SIZE, Runs, complement, runs_of, total_pages
 from ..transport.session import Phase, Role
 from ..workers import jobs, sender
 from ..workers.bandwidth import Bandwidth
 from ..workers.counters import Counters
-from ..workers.digest import block_digest, part_count
+from ..workers.digest import CHUNK_PAGES, block_digest, equal_chunks, part_count
 from ..workers.forking import context
 from ..workers.guests.base import TRACKING_HASH, SourceGuest
 from ..workers.latency import report as latency_report
@@ -84,7 +84,9 @@ class Source:
         on_progress: Callable[[dict[str, Any]], None] | None = None,
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
         identity: bytes | None = None,
+        name: str = "",
     ) -> None:
+        self.name = name
         self._identity = identity or secrets.token_bytes(16)
         self.guest = guest
         self.endpoint = endpoint
@@ -116,6 +118,7 @@ class Source:
         self._socket: Any = None
         self._context: zmq.asyncio.Context | None = None
         self._fresh: list[bool] = []
+        self._have: list[bytes] = []  # digests of what the destination has already
         self._taken_at = time.monotonic()
         self._status_told = Status.NONE
 
@@ -351,7 +354,7 @@ class Source:
         starting = self._task(self._start_senders())
         welcome = await self._greet()
         await starting
-        self._fresh = welcome.fresh
+        self._fresh, self._have = welcome.fresh, welcome.have
         await self._open(welcome.endpoints, welcome.tokens, welcome.urgent)
         return core.ChannelsReady()
 
@@ -415,10 +418,12 @@ class Source:
             [block.spec for block in self.guest.blocks], self.parameters.workers,
             self.parameters.batch_pages, image_size=self.guest.image_size,
             capabilities=self._background.capabilities if self._background is not None else [],
+            name=self.name,
         )  # fmt: skip
         answer = await self._first_words(hello)
         assert isinstance(answer, messages.Welcome)
-        if len(answer.fresh) != len(self.guest.blocks):
+        n = len(self.guest.blocks)
+        if len(answer.fresh) != n or len(answer.have) not in (0, n):
             raise RemoteProtocolError("Welcome does not match what was asked for")
         return answer
 
@@ -499,7 +504,10 @@ class Source:
             runs = await self._call(self.guest.initial_pages, i)
             self._table.mark_dirty(i, runs)
             self.statistics.hole_pages += block.pages - total_pages(runs)
-            if not self._fresh[i]:
+            there = self._fresh[i]
+            if self._have and not self.guest.live:
+                there = await self._leave_out_what_is_there(i, runs)
+            if not there:
                 await self._discard(i, complement(runs, block.pages))
         if self.guest.live:
             begin += await self._settle()
@@ -516,6 +524,19 @@ class Source:
         if took > _NOTHING_SECONDS:
             self.statistics.extra["disks-drained-us"] = max(known, round(took * 1e6))
         return took
+
+    async def _leave_out_what_is_there(self, index: int, runs: Runs) -> bool:
+        """Chunks that the destination has, by their digests, are not sent; True if that is all."""
+        assert self._table is not None
+        block, view = self.guest.blocks[index], self._table.view(index)
+        equal = await self._call(equal_chunks, block, self._have[index])
+        before = self._remaining()
+        for chunk, same in enumerate(equal):
+            if same:
+                view[chunk * CHUNK_PAGES : (chunk + 1) * CHUNK_PAGES] = CLEAN
+        known = self.statistics.extra.get("pages-already-there", 0)
+        self.statistics.extra["pages-already-there"] = known + before - self._remaining()
+        return all(equal)
 
     async def _discard(self, block: int, runs: tuple[Any, Any]) -> None:
         starts, counts = runs

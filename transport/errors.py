@@ -19,6 +19,8 @@
     ├── HostLacks                      12   the kernel or a permission is missing
     ├── ConfirmationLost               13   the destination may be running: the source stays stopped
     ├── PostcopyFailed                 14   the guest runs there, its memory is not whole
+    ├── BatchPartial                   15   some items of a batch arrived, others did not
+    ├── BatchFailed                    16   no item of a batch arrived
     └── Cancelled                     130   somebody asked for it
 
 Errors carry data, pickle across processes, and know nothing of terminals or sockets.
@@ -147,6 +149,18 @@ class PostcopyFailed(PageferryError):
     """the guest was started at the destination and part of its memory never arrived"""
 
     exit_code = 14
+
+
+class BatchPartial(PageferryError):
+    """some items of a batch failed"""
+
+    exit_code = 15
+
+
+class BatchFailed(PageferryError):
+    """all items of a batch failed"""
+
+    exit_code = 16
 
 
 class Cancelled(PageferryError):

@@ -13,7 +13,7 @@ from .errors import PageferryError, RemoteProtocolError, by_name
 from .pages import Runs, check_runs
 
 # A session of another number is refused: both ends say theirs first.
-PROTOCOL = 1
+PROTOCOL = 2
 # Device state and ELF headers are small; more than this is not a guest we know.
 MAX_MESSAGE = 256 << 20
 MAX_BLOCKS = 65535
@@ -52,6 +52,7 @@ class Hello(Message, frozen=True, tag="hello"):
     batch_pages: int
     capabilities: list[str] = []
     image_size: int = 0
+    name: str = ""  # what it is to be called, where many arrive
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
@@ -59,7 +60,8 @@ class Welcome(Message, frozen=True, tag="welcome"):
 
     An endpoint is "tcp:PORT" (the host is the one the source dialled) or "ipc:PATH".
     `fresh[i]`: block i reads as zero everywhere, so its zero pages need not travel.
-    `urgent`: endpoint and token of the urgent channel, if postcopy was asked for.
+    `urgent`: endpoint and token of the urgent channel, if postcopy was asked for. `have`: digests
+    of what the blocks hold already, 16 bytes (xxh3-128) for each MiB, a string a block; or empty.
     """
 
     version: str
@@ -68,6 +70,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     fresh: list[bool]
     kind: str = ""
     urgent: tuple[str, bytes] | None = None
+    have: list[bytes] = []
 
 
 class Refused(Message, frozen=True, tag="refused"):

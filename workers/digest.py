@@ -13,7 +13,7 @@ import os
 
 import xxhash
 
-from ..transport.errors import SourceError
+from ..transport.errors import RemoteProtocolError, SourceError
 from ..transport.pages import PAGE_SIZE
 from .ram import RamBlock
 
@@ -62,6 +62,30 @@ def _chunk_digest(block: RamBlock, offset: int, view: memoryview) -> bytes:
             raise SourceError(f"{block.file.name} became shorter while it was read")
         at += n
     return xxhash.xxh3_128_digest(view)
+
+
+def chunk_digests(block: RamBlock) -> bytes:
+    """16 bytes for each chunk of a block, in order."""
+    buffer, found = memoryview(bytearray(CHUNK_BYTES)), []
+    with_data = _chunks_with_data(block, 0, block.pages)
+    for page in range(0, block.pages, CHUNK_PAGES):
+        offset = page * PAGE_SIZE
+        length = min(CHUNK_BYTES, block.size - offset)
+        if page // CHUNK_PAGES in with_data:
+            found.append(_chunk_digest(block, offset, buffer[:length]))
+        else:
+            found.append(_zero_digest(length))
+    return b"".join(found)
+
+
+def equal_chunks(block: RamBlock, theirs: bytes) -> list[bool]:
+    """Which chunks of a block have these digests (as above). RemoteProtocolError if they are of
+    another block."""
+    ours = chunk_digests(block)
+    if len(theirs) != len(ours):
+        raise RemoteProtocolError(f"{len(theirs)} bytes of digests, expected {len(ours)}")
+    size = len(_zero_digest(1))
+    return [ours[at : at + size] == theirs[at : at + size] for at in range(0, len(ours), size)]
 
 
 def block_digest(parts: list[bytes]) -> bytes:

@@ -9,12 +9,14 @@ import click
 
 from ...pipeline import api
 from ...pipeline.destination import Destination
+from ...pipeline.reception import Reception
 from ...transport.errors import PageferryError, UsageError
-from ...transport.links import parse_endpoint
-from ...workers.guests import parse_guest
+from ...transport.links import Endpoint, parse_endpoint
+from ...transport.quantities import format_bytes, format_seconds
+from ...workers.guests import GuestUri, is_directory, parse_guest
 from .copy import checked_oracle
 from .main import error_object
-from .options import output_options
+from .options import integer, output_options
 from .running import Interrupts, run, show
 from .view import View
 
@@ -27,10 +29,17 @@ from .view import View
 @click.option("--qemu-command", metavar="COMMAND", help="Start a QEMU for a VM that arrives, with "
               "memory as the source has it (refer to it by its name: memory-backend=ram0), "
               "instead of --into.")  # fmt: skip
+@click.option("--at-once", metavar="N", default="4", show_default=True, help="How many images may "
+              "arrive at a time, with --into image:DIR/.")  # fmt: skip
 @click.option("--once", is_flag=True, help="End after one migration, with its exit code.")
 @output_options
 def receive_command(
-    listen: str, into: str | None, qemu_command: str | None, once: bool, **options: Any
+    listen: str,
+    into: str | None,
+    qemu_command: str | None,
+    at_once: str,
+    once: bool,
+    **options: Any,
 ) -> None:
     """Wait for `pageferry send` and receive what it sends.
 
@@ -43,6 +52,9 @@ def receive_command(
     guest = None if into is None else parse_guest(into)
     expected = "demo" if guest is not None and guest.kind == "demo" else None
     as_json, quiet = options["as_json"], options["quiet"]
+    if guest is not None and is_directory(guest) and not once:
+        _receive_many(endpoint, guest, integer("at-once", at_once) or 0, options)
+        return
 
     async def start(view: View, interrupts: Interrupts) -> None:
         destination = Destination(endpoint, api.opener(guest, qemu_command), expected, view)
@@ -68,6 +80,35 @@ def receive_command(
             if as_json:
                 print(json.dumps(error_object(error), default=str), flush=True)
             view.say(f"failed: {error.message}")
+
+    run(start, as_json=as_json, quiet=quiet, interrupted="no longer listening")
+
+
+def _receive_many(
+    endpoint: Endpoint, into: GuestUri, at_once: int, options: dict[str, Any]
+) -> None:
+    """Into a directory: a line for each image that ended."""
+    if at_once < 1:
+        raise UsageError("--at-once must be at least 1")
+    as_json, quiet = options["as_json"], options["quiet"]
+
+    async def start(view: View, interrupts: Interrupts) -> None:
+        def ended(report: dict[str, Any] | None, error: PageferryError | None, name: str) -> None:
+            if as_json:
+                told = {"name": name} | (error_object(error) if error else report or {})
+                print(json.dumps(told, default=str), flush=True)
+            if error is not None:
+                view.say(f"{name}: failed: {error.message}")
+            elif report is not None:
+                size = format_bytes(report["ram"]["total"])
+                view.say(f"{name}: {size} in {format_seconds(report['total-time'] / 1000)}")
+
+        destination = Reception(endpoint, api.opener(into), ended, at_once=at_once)
+        try:
+            _say_listening(destination, view, as_json)
+            await api.receive_many(destination, monitor=options["monitor"])
+        finally:
+            destination.close()
 
     run(start, as_json=as_json, quiet=quiet, interrupted="no longer listening")
 

@@ -17,8 +17,9 @@ from .view import View
 @click.command("send")
 @click.argument("source")
 @click.argument("endpoint")
+@click.option("--name", default="", help="What it is to be called in a receiver's directory.")
 @migration_options
-def send_command(source: str, endpoint: str, **options: Any) -> None:
+def send_command(source: str, endpoint: str, name: str, **options: Any) -> None:
     """Move the guest SOURCE to the `pageferry receive` at ENDPOINT (tcp://HOST:PORT, ipc://PATH).
 
     \b
@@ -31,6 +32,7 @@ def send_command(source: str, endpoint: str, **options: Any) -> None:
         return await api.send(
             where, there, checked,
             on_progress=view, on_started=interrupts.attach, monitor=options["monitor"],
+            name=name,
         )  # fmt: skip
 
     run(start, as_json=options["as_json"], quiet=options["quiet"])

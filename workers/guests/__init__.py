@@ -8,8 +8,16 @@ from ...transport.errors import UsageError
 from .base import DestinationGuest, SourceGuest
 from .uri import GuestUri, parse_guest
 
-__all__ = ["DestinationGuest", "GuestUri", "SourceGuest", "open_destination", "open_source",
-           "parse_guest", "start_qemu"]  # fmt: skip
+__all__ = [
+    "DestinationGuest",
+    "GuestUri",
+    "SourceGuest",
+    "is_directory",
+    "open_destination",
+    "open_source",
+    "parse_guest",
+    "start_qemu",
+]  # fmt: skip
 
 
 def open_source(uri: GuestUri) -> SourceGuest:
@@ -37,6 +45,10 @@ def open_source(uri: GuestUri) -> SourceGuest:
 
 def open_destination(uri: GuestUri) -> DestinationGuest:
     """A guest at `uri` that nothing has been done for yet: `lay_out` does."""
+    if is_directory(uri):
+        from .image_directory import DirectoryDestination
+
+        return DirectoryDestination(uri)
     if uri.kind == "image":
         from .image import ImageDestination
 
@@ -54,6 +66,11 @@ def open_destination(uri: GuestUri) -> DestinationGuest:
     from .shared_memory import RamDestination
 
     return RamDestination(uri)
+
+
+def is_directory(uri: GuestUri) -> bool:
+    """image:DIR/ takes many images, each by its name."""
+    return uri.kind == "image" and uri.rest.endswith("/")
 
 
 def start_qemu(command: str) -> DestinationGuest:

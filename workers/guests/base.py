@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
 from typing import Any
@@ -151,6 +152,7 @@ class DestinationGuest(ABC):
     kind: str
     blocks: list[RamBlock]
     fresh: list[bool]  # this block reads as zero everywhere
+    have: Sequence[bytes] = ()  # digests of what it holds already (digest.py), a string a block
     # Its memory, armed before anything can touch it; only if hello.capabilities has POSTCOPY.
     memory: ArmedMemory | None = None
 

@@ -9,6 +9,7 @@ import secrets
 import stat
 
 from ...transport.errors import DestinationError, NoSpace, SourceError
+from ..kernel.libc import lock_file
 
 
 def open_to_read(path: str, what: str) -> tuple[int, int]:
@@ -105,3 +106,67 @@ class NewFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+class PartialFile(NewFile):
+    """A file that has a hidden name of its own until `publish`, and keeps it if that never comes:
+    whoever wants to write the same file again goes on with what is there.
+
+    `begun`: it holds something, if only what the file of that name held. One at a time may have it.
+    """
+
+    begun = False
+
+    def _open(self, directory: str) -> int:
+        hidden = os.path.join(directory, f".{os.path.basename(self.path)}.pageferry-part")
+        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(hidden, flags, 0o600)
+        if not lock_file(fd) or not _is_named(fd, hidden):
+            os.close(fd)
+            raise DestinationError(f"{self.path} is being received already")
+        self._temporary = hidden
+        self.begun = os.fstat(fd).st_blocks > 0
+        if not self.begun:
+            self._begin_with_what_is_there(fd)
+        return fd
+
+    def _begin_with_what_is_there(self, fd: int) -> None:
+        """Of an image that is there most may be the same."""
+        try:
+            old = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return
+        try:
+            for at, end in _data_ranges(old):
+                done = at
+                while n := os.copy_file_range(old, fd, end - done, done, done):
+                    done += n
+            self.begun = True
+        finally:
+            os.close(old)
+
+    def discard(self) -> None:
+        self._temporary = ""  # it stays, for the next attempt
+        super().discard()
+
+
+def _is_named(fd: int, path: str) -> bool:
+    """Whether this file still has that name: somebody may have published it before we locked it."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except OSError:
+        return False
+
+
+def _data_ranges(fd: int) -> list[tuple[int, int]]:
+    found, at, size = [], 0, os.fstat(fd).st_size
+    while at < size:
+        try:
+            begin = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as e:
+            if e.errno == errno.ENXIO:
+                break
+            return [(0, size)]
+        at = os.lseek(fd, begin, os.SEEK_HOLE)
+        found.append((begin, at))
+    return found

@@ -98,6 +98,8 @@ def _look(pid: int) -> tuple[list[SharedFile], list[SharedFile]]:
         for m in mappings(f"/proc/{pid}"):
             if m.shared_and_writable and m.name.startswith("/"):
                 files.setdefault(m.file, SharedFile(m.file)).places.append(m)
+    except (FileNotFoundError, ProcessLookupError) as e:
+        raise SourceError(f"there is no process {pid}") from e
     except OSError as e:
         raise SourceError(
             f"cannot read what process {pid} maps: {e.strerror}; {_REMEDY}, and where it runs"

@@ -1,0 +1,102 @@
+"""A receiver of many: several migrations at a time at one endpoint, each into a guest of its own.
+
+For images that go to a directory (image:DIR/). What one migration is: destination.py. A postcopy
+that pauses is not taken up again here: nothing that runs is received so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from ..transport import messages
+from ..transport.errors import Cancelled, PageferryError, PeerRefused
+from ..transport.links import Endpoint
+from .control import Control
+from .destination import Arrival, Destination, OpenGuest
+from .state import Status
+
+# Report or error, and what the source calls it.
+OnEnd = Callable[[dict[str, Any] | None, PageferryError | None, str], None]
+
+
+class Reception(Destination):
+    """Listens at an endpoint; up to `at_once` migrations at a time, more are refused as busy."""
+
+    def __init__(
+        self, endpoint: Endpoint, open_guest: OpenGuest, on_end: OnEnd, *, at_once: int
+    ) -> None:
+        super().__init__(endpoint, open_guest)
+        self._on_end = on_end
+        self._at_once = at_once
+        self._arrivals: dict[bytes, Arrival] = {}
+        self._running: set[asyncio.Task[None]] = set()
+        self._received = self._failed = 0
+
+    def __repr__(self) -> str:
+        return f"<Reception {self.endpoint} {len(self._arrivals)} of {self._at_once}>"
+
+    def query(self) -> dict[str, Any]:
+        return {
+            "status": (Status.ACTIVE if self._arrivals else Status.NONE).value,
+            "received": self._received,
+            "failed": self._failed,
+            "arrivals": [
+                {"name": arrival.hello.name} | arrival.query()
+                for arrival in self._arrivals.values()
+            ],
+        }
+
+    def cancel(self) -> None:
+        """End all that are under way."""
+        for arrival in self._arrivals.values():
+            arrival.fail(Cancelled("cancelled at the destination"))
+
+    def _is_busy(self) -> bool:
+        return len(self._arrivals) >= self._at_once
+
+    def _resume(self, identity: bytes, message: messages.Resume, control: Control) -> None:
+        self._refuse(control, PeerRefused("nothing that was paused is known here", field="uuid"))
+
+    async def serve(self) -> None:
+        """Receive until cancelled; then what is under way is ended, each with its report."""
+        try:
+            while True:
+                identity, data = await self._next_message()
+                known = self._arrivals.get(identity)
+                if known is not None:
+                    known.heard(data)
+                elif (arrival := self._greet(identity, data)) is not None:
+                    arrival.slot = self._free_slot()
+                    self._arrivals[identity] = arrival
+                    task = asyncio.get_running_loop().create_task(self._receive(identity, arrival))
+                    self._running.add(task)
+                    task.add_done_callback(self._running.discard)
+        finally:
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
+
+    def _free_slot(self) -> int:
+        taken = {arrival.slot for arrival in self._arrivals.values()}
+        return next(slot for slot in range(self._at_once) if slot not in taken)
+
+    async def _receive(self, identity: bytes, arrival: Arrival) -> None:
+        report: dict[str, Any] | None = None
+        error: PageferryError | None = None
+        try:
+            report = await arrival.run()
+            self._received += 1
+        except asyncio.CancelledError:
+            error = Cancelled("the receiver was stopped")
+        except PageferryError as e:
+            error = e
+        finally:
+            del self._arrivals[identity]
+            if arrival.guest is not None:
+                arrival.guest.close()
+        self._failed += error is not None
+        with contextlib.suppress(Exception):  # a display that breaks ends no migration
+            self._on_end(report, error, arrival.hello.name)

@@ -1,0 +1,178 @@
+"""Many images into one directory, several at a time; one that was broken off goes on."""
+
+import contextlib
+import json
+import os
+import signal
+
+import pytest
+from helpers import Running, receiver, until
+from helpers import pageferry as run
+
+import pageferry
+from pageferry.transport.errors import DestinationError, PeerRefused
+from pageferry.transport.messages import PROTOCOL, Block, Hello
+from pageferry.transport.pages import PAGE_SIZE
+from pageferry.workers.digest import CHUNK_PAGES
+from pageferry.workers.guests.image_directory import DirectoryDestination
+from pageferry.workers.guests.uri import GuestUri
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Makes images of random content; they are beside the directory that receives."""
+
+    def make(name, size=8 * MIB):
+        path = tmp_path / name
+        path.write_bytes(os.urandom(size))
+        return path
+
+    (tmp_path / "into").mkdir()
+    make.into = tmp_path / "into"
+    return make
+
+
+def hidden(directory):
+    return [path.name for path in directory.iterdir() if path.name.startswith(".")]
+
+
+def sent(path, endpoint, *options):
+    ran = run("send", f"image:{path}", endpoint, "--json", *options)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def test_several_at_a_time_each_by_its_name(images):
+    sources = [images(f"vm{i}.mem") for i in range(5)]
+    with (
+        receiver("--into", f"image:{images.into}/", "--at-once", "2") as receiving,
+        contextlib.ExitStack() as stack,
+    ):
+        running = [
+            stack.enter_context(
+                Running("send", f"image:{path}", receiving.endpoint, "--max-bandwidth", "3MB")
+            )
+            for path in sources[:2]
+        ]
+        for sending in running:
+            sending.error_line("round 1")
+        # a third is told that there is no room
+        busy = run("send", f"image:{sources[2]}", receiving.endpoint)
+        assert busy.returncode == 6
+        assert "busy" in busy.stderr
+        for sending in running:
+            assert sending.finish()[0] == 0
+        for path in sources[2:]:
+            sent(path, receiving.endpoint)
+        receiving.process.send_signal(signal.SIGINT)
+        said = [json.loads(line) for line in receiving.finish()[1].splitlines()]
+    for path in sources:
+        assert (images.into / path.name).read_bytes() == path.read_bytes()
+    assert not hidden(images.into)
+    ended = [report for report in said if "name" in report and report["status"] == "completed"]
+    assert sorted(report["name"] for report in ended) == sorted(path.name for path in sources)
+
+
+@pytest.mark.parametrize("who", ["source", "receiver"])
+def test_one_that_is_killed_goes_on_from_what_is_there(images, who):
+    source = images("vm.mem", 32 * MIB)
+    part = images.into / ".vm.mem.pageferry-part"
+    into = f"image:{images.into}/"
+
+    def arrived():
+        return part.exists() and part.stat().st_blocks * 512 >= 4 * MIB
+
+    with receiver("--into", into) as receiving:
+        with Running(
+            "send", f"image:{source}", receiving.endpoint, "--max-bandwidth", "8MB"
+        ) as sending:
+            until(arrived, "some of it")
+            (sending if who == "source" else receiving).process.kill()
+            sending.process.wait()
+        if who == "source":
+            receiving.error_line("failed")
+    assert hidden(images.into) == [part.name]
+    assert not (images.into / "vm.mem").exists()
+    with receiver("--into", into) as receiving:
+        report = sent(source, receiving.endpoint)
+    there = report["pages-already-there"]
+    # what had come, but for chunks that had not come whole
+    assert 0 < there < 32 * MIB // PAGE_SIZE
+    assert there % CHUNK_PAGES == 0
+    assert report["ram"]["normal"] == 32 * MIB // PAGE_SIZE - there
+    assert (images.into / "vm.mem").read_bytes() == source.read_bytes()
+    assert not hidden(images.into)
+
+
+def test_of_an_image_that_is_there_only_what_differs_is_sent(images):
+    source = images("vm.mem")
+    with receiver("--into", f"image:{images.into}/") as receiving:
+        sent(source, receiving.endpoint)
+        assert sent(source, receiving.endpoint)["ram"]["normal"] == 0
+        content = bytearray(source.read_bytes())
+        content[3 * MIB + 17] ^= 1
+        content[5 * MIB : 5 * MIB + 2 * PAGE_SIZE] = bytes(2 * PAGE_SIZE)
+        source.write_bytes(content)
+        report = sent(source, receiving.endpoint, "--verify")
+        assert report["pages-already-there"] == 6 * CHUNK_PAGES
+    assert (images.into / "vm.mem").read_bytes() == content
+
+
+def test_holes_and_another_size(images):
+    """What was there is cut, and what is a hole now reads as zero."""
+    source = images("vm.mem")
+    with receiver("--into", f"image:{images.into}/") as receiving:
+        sent(source, receiving.endpoint)
+        with open(source, "r+b") as file:
+            file.truncate(2 * MIB)
+            file.truncate(4 * MIB + 5)
+        sent(source, receiving.endpoint, "--verify")
+    assert (images.into / "vm.mem").read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["../up", "a/b", ".hidden", "", "-x", "a\nb", "a\x1b[2J", "x" * 151, "..", "a b"]
+)
+def test_names_that_the_peer_may_not_choose(tmp_path, name):
+    destination = DirectoryDestination(GuestUri("image", f"{tmp_path}/"))
+    blocks = [Block("ram", PAGE_SIZE)]
+    with pytest.raises(PeerRefused, match="no name for an image"):
+        destination.lay_out(Hello(PROTOCOL, "", "", "image", blocks, 1, 16, name=name))
+    destination.discard()
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_name_one_writer(tmp_path):
+    hello = Hello(PROTOCOL, "", "", "image", [Block("ram", PAGE_SIZE)], 1, 16, name="vm")
+    first, second = (DirectoryDestination(GuestUri("image", f"{tmp_path}/")) for _ in range(2))
+    first.lay_out(hello)
+    with pytest.raises(DestinationError, match="being received already"):
+        second.lay_out(hello)
+    second.discard()
+    first.discard()
+    third = DirectoryDestination(GuestUri("image", f"{tmp_path}/"))
+    third.lay_out(hello)
+    third.run()
+    third.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["vm"]
+
+
+def test_a_link_in_place_of_the_hidden_file_is_not_followed(tmp_path):
+    (tmp_path / "into").mkdir()
+    (tmp_path / "victim").write_bytes(b"as it was")
+    (tmp_path / "into" / ".vm.pageferry-part").symlink_to(tmp_path / "victim")
+    destination = DirectoryDestination(GuestUri("image", f"{tmp_path}/into/"))
+    hello = Hello(PROTOCOL, "", "", "image", [Block("ram", PAGE_SIZE)], 1, 16, name="vm")
+    with pytest.raises(DestinationError):
+        destination.lay_out(hello)
+    destination.discard()
+    assert (tmp_path / "victim").read_bytes() == b"as it was"
+
+
+def test_copy_into_a_directory(images):
+    source = images("vm.mem")
+    report = pageferry.migrate(f"image:{source}", f"image:{images.into}/")
+    assert report["destination"] == f"image:{images.into}/vm.mem"
+    assert (images.into / "vm.mem").read_bytes() == source.read_bytes()

@@ -1,0 +1,50 @@
+"""image:DIR/, a directory that takes many images, each under the name that its source says.
+
+What has arrived of an image stays in a hidden file beside its name until it is whole, across
+failures and crashes at either end: the next attempt sends only what differs (by digests of 1 MiB).
+An image of that name that is there already serves as well.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from ...transport.errors import DestinationError, PeerRefused
+from ...transport.messages import Hello
+from ..digest import chunk_digests
+from ..ram import RamBlock, RamFile
+from .base import layout_size
+from .files import PartialFile
+from .image import ImageDestination
+from .uri import GuestUri
+
+# As the peer chooses it: no path, nothing hidden, nothing that a terminal or a shell acts on.
+_NAME = re.compile(r"[\w][\w.+@=,-]{0,149}")
+
+
+class DirectoryDestination(ImageDestination):
+    """One image that is to arrive in a directory."""
+
+    def __init__(self, uri: GuestUri) -> None:
+        super().__init__(uri)
+        self._directory = uri.rest
+
+    def lay_out(self, hello: Hello) -> None:
+        if not _NAME.fullmatch(hello.name):
+            raise PeerRefused(
+                f"{hello.name[:64]!r} is no name for an image (letters, digits, . _ + @ = , - and "
+                f"no path): send it with --name",
+                field="name",
+            )
+        if not os.path.isdir(self._directory):
+            raise DestinationError(f"{self._directory} is no directory: make it")
+        self._path = os.path.join(self._directory, hello.name)
+        self._size = layout_size(hello.blocks, hello.image_size)
+        partial = PartialFile(self._path, self._size)
+        self._new = partial
+        self._file = RamFile(os.dup(partial.fd), self._path)
+        self.blocks = [RamBlock(spec, self._file, spec.offset) for spec in hello.blocks]
+        self.fresh = [not partial.begun] * len(hello.blocks)
+        if partial.begun:
+            self.have = [chunk_digests(block) for block in self.blocks]
