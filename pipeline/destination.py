@@ -43,7 +43,6 @@ from ..workers.counters import Counters
 from ..workers.digest import block_digest, part_count
 from ..workers.forking import context
 from ..workers.guests.base import DestinationGuest
-from ..workers.kernel.huge import may_be_huge
 from ..workers.pool import Pool, Worker
 from .agreement import check_hello
 from .blocking import Blocking, to_its_end
@@ -96,6 +95,7 @@ class Arrival:
         self._faults: Faults | None = None
         self._postcopy = False  # the source named what is to come after the guest runs
         self._pausing: asyncio.Task[None] | None = None
+        self._setting_back: asyncio.Task[None] | None = None
         self._early: BaseException | None = None
         self.ended: messages.Ended | None = None
         self.slot = 0  # among those that arrive at the same time
@@ -349,7 +349,7 @@ class Arrival:
         if self._postcopy:
             self.statistics.running = time.monotonic()
             self._become(Status.POSTCOPY_ACTIVE)
-            self._tasks.append(asyncio.get_running_loop().create_task(self._set_back()))
+            self._setting_back = asyncio.get_running_loop().create_task(self._set_back())
             if self._early is not None:
                 self.fail(self._early)
             return
@@ -405,7 +405,7 @@ class Arrival:
         assert self.guest is not None
         ram = self.guest.blocks[block]
         ram.clear(runs)
-        if ram.spec.page_size == PAGE_SIZE and may_be_huge(ram.file.fd) and ram.has_data(runs):
+        if ram.spec.page_size == PAGE_SIZE and self.guest.may_be_huge(block) and ram.has_data(runs):
             raise DestinationError(
                 f"pages of {ram.name} stay there as zeros when they are given back: the memory is "
                 f"on transparent huge pages; move it without --postcopy, or to a tmpfs that is "
@@ -428,6 +428,8 @@ class Arrival:
         if missing := self._faults.received.missing():
             raise RemoteProtocolError(f"the source has sent all, and {missing} pages are missing")
         await self._faults.finish()
+        assert self.guest is not None
+        await self._call(self.guest.arrived)
         self.ended = messages.Ended(self._faults.latency(), self._faults.statistics())
         with contextlib.suppress(PageferryError, zmq.ZMQError):  # it may ask again
             await self.control.say(self.ended)
@@ -539,7 +541,7 @@ class Arrival:
             steps = [self._abort, self._discard_guest, self._stop_receivers]
             if self._starting is not None:
                 steps = [self._discard_then_abort, self._stop_receivers]
-        for step in steps:
+        for step in (*steps, self._until_set_back):
             try:
                 await step()
             except Exception as e:
@@ -570,6 +572,10 @@ class Arrival:
         told so if it may."""
         await self._discard_guest()
         await self._abort()
+
+    async def _until_set_back(self) -> None:
+        if self._setting_back is not None:
+            await self._setting_back
 
     async def _stop_receivers(self) -> None:
         if self._pool is not None:

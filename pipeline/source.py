@@ -640,6 +640,7 @@ class Source:
         return core.BackgroundDone()
 
     async def _end_postcopy(self) -> core.Event:
+        self.guest.check_stopped()  # the last look: all has been read by now
         ended = await self._control.ask(messages.PostcopyEnd())
         assert isinstance(ended, messages.Ended)
         self._take_end(ended)

@@ -214,6 +214,27 @@ def test_data_of_neighbours_is_not_ours(make):
     assert 5 in found and len(found) < 512
 
 
+@pytest.mark.parametrize("start", [0, 4 * PAGE_SIZE])
+def test_whether_any_of_some_pages_is_there(make, start):
+    """As the runs of data say, also where pages of others lie between and around them."""
+    block = make(4096 * PAGE_SIZE, start, behind=PAGE_SIZE, content=b"#" * start)
+    assert not block.has_data(runs(0, 17, 4095))
+    for page in (16, 2000):
+        block.write(page, letters(1))
+    there = set(pages_of(block.data_runs()).tolist())
+    absent = [page for page in range(4096) if page not in there]
+    for page in (0, 15, 16, 17, 1999, 2000, 2001, 4095):
+        assert block.has_data(runs(page)) == (page in there)
+    assert not block.has_data(runs())
+    assert not block.has_data(runs(*absent))
+    for page in (16, 2000):
+        assert block.has_data(runs(*sorted([*absent, page])))
+        starts, counts = runs(*sorted([*absent, page]))
+        assert block.has_data((starts[::-1], counts[::-1]))
+    block.clear(runs(16))
+    assert block.has_data(runs(16)) == (16 in pages_of(block.data_runs()))
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 40), st.integers(1, 9)), max_size=12))
 @examples
 def test_any_order_of_writes_and_clears(tmp_path_factory, steps):

@@ -4,6 +4,7 @@ the destination, and the one that asks for pages, with the test as the source an
 import asyncio
 import os
 import random
+import select
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -692,6 +693,99 @@ def test_when_all_is_here_nothing_is_caught_any_more(tmp_path, direct):
         assert destination.guest.page(6) == touched(bytes(PAGE))
         destination.coordinator.say(jobs.Finish())
         await destination.coordinator.hear(jobs.Ready)
+
+    with_faults(tmp_path, body, direct=direct)
+
+
+@each_kind
+def test_while_it_is_told_to_hold_nobody_is_answered(tmp_path, direct):
+    """A page that is known to be zero, and is said to be missing before all is said: who touched it
+    in between gets what comes."""
+
+    async def body(destination, source):
+        await hold(destination, True)
+        sleeper = destination.guest.touch(4)
+        await until_async(lambda: is_readable(destination.guest.uffd), "it sleeps")
+        await hold(destination, True)  # it has been round once more, and read nothing
+        assert is_readable(destination.guest.uffd)
+        destination.received.expect(0, (np.array([4]), np.array([1])))
+        await hold(destination, False)
+        request = await source.event_of(Request)
+        assert request.page == 4
+        assert sleeper.is_alive() and destination.guest.there() == []
+        await answer(source, request, content_of(4))
+        await destination.woken(sleeper)
+        assert destination.guest.page(4) == touched(content_of(4))
+        assert (await counted(destination.counters, answered=1))["local_zero"] == 0
+
+    with_faults(tmp_path, body, direct=direct, there=[3, 4])
+
+
+async def hold(destination, on):
+    """Tell it; wait until it has done so."""
+    token = os.urandom(8)
+    destination.coordinator.say(jobs.Hold(token, on))
+    assert (await destination.coordinator.hear(jobs.Ready)).token == token
+
+
+def is_readable(fd):
+    return bool(select.select([fd], [], [], 0)[0])
+
+
+@each_kind
+def test_what_was_asked_for_before_it_holds_still_comes(tmp_path, direct):
+    """Its answer, and what a receiver installs, need no reading of faults."""
+
+    async def body(destination, source):
+        sleepers = [destination.guest.touch(page) for page in (5, 6)]
+        requests = {r.page: r for r in [await source.event_of(Request) for _ in sleepers]}
+        await hold(destination, True)
+        await answer(source, requests[5], content_of(5))
+        destination.comes_by_a_receiver(6, content_of(6))
+        for sleeper in sleepers:
+            await destination.woken(sleeper)
+        await destination.waited(2)
+        assert destination.guest.page(5) == touched(content_of(5))
+
+    with_faults(tmp_path, body, direct=direct)
+
+
+@each_kind
+def test_a_link_that_is_lost_while_it_holds(tmp_path, direct):
+    """It holds on; what was touched meanwhile is asked for on the new link, and not before."""
+
+    async def body(destination, source):
+        await hold(destination, True)
+        sleeper = destination.guest.touch(5)
+        destination.coordinator.say(jobs.Relink(OTHER_TOKEN))
+        endpoint = await destination.listening()
+        await until_async(lambda: is_readable(destination.guest.uffd), "it sleeps")
+        again = UrgentPeer(urgent_link(direct, 0), Answering())
+        try:
+            again.link.dial(endpoint, OTHER_TOKEN)
+            await hold(destination, True)
+            assert is_readable(destination.guest.uffd)
+            await hold(destination, False)
+            request = await again.event_of(Request)
+            assert request.page == 5
+            await answer(again, request, content_of(5))
+            await destination.woken(sleeper)
+        finally:
+            again.link.close()
+
+    with_faults(tmp_path, body, direct=direct)
+
+
+@each_kind
+def test_when_all_is_here_it_does_not_hold_any_more(tmp_path, direct):
+    async def body(destination, source):
+        await hold(destination, True)
+        sleeper = destination.guest.touch(5)
+        await until_async(lambda: is_readable(destination.guest.uffd), "it sleeps")
+        destination.coordinator.say(jobs.Finish())
+        await destination.coordinator.hear(jobs.Ready)
+        await destination.woken(sleeper)
+        assert destination.guest.page(5) == touched(bytes(PAGE))
 
     with_faults(tmp_path, body, direct=direct)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ...transport.messages import Block, Hello
 from ...transport.pages import PAGE_SIZE, Runs
+from ..kernel.huge import may_be_huge
 from ..kernel.userfaultfd import unregister, wake
 from ..ram import RamBlock
 
@@ -131,8 +132,8 @@ class SourceGuest(ABC):
         """Raise SourceError if it has ended. Quick: asked several times a second."""
 
     def check_stopped(self) -> None:
-        """Raise SourceError if somebody lets it go on: its memory is still being sent. It may have
-        ended. Quick."""
+        """Raise SourceError if somebody lets it go on, or has: its memory is still being sent. It
+        may have ended. Quick."""
 
     def quit(self) -> None:
         """It has moved for good: end what is left of it here. Only if `can_quit`."""
@@ -163,6 +164,10 @@ class DestinationGuest(ABC):
         If `hello.capabilities` has POSTCOPY: also arm `memory`, or raise PeerRefused.
         """
 
+    def may_be_huge(self, block: int) -> bool:
+        """Whether a block may be on transparent huge pages (kernel/huge.py)."""
+        return may_be_huge(self.blocks[block].file.fd)
+
     def load_state(self, kind: str, state: bytes, running: bool) -> None:
         """Take the device state and make everything durable. All pages have arrived."""
 
@@ -175,6 +180,10 @@ class DestinationGuest(ABC):
 
     def started(self) -> None:
         """It runs, and the source was told so: what was set for the move can be set back."""
+
+    def arrived(self) -> None:
+        """After `run`, in postcopy: all of its memory is here. GuestGone if it does not run even
+        so. May wait for it."""
 
     def conclude(self) -> dict[str, Any]:
         """After `run`: what can be said about it. May let the guest run on for a while."""

@@ -33,6 +33,7 @@ from ...transport.errors import (
 from ...transport.messages import MAX_MESSAGE, POSTCOPY, Hello
 from ...transport.pages import PAGE_SIZE, Runs
 from ..kernel import remote
+from ..kernel.huge import may_be_huge
 from ..kernel.userfaultfd import register_missing
 from ..ram import RamBlock
 from .base import (
@@ -178,6 +179,7 @@ class QemuSource(SourceGuest):
         self._pipe: _StatePipe | None = None
         self._discarding: Discarding | None = None
         self._stopped = self._quit = False
+        self._torn = False  # somebody let it go on while its memory was still being sent
         self._migrating = False  # QEMU may be carrying out our `migrate`
         try:
             self._check()
@@ -350,8 +352,10 @@ class QemuSource(SourceGuest):
 
     def check_stopped(self) -> None:
         if not self._monitor.has_ended() and self._monitor.take_resumes():
+            self._torn = True
             with contextlib.suppress(SourceError):
                 self._monitor("stop")
+        if self._torn:  # for good: a recovery does not mend it
             raise SourceError(
                 "somebody let the VM go on here while its memory was still being sent: what came "
                 "since then may be torn; end it at both ends, and start it anew"
@@ -453,6 +457,10 @@ class QemuDestination(DestinationGuest):
                 f"QEMU's memory was armed by a pageferry that was killed, and cannot be disarmed "
                 f"({e}): start this QEMU anew"
             ) from e
+
+    def may_be_huge(self, block: int) -> bool:
+        assert self._monitor is not None
+        return may_be_huge(self.blocks[block].file.fd, self._monitor.pid)
 
     def _arm(self, found: list[Backend]) -> None:
         """From now on touches of missing pages by this QEMU, or by KVM for it, are caught."""
@@ -578,6 +586,13 @@ class QemuDestination(DestinationGuest):
     def _where(self) -> str:
         assert self._monitor is not None
         return f"QEMU process {self._monitor.pid} ({self._path})"
+
+    def arrived(self) -> None:
+        if self._told and self._cont is not None:
+            self._cont.wait(_CONT_SECONDS)  # nothing is left that it could sleep on
+            self.check()
+            if self._told:
+                raise GuestGone(f"QEMU at {self._path} does not answer cont")
 
     def started(self) -> None:
         if self._settings is not None:

@@ -19,7 +19,7 @@ from ...transport.messages import Block
 from ...transport.pages import PAGE_SIZE, Bytes8, Runs, mark, runs_of
 from ..kernel.huge import may_be_huge, reports_what_is_gone
 from ..kernel.libc import FUSE, file_system, lock_file
-from ..kernel.mappings import mappings, writable_mappings
+from ..kernel.mappings import catches_missing, mappings, writable_mappings
 from ..kernel.remote import planted_in
 from ..ram import RamBlock, RamFile
 from .qmp import Monitor
@@ -217,7 +217,10 @@ class VmTracker:
         self._monitor = monitor
         self._blocks = blocks
         gives_back = _gives_back(monitor)
-        if any(may_be_huge(block.file.fd) for block in blocks) and not reports_what_is_gone():
+        if (
+            any(may_be_huge(block.file.fd, monitor.pid) for block in blocks)
+            and not reports_what_is_gone()
+        ):
             raise HostLacks(
                 "its memory may be on transparent huge pages, and this kernel loses what was "
                 "written to some of them (PAGEMAP_SCAN before a fix of 2026)"
@@ -323,8 +326,10 @@ def _gives_back(monitor: Monitor) -> bool:
 
 
 def check_whole(pid: int) -> None:
-    """SourceError for a VM whose own memory is still arriving: what is missing reads as zeros."""
-    if planted_in(pid):
+    """SourceError for a VM whose own memory is still arriving: what is missing reads as zeros.
+
+    A userfaultfd that catches nothing is one that could not be closed when all was there."""
+    if planted_in(pid) and catches_missing(pid):
         raise SourceError(
             f"QEMU (process {pid}) has a userfaultfd open: its own memory has not all arrived yet "
             f"(a postcopy into it); wait for its end"

@@ -23,10 +23,12 @@ _NEVER = ("never", "deny", "inherit")
 _SIZE = 2 << 20
 
 
-def may_be_huge(fd: int) -> bool:
+def may_be_huge(fd: int, pid: int | None = None) -> bool:
     """True if the file that `fd` is may be on huge pages: so its file system was mounted, or so
-    the kernel is set. What cannot be read counts as no."""
-    return _mounted_huge(fd) or any(
+    the kernel is set. `pid`: who may have it mounted where we do not see it. What cannot be read
+    counts as no."""
+    mounted = _mounted_huge(fd, "self") or (pid is not None and _mounted_huge(fd, str(pid)))
+    return mounted or any(
         _chosen(path) not in _NEVER
         for path in (_SETTINGS / "shmem_enabled", *_SETTINGS.glob("hugepages-*/shmem_enabled"))
     )
@@ -40,10 +42,10 @@ def _chosen(path: Path) -> str:
         return "never"
 
 
-def _mounted_huge(fd: int) -> bool:
+def _mounted_huge(fd: int, where: str) -> bool:
     device = os.fstat(fd).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo") as lines:
+    with contextlib.suppress(OSError), open(f"/proc/{where}/mountinfo") as lines:
         for line in lines:
             if line.split()[2] == wanted:
                 options = line.rpartition(" ")[2].strip().split(",")

@@ -67,3 +67,10 @@ def other_writers(pid: int, fd: int) -> list[int]:
                 if writable_mappings(int(name), fd):
                     found.append(int(name))
     return found
+
+
+def catches_missing(pid: int) -> bool:
+    """True if touches of missing pages are caught anywhere in the process (smaps, "um"). OSError
+    as above."""
+    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as lines:
+        return any(line.startswith("VmFlags:") and "um" in line.split() for line in lines)
