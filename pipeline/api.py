@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from ..transport.errors import PageferryError, PeerLost, PeerRefused, UsageError
 from ..transport.links import Endpoint, parse_endpoint
 from ..transport.messages import Hello
+from ..workers.content import ContentIndex
 from ..workers.forking import warm_up
 from ..workers.guests import (
     DestinationGuest,
@@ -153,6 +154,8 @@ def opener(
     The peer never chooses a path: without `into`, memory goes to a new shared-memory file.
     """
 
+    index = ContentIndex()  # of all that come here
+
     def open_guest(hello: Hello) -> DestinationGuest:
         if qemu_command is not None:
             return start_qemu(qemu_command)
@@ -163,7 +166,7 @@ def opener(
                 field="kind",
             )
         if into is not None:
-            return open_destination(into)
+            return open_destination(into, index)
         if hello.kind == "demo":
             return open_destination(GuestUri("demo"))
         return open_destination(GuestUri("shm", f"pageferry-{hello.uuid}"))

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import zmq
 import zmq.asyncio
 
@@ -39,6 +40,7 @@ from ..transport.messages import DIRECT, MAX_WORKERS, POSTCOPY
 from ..transport.pages import PAGE_SIZE, Runs
 from ..transport.session import Role
 from ..workers import jobs, receiver
+from ..workers.content import DIGEST_BYTES, asked_pages
 from ..workers.counters import Counters
 from ..workers.digest import block_digest, part_count
 from ..workers.forking import context
@@ -205,6 +207,7 @@ class Arrival:
                 self.guest.kind,
                 urgent,
                 list(self.guest.have),
+                self.guest.compares,
             )
         )
         self._task(self._watch())
@@ -312,6 +315,8 @@ class Arrival:
             case messages.Discard():
                 await self._discard(message)
                 await self.control.say(messages.Discarded())
+            case messages.Contents():
+                await self.control.say(messages.Held(await self._compare(message)))
             case messages.Missing():
                 await self._expect(message)
                 await self.control.say(messages.Discarded())
@@ -374,7 +379,20 @@ class Arrival:
         assert self.guest is not None
         await self._call(self.guest.blocks[block].clear, runs)
 
-    def _runs_of(self, message: messages.Discard | messages.Missing) -> tuple[int, Runs]:
+    async def _compare(self, message: messages.Contents) -> bytes:
+        assert self.guest is not None
+        if not self.guest.compares:
+            raise RemoteProtocolError("nobody said that contents are compared here")
+        index, runs = self._runs_of(message)
+        pages = asked_pages(runs, self.guest.blocks[index])
+        if len(message.digests) != DIGEST_BYTES * len(pages):
+            raise RemoteProtocolError("as many digests as pages were expected")
+        have = await self._call(self.guest.held, index, pages, message.digests)
+        return np.packbits(have).tobytes()
+
+    def _runs_of(
+        self, message: messages.Discard | messages.Missing | messages.Contents
+    ) -> tuple[int, Runs]:
         """Block and pages that the source names, checked."""
         assert self.guest is not None
         if not 0 <= message.block < len(self.guest.blocks):

@@ -37,6 +37,7 @@ from ..transport.pages import PAGE_SIZE, Runs, complement, runs_of, total_pages
 from ..transport.session import Phase, Role
 from ..workers import jobs, sender
 from ..workers.bandwidth import Bandwidth
+from ..workers.content import page_digests
 from ..workers.counters import Counters
 from ..workers.digest import CHUNK_PAGES, block_digest, equal_chunks, part_count
 from ..workers.forking import context
@@ -62,6 +63,8 @@ CONFIRM_SECONDS = 30.0
 WATCH_SECONDS = 0.5
 # Pages in a Scan job.
 _SCAN_PAGES = 16384
+# Pages in one Contents message.
+_COMPARED_PAGES = 65536
 # Runs in one Discard message.
 _DISCARD_RUNS = 65536
 # A block above 32 GiB is looked at in a thread: the control link must not fall silent.
@@ -119,6 +122,7 @@ class Source:
         self._context: zmq.asyncio.Context | None = None
         self._fresh: list[bool] = []
         self._have: list[bytes] = []  # digests of what the destination has already
+        self._compares = False
         self._taken_at = time.monotonic()
         self._status_told = Status.NONE
 
@@ -355,6 +359,7 @@ class Source:
         welcome = await self._greet()
         await starting
         self._fresh, self._have = welcome.fresh, welcome.have
+        self._compares = welcome.compares
         await self._open(welcome.endpoints, welcome.tokens, welcome.urgent)
         return core.ChannelsReady()
 
@@ -509,6 +514,8 @@ class Source:
                 there = await self._leave_out_what_is_there(i, runs)
             if not there:
                 await self._discard(i, complement(runs, block.pages))
+            if self._compares and not self.guest.live:
+                await self._leave_out_what_is_elsewhere(i)
         if self.guest.live:
             begin += await self._settle()
         pages = self._remaining()
@@ -537,6 +544,28 @@ class Source:
         known = self.statistics.extra.get("pages-already-there", 0)
         self.statistics.extra["pages-already-there"] = known + before - self._remaining()
         return all(equal)
+
+    async def _leave_out_what_is_elsewhere(self, index: int) -> None:
+        """Pages that the destination can find among other images are not sent."""
+        assert self._table is not None
+        block, view = self.guest.blocks[index], self._table.view(index)
+        dirty = np.flatnonzero(view != CLEAN)
+        dirty = dirty[dirty < block.size // PAGE_SIZE]
+        known = self.statistics.extra.get("pages-already-there", 0)
+        for at in range(0, len(dirty), _COMPARED_PAGES):
+            pages = dirty[at : at + _COMPARED_PAGES]
+            digests = await self._call(page_digests, block, pages)
+            starts, counts = runs_of(pages)
+            held = await self._control.ask(
+                messages.Contents(index, starts.tolist(), counts.tolist(), digests)
+            )
+            assert isinstance(held, messages.Held)
+            if len(held.bits) != -(-len(pages) // 8):
+                raise RemoteProtocolError("Held does not match what was asked for")
+            bits = np.unpackbits(np.frombuffer(held.bits, np.uint8), count=len(pages))
+            view[pages[bits != 0]] = CLEAN
+            known += int(np.count_nonzero(bits))
+        self.statistics.extra["pages-already-there"] = known
 
     async def _discard(self, block: int, runs: tuple[Any, Any]) -> None:
         starts, counts = runs

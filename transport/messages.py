@@ -62,6 +62,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     `fresh[i]`: block i reads as zero everywhere, so its zero pages need not travel.
     `urgent`: endpoint and token of the urgent channel, if postcopy was asked for. `have`: digests
     of what the blocks hold already, 16 bytes (xxh3-128) for each MiB, a string a block; or empty.
+    `compares`: it answers Contents.
     """
 
     version: str
@@ -71,6 +72,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     kind: str = ""
     urgent: tuple[str, bytes] | None = None
     have: list[bytes] = []
+    compares: bool = False
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -87,6 +89,22 @@ class Discard(Message, frozen=True, tag="discard"):
     block: int
     starts: list[int]
     counts: list[int]
+
+
+class Contents(Message, frozen=True, tag="contents"):
+    """Source: these pages of `block` have these digests (xxh3-128, 16 bytes a page); which of them
+    can you make yourself?"""
+
+    block: int
+    starts: list[int]
+    counts: list[int]
+    digests: bytes
+
+
+class Held(Message, frozen=True, tag="held"):
+    """Destination: a bit for each page of Contents (numpy's packbits order): it is there now."""
+
+    bits: bytes
 
 
 class Missing(Message, frozen=True, tag="missing"):
@@ -237,7 +255,7 @@ class Ping(Message, frozen=True, tag="ping"):
 AnyMessage = (
     Hello | Welcome | Refused | Discard | Missing | Discarded | Round | DigestRequest | Digests
     | DeviceState | StateLoaded | Run | Running | PostcopyEnd | Ended | Resume | Resumed
-    | Paused | Abort | Ping | Pull | Offer | Layout | Serving | Armed
+    | Paused | Abort | Ping | Pull | Offer | Layout | Serving | Armed | Contents | Held
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
@@ -267,7 +285,7 @@ def refusal(error: PageferryError) -> Refused:
     return Refused(type(error).__name__, str(error.data.get("field", "destination")), error.message)
 
 
-def runs_of(message: Discard | Missing | Layout | Serving, pages: int) -> Runs:
+def runs_of(message: Discard | Missing | Layout | Serving | Contents, pages: int) -> Runs:
     """The pages that a message names, of a block of `pages`; RemoteProtocolError if they are none
     of its."""
     try:

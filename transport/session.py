@@ -15,12 +15,14 @@ from .messages import (
     Abort,
     AnyMessage,
     Armed,
+    Contents,
     DeviceState,
     DigestRequest,
     Digests,
     Discard,
     Discarded,
     Ended,
+    Held,
     Hello,
     Layout,
     Missing,
@@ -53,6 +55,7 @@ class Phase(enum.Enum):
     GREETING = "greeting"
     MOVING = "moving"
     DISCARDING = "discarding"
+    COMPARING = "comparing"
     DIGESTING = "digesting"
     LOADING = "loading"
     LOADED = "loaded"
@@ -76,6 +79,8 @@ TRANSITIONS: dict[tuple[Phase, Role, type[AnyMessage]], Phase] = {
     (Phase.MOVING, S, Discard): Phase.DISCARDING,
     (Phase.MOVING, S, Missing): Phase.DISCARDING,
     (Phase.DISCARDING, D, Discarded): Phase.MOVING,
+    (Phase.MOVING, S, Contents): Phase.COMPARING,
+    (Phase.COMPARING, D, Held): Phase.MOVING,
     (Phase.MOVING, S, Round): Phase.MOVING,
     (Phase.MOVING, S, DigestRequest): Phase.DIGESTING,
     (Phase.DIGESTING, D, Digests): Phase.MOVING,

@@ -5,6 +5,7 @@ in `open_source` / `open_destination`.
 from __future__ import annotations
 
 from ...transport.errors import UsageError
+from ..content import ContentIndex
 from .base import DestinationGuest, SourceGuest
 from .uri import GuestUri, parse_guest
 
@@ -43,12 +44,13 @@ def open_source(uri: GuestUri) -> SourceGuest:
     return RamSource(uri)
 
 
-def open_destination(uri: GuestUri) -> DestinationGuest:
-    """A guest at `uri` that nothing has been done for yet: `lay_out` does."""
+def open_destination(uri: GuestUri, index: ContentIndex | None = None) -> DestinationGuest:
+    """A guest at `uri` that nothing has been done for yet: `lay_out` does. `index`: for
+    directories, what their images hold."""
     if is_directory(uri):
         from .image_directory import DirectoryDestination
 
-        return DirectoryDestination(uri)
+        return DirectoryDestination(uri, index)
     if uri.kind == "image":
         from .image import ImageDestination
 

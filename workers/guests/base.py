@@ -15,7 +15,7 @@ from multiprocessing.reduction import DupFd
 from typing import Any
 
 from ...transport.messages import Block, Hello
-from ...transport.pages import PAGE_SIZE, Runs
+from ...transport.pages import PAGE_SIZE, Bytes8, Pages, Runs
 from ..kernel.huge import may_be_huge
 from ..kernel.userfaultfd import unregister, wake
 from ..ram import RamBlock
@@ -154,6 +154,7 @@ class DestinationGuest(ABC):
     blocks: list[RamBlock]
     fresh: list[bool]  # this block reads as zero everywhere
     have: Sequence[bytes] = ()  # digests of what it holds already (digest.py), a string a block
+    compares = False  # `held` finds pages that it has elsewhere
     # Its memory, armed before anything can touch it; only if hello.capabilities has POSTCOPY.
     memory: ArmedMemory | None = None
 
@@ -163,6 +164,11 @@ class DestinationGuest(ABC):
 
         If `hello.capabilities` has POSTCOPY: also arm `memory`, or raise PeerRefused.
         """
+
+    def held(self, block: int, pages: Pages, digests: bytes) -> Bytes8:
+        """Make those pages that it can find elsewhere by their digests (content.py); 1 for each
+        that is there now. Only if `compares`."""
+        raise NotImplementedError
 
     def may_be_huge(self, block: int) -> bool:
         """Whether a block may be on transparent huge pages (kernel/huge.py)."""

@@ -2,7 +2,8 @@
 
 What has arrived of an image stays in a hidden file beside its name until it is whole, across
 failures and crashes at either end: the next attempt sends only what differs (by digests of 1 MiB).
-An image of that name that is there already serves as well.
+An image of that name that is there already serves as well. And pages that another image here has
+are copied from there (content.py): a clone costs what is different in it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from __future__ import annotations
 import os
 import re
 
+import numpy as np
+
 from ...transport.errors import DestinationError, PeerRefused
 from ...transport.messages import Hello
+from ...transport.pages import Bytes8, Pages
+from ..content import ContentIndex
 from ..digest import chunk_digests
 from ..ram import RamBlock, RamFile
 from .base import layout_size
@@ -26,9 +31,14 @@ _NAME = re.compile(r"[\w][\w.+@=,-]{0,149}")
 class DirectoryDestination(ImageDestination):
     """One image that is to arrive in a directory."""
 
-    def __init__(self, uri: GuestUri) -> None:
+    compares = True
+
+    def __init__(self, uri: GuestUri, index: ContentIndex | None = None) -> None:
+        """`index`: what others that came here hold."""
         super().__init__(uri)
         self._directory = uri.rest
+        self._index = index if index is not None else ContentIndex()
+        self._contents: dict[int, list[tuple[Pages, bytes]]] = {}
 
     def lay_out(self, hello: Hello) -> None:
         if not _NAME.fullmatch(hello.name):
@@ -48,3 +58,15 @@ class DirectoryDestination(ImageDestination):
         self.fresh = [not partial.begun] * len(hello.blocks)
         if partial.begun:
             self.have = [chunk_digests(block) for block in self.blocks]
+
+    def held(self, block: int, pages: Pages, digests: bytes) -> Bytes8:
+        self._contents.setdefault(block, []).append((pages, digests))
+        return self._index.fetch(self.blocks[block], pages, digests)
+
+    def run(self) -> str:
+        where = super().run()
+        for index, parts in self._contents.items():
+            pages = np.concatenate([pages for pages, _ in parts])
+            digests = b"".join(digests for _, digests in parts)
+            self._index.add(self._path, self.blocks[index].start, pages, digests)
+        return where

@@ -1,0 +1,146 @@
+"""The index of pages by content: it finds what is there, never gives what is not asked for, and is
+bounded."""
+
+import os
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pageferry.transport.messages import Block
+from pageferry.transport.pages import PAGE_SIZE
+from pageferry.workers.content import DIGEST_BYTES, ContentIndex, asked_pages, page_digests
+from pageferry.workers.ram import RamBlock, RamFile
+
+
+def page(number):
+    """Content number `number`; 0 is zero."""
+    return bytes(PAGE_SIZE) if number == 0 else number.to_bytes(8, "big") * (PAGE_SIZE // 8)
+
+
+class Image:
+    """A file of such pages, and a block that is all of it."""
+
+    def __init__(self, path, numbers):
+        self.path = path
+        path.write_bytes(b"".join(map(page, numbers)))
+        self.file = RamFile(os.open(path, os.O_RDWR), str(path))
+        self.block = RamBlock(Block("ram", max(1, len(numbers)) * PAGE_SIZE), self.file, 0)
+        self.pages = np.arange(len(numbers), dtype=np.int64)
+
+    def numbers(self):
+        data = self.path.read_bytes()
+        return [int.from_bytes(data[at : at + 8], "big") for at in range(0, len(data), PAGE_SIZE)]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *rest):
+        self.file.close()
+
+
+def digests_of(numbers):
+    return b"".join(xxhash.xxh3_128_digest(page(n)) for n in numbers)
+
+
+numbers = st.lists(st.integers(0, 12), min_size=1, max_size=600)
+
+
+@settings(max_examples=60, deadline=None)
+@given(known=st.lists(numbers, max_size=4), wanted=numbers)
+def test_what_any_file_has_is_found_and_nothing_else_is_written(tmp_path_factory, known, wanted):
+    folder = tmp_path_factory.mktemp("content")
+    index = ContentIndex()
+    for i, content in enumerate(known):
+        with Image(folder / str(i), content) as image:
+            index.add(str(image.path), 0, image.pages, digests_of(content))
+    with Image(folder / "new", [999] * len(wanted)) as new:
+        have = index.fetch(new.block, new.pages, digests_of(wanted))
+        anywhere = {number for content in known for number in content} - {0}
+        assert have.tolist() == [int(number in anywhere) for number in wanted]
+        expected = [n if there else 999 for n, there in zip(wanted, have.tolist(), strict=True)]
+        assert new.numbers() == expected
+
+
+def test_digests_of_a_block(tmp_path):
+    content = [1, 2, 3, 0, 5] * 200
+    with Image(tmp_path / "image", content) as image:
+        assert page_digests(image.block, image.pages) == digests_of(content)
+        some = np.array([0, 1, 7, 300, 301, 999])
+        assert page_digests(image.block, some) == digests_of([content[i] for i in some])
+        assert page_digests(image.block, some[:0]) == b""
+
+
+@pytest.mark.parametrize("what", ["changed", "shorter", "gone", "a pipe", "a link"])
+def test_a_file_that_is_not_what_it_was(tmp_path, what):
+    """A hint and no more: a miss, and what is right in it is still taken."""
+    content = list(range(1, 301))
+    index = ContentIndex()
+    with Image(tmp_path / "old", content) as old, Image(tmp_path / "new", [999] * 300) as new:
+        index.add(str(old.path), 0, old.pages, digests_of(content))
+        right = set()
+        match what:
+            case "changed":
+                os.pwrite(old.file.fd, b"x", 100 * PAGE_SIZE + 9)
+                right = set(content) - {101}
+            case "shorter":
+                os.ftruncate(old.file.fd, 50 * PAGE_SIZE + 100)
+                right = set(content[:50])
+            case "gone":
+                old.path.unlink()
+            case "a pipe":
+                old.path.unlink()
+                os.mkfifo(old.path)
+            case "a link":
+                old.path.rename(tmp_path / "elsewhere")
+                old.path.symlink_to(tmp_path / "elsewhere")
+        have = index.fetch(new.block, new.pages, digests_of(content))
+        assert {n for n, there in zip(content, have, strict=True) if there} == right
+        assert new.numbers() == [n if n in right else 999 for n in content]
+
+
+def test_a_digest_of_the_same_key_is_not_enough(tmp_path):
+    """The index has half of it; the page has to have all."""
+    index = ContentIndex()
+    with Image(tmp_path / "old", [1]) as old, Image(tmp_path / "new", [999]) as new:
+        index.add(str(old.path), 0, old.pages, digests_of([1]))
+        almost = digests_of([1])[:8] + bytes(8)
+        assert not index.fetch(new.block, new.pages, almost).any()
+        assert new.numbers() == [999]
+
+
+def test_it_is_bounded_and_forgets_what_was_of_no_use(tmp_path):
+    index = ContentIndex(most=100)
+    with Image(tmp_path / "new", [999]) as new:
+        for i in range(5):
+            content = list(range(i * 40 + 1, i * 40 + 41))
+            with Image(tmp_path / str(i), content) as image:
+                index.add(str(image.path), 0, image.pages, digests_of(content))
+            assert len(index) <= 100
+            if i >= 1:  # of the first, so that it stays
+                assert index.fetch(new.block, new.pages, digests_of([1])).all()
+        assert not index.fetch(new.block, new.pages, digests_of([41])).any()
+        assert index.fetch(new.block, new.pages, digests_of([161])).all()
+    with Image(tmp_path / "large", list(range(1, 301))) as large:
+        index.add(str(large.path), 0, large.pages, digests_of(range(1, 301)))
+        assert len(index) == 100
+
+
+def test_blocks_that_do_not_begin_a_file(tmp_path):
+    path = tmp_path / "core"
+    path.write_bytes(b"head" + page(7) + page(8))
+    index = ContentIndex()
+    index.add(str(path), 4, np.arange(2), digests_of([7, 8]))
+    with Image(tmp_path / "new", [999, 999]) as new:
+        assert index.fetch(new.block, new.pages, digests_of([8, 7])).all()
+        assert new.numbers() == [8, 7]
+
+
+def test_a_last_partial_page_has_no_digest(tmp_path):
+    with Image(tmp_path / "image", [1, 2]) as image:
+        block = RamBlock(Block("ram", PAGE_SIZE + 5), image.file, 0)
+        runs = np.array([0]), np.array([2])
+        assert asked_pages(runs, block).tolist() == [0]
+    assert len(xxhash.xxh3_128_digest(b"")) == DIGEST_BYTES
