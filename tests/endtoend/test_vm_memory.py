@@ -201,6 +201,40 @@ while True:  # signals are its to pass on
 """
 
 
+@pytest.mark.parametrize("postcopy", ["never", "now"])
+def test_a_vm_with_a_dimm(machine, postcopy):
+    """Plugged into the source while it ran; the destination has it from the start."""
+    slots = ("-m", "size=64M,slots=2,maxmem=512M")
+    with contextlib.ExitStack() as stack:
+        here, there = (f"/dev/shm/pageferry-test-{os.getpid()}-{n}" for n in ("here", "there"))
+        for path in (here, there):
+            stack.callback(_unlink, path)
+        vm = machine("src", extra=slots)
+        vm.qmp("object-add", qom_type="memory-backend-file", id="dimm0", size=128 * MIB,
+               mem_path=here, share=True)  # fmt: skip
+        vm.qmp("device_add", driver="pc-dimm", id="d0", memdev="dimm0")
+        with open(here, "r+b") as file:
+            file.write(b"in the dimm")
+        backend = f"memory-backend-file,id=dimm0,size=128M,mem-path={there},share=on"
+        plugged = ("-object", backend, "-device", "pc-dimm,id=d0,memdev=dimm0")
+        waiting = machine("dst", incoming="defer", extra=(*slots, *plugged))
+        report = pageferry.migrate(
+            f"qemu:{vm.qmp_path}", f"qemu:{waiting.qmp_path}", postcopy=postcopy
+        )
+        assert report["ram"]["total"] == SIZE + 128 * MIB
+        with open(there, "rb") as file:
+            assert file.read(11) == b"in the dimm"
+        with BootGuest(*waiting.ram_parts()) as guest:
+            guest.advance("passes", 1)
+            waiting.qmp("stop")
+            assert guest.oracle() == []
+
+
+def _unlink(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 def test_memory_plugged_in_meanwhile(machine):
     """It would be left behind."""
     vm = machine("src", extra=())
