@@ -149,7 +149,7 @@ def test_one_name_one_writer(tmp_path):
     hello = Hello(PROTOCOL, "", "", "image", [Block("ram", PAGE_SIZE)], 1, 16, name="vm")
     first, second = (DirectoryDestination(GuestUri("image", f"{tmp_path}/")) for _ in range(2))
     first.lay_out(hello)
-    with pytest.raises(DestinationError, match="being received already"):
+    with pytest.raises(PeerRefused, match="being received already"):
         second.lay_out(hello)
     second.discard()
     first.discard()

@@ -21,6 +21,7 @@ SANS_IO = {
     "transport/codecs/choice.py",
     *(f"pipeline/{name}.py" for name in ("migration", "state", "convergence", "partition")),
     *(f"pipeline/{name}.py" for name in ("agreement", "pacing", "parameters", "__init__")),
+    "pipeline/planner.py",
     "_version.py",
 }
 IO_MODULES = {
@@ -38,6 +39,8 @@ STREAMS = {
     "create_server", "create_unix_server", "create_connection", "create_unix_connection",
 }  # fmt: skip
 SYSTEM_CALLS = {"ctypes", "fcntl", "_ctypes"}
+# What a batch has done is in one file, and one module knows how.
+DATABASE_MODULES = {"pipeline/batch_state.py"}
 # Builds networks and talks to other tools; nothing of pageferry runs in it.
 BENCHMARK = "tools/bench/"
 # Loading by name: the lazy package and the command line's table of commands.
@@ -166,6 +169,12 @@ def test_only_the_kernel_folder_makes_system_calls():
     """ioctls, ctypes and everything else that needs a SAFETY comment."""
     names = [name for name in MODULES if not name.startswith(("workers/kernel/", BENCHMARK))]
     assert everywhere(lambda name, tree: roots(name, tree) & SYSTEM_CALLS, names) == {}
+
+
+def test_only_the_state_of_a_batch_is_a_database():
+    """Others ask it."""
+    names = [name for name in MODULES if name not in DATABASE_MODULES]
+    assert everywhere(lambda name, tree: roots(name, tree) & {"sqlite3"}, names) == {}
 
 
 def test_nobody_imports_by_name_what_he_could_not_import():

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import click
 
 from ...transport.errors import UsageError
-from ...transport.quantities import parse_size
-from . import demo, links, postcopy, scaling, sparse, startup, throughput, vm
+from ...transport.quantities import parse_rate, parse_size
+from . import demo, drain, links, postcopy, scaling, sparse, startup, throughput, vm
 from .content import KINDS
 from .lab import BenchError, Lab, isolate
 from .pageferry import default_command
@@ -29,6 +29,14 @@ def _size(text: str) -> int:
     """A size as pageferry writes them: 512M, 2G."""
     try:
         return parse_size(text)
+    except UsageError as e:
+        raise click.BadParameter(str(e)) from e
+
+
+def _rate(text: str) -> int:
+    """A rate as pageferry writes them: 10Gbit, 500MB."""
+    try:
+        return parse_rate(text)
     except UsageError as e:
         raise click.BadParameter(str(e)) from e
 
@@ -205,6 +213,27 @@ def qemu_command(json_file: str | None, pageferry: str, **options: Any) -> None:
 def startup_command(json_file: str | None, pageferry: str, reps: int) -> None:
     """From the start of the command to the first page, and what an installation weighs."""
     _run(lambda lab: startup.measure(lab, reps), json_file, pageferry)
+
+
+@cli.command("drain")
+@click.option("--guests", type=click.IntRange(1), default=10_000, show_default=True)
+@click.option("--hosts", type=click.IntRange(2), default=500, show_default=True,
+              help="Half of them are emptied into the other half.")  # fmt: skip
+@click.option("--link", type=_rate, default="10Gbit", show_default=True, metavar="RATE",
+              help="Of each host, each way.")  # fmt: skip
+@click.option("--backbone", type=_rate, default="0", metavar="RATE",
+              help="Of all guests together. Default: no limit.")  # fmt: skip
+@click.option("--parallel", type=click.IntRange(1), default=500, show_default=True,
+              help="Guests at once.")  # fmt: skip
+@click.option("--per-host", type=click.IntRange(1), default=2, show_default=True,
+              help="Guests at once from a host, and to one.")  # fmt: skip
+@click.option("--failing", type=click.FloatRange(0, 0.5), default=0.01, show_default=True,
+              help="The share of attempts that fail.")  # fmt: skip
+@click.option("--seed", type=int, default=1, show_default=True)
+def drain_command(**options: Any) -> None:
+    """Plan a drain of many guests over many hosts, with a simulated clock: nothing is moved."""
+    plan = drain.Plan(**options)
+    click.echo(drain.table(drain.simulate(plan), plan))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "copy": ("copy", True, "Move a guest on this host, both ends at once."),
     "send": ("send", True, "Move a guest to a receiver elsewhere."),
     "receive": ("receive", True, "Wait for guests and receive them."),
+    "batch": ("batch", False, "Move many guests, some at a time; resume, status."),
     "status": ("control", False, "Show a running migration."),
     "set": ("control", False, "Change a running migration's parameters."),
     "cancel": ("control", False, "Cancel a running migration."),

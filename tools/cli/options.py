@@ -17,6 +17,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def migration_options(function: F) -> F:
     """What copy and send take."""
+    return memory_options(output_options(function))
+
+
+def memory_options(function: F) -> F:
+    """What is said of a migration itself."""
     for option in reversed(
         [
             click.option("--workers", metavar="N", help="Channels, each with a process at both "
@@ -53,7 +58,7 @@ def migration_options(function: F) -> F:
         ]
     ):  # fmt: skip
         function = option(function)
-    return output_options(function)
+    return function
 
 
 def output_options(function: F) -> F:

@@ -8,7 +8,7 @@ import os
 import secrets
 import stat
 
-from ...transport.errors import DestinationError, NoSpace, SourceError
+from ...transport.errors import DestinationError, NoSpace, PeerRefused, SourceError
 from ..kernel.libc import lock_file
 
 
@@ -123,7 +123,7 @@ class PartialFile(NewFile):
         fd = os.open(hidden, flags, 0o600)
         if not lock_file(fd) or not _is_named(fd, hidden):
             os.close(fd)
-            raise DestinationError(f"{self.path} is being received already")
+            raise PeerRefused(f"{self.path} is being received already", field="busy")
         self._temporary = hidden
         self.begun = os.fstat(fd).st_blocks > 0
         if not self.begun:
