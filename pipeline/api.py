@@ -219,9 +219,11 @@ def _not_the_same(source: GuestUri, destination: GuestUri) -> None:
     """Memory moved onto itself would be cleared before it is read."""
     kinds = ("ram", "shm", "pid")
     if source.kind in kinds and destination.kind in kinds:
-        with contextlib.suppress(OSError):
-            if os.path.samefile(path_of(source), path_of(destination)):
-                raise UsageError(f"{source} and {destination} are the same memory")
+        same = False
+        with contextlib.suppress(OSError, PageferryError):  # opening them says it better
+            same = os.path.samefile(path_of(source), path_of(destination))
+        if same:
+            raise UsageError(f"{source} and {destination} are the same memory")
 
 
 def _merge(report: dict[str, Any], arrived: dict[str, Any]) -> dict[str, Any]:
