@@ -678,7 +678,9 @@ class Source:
     def _take_end(self, ended: messages.Ended) -> None:
         self.statistics.finish_round()
         self.statistics.extra |= latency_report(ended.latency)
-        self.statistics.extra |= ended.statistics
+        # what only that end knows; it may not say anything else of this migration
+        known = {k: v for k, v in ended.statistics.items() if k.startswith("postcopy-")}
+        self.statistics.extra |= known
 
     async def _pause(self, error: PageferryError) -> None:
         """Drop the connection and everything that used it. The page table stays."""

@@ -16,7 +16,7 @@ import click
 
 from ...transport.errors import UsageError
 from ...transport.quantities import parse_rate, parse_size
-from . import demo, drain, links, postcopy, scaling, sparse, startup, throughput, vm
+from . import clones, demo, drain, links, postcopy, scaling, sparse, startup, throughput, vm
 from .content import KINDS
 from .lab import BenchError, Lab, isolate
 from .pageferry import default_command
@@ -213,6 +213,23 @@ def qemu_command(json_file: str | None, pageferry: str, **options: Any) -> None:
 def startup_command(json_file: str | None, pageferry: str, reps: int) -> None:
     """From the start of the command to the first page, and what an installation weighs."""
     _run(lambda lab: startup.measure(lab, reps), json_file, pageferry)
+
+
+@cli.command("clones")
+@click.option("--images", type=click.IntRange(1), default=50, show_default=True)
+@click.option("--families", type=click.IntRange(1), default=5, show_default=True)
+@_size_option("128M", "Of each image.")
+@click.option("--changed", type=click.IntRange(0), default=600, show_default=True,
+              help="Pages of a clone that are its own.")  # fmt: skip
+@click.option("--directory", type=click.Path(file_okay=False, exists=True),
+              default=tempfile.gettempdir(), show_default=True,
+              help="Where the images are, and their copies.")  # fmt: skip
+@click.option("--json", "json_file", metavar="FILE", help="The rows, as JSON.")
+@click.option("--pageferry", "command", default="", metavar="CMD", help="Another installation.")
+def clones_command(json_file: str | None, command: str, **options: Any) -> None:
+    """Many images of few families: a batch, copies one by one, rsync."""
+    plan = clones.Plan(**options)
+    _run(lambda lab: clones.measure(lab, plan), json_file, command)
 
 
 @cli.command("drain")

@@ -10,6 +10,7 @@ from ...pipeline import api
 from ...transport.errors import VerificationFailed
 from ...workers.guests import parse_guest
 from .options import migration_options, parameters
+from .reporting import recorded
 from .running import Interrupts, run
 from .view import View
 
@@ -29,11 +30,15 @@ def copy_command(source: str, destination: str, **options: Any) -> None:
     where, into = parse_guest(source), parse_guest(destination)
 
     async def start(view: View, interrupts: Interrupts) -> dict[str, Any]:
-        report = await api.copy(
-            where, into, checked,
-            on_progress=view, on_started=interrupts.attach, monitor=options["monitor"],
-        )  # fmt: skip
-        return checked_oracle(report)
+        with recorded(
+            options["report"], source, destination, checked, view, interrupts.attach,
+            where, into,
+        ) as recording:  # fmt: skip
+            recording.report = await api.copy(
+                where, into, checked, on_progress=recording.on_progress,
+                on_started=recording.on_started, monitor=options["monitor"],
+            )  # fmt: skip
+            return checked_oracle(recording.report)
 
     run(start, as_json=options["as_json"], quiet=options["quiet"])
 

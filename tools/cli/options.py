@@ -17,7 +17,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def migration_options(function: F) -> F:
     """What copy and send take."""
-    return memory_options(output_options(function))
+    report = click.option("--report", metavar="FILE", help="Write a page (HTML) about the "
+                          "migration there, however it ends.")  # fmt: skip
+    return memory_options(report(output_options(function)))
 
 
 def memory_options(function: F) -> F:

@@ -10,6 +10,7 @@ from ...pipeline import api
 from ...transport.links import parse_endpoint
 from ...workers.guests import parse_guest
 from .options import migration_options, parameters
+from .reporting import recorded
 from .running import Interrupts, run
 from .view import View
 
@@ -29,10 +30,14 @@ def send_command(source: str, endpoint: str, name: str, **options: Any) -> None:
     where, there = parse_guest(source), parse_endpoint(endpoint)
 
     async def start(view: View, interrupts: Interrupts) -> dict[str, Any]:
-        return await api.send(
-            where, there, checked,
-            on_progress=view, on_started=interrupts.attach, monitor=options["monitor"],
-            name=name,
-        )  # fmt: skip
+        with recorded(
+            options["report"], source, endpoint, checked, view, interrupts.attach,
+            where,
+        ) as recording:  # fmt: skip
+            recording.report = await api.send(
+                where, there, checked, on_progress=recording.on_progress,
+                on_started=recording.on_started, monitor=options["monitor"], name=name,
+            )  # fmt: skip
+            return recording.report
 
     run(start, as_json=options["as_json"], quiet=options["quiet"])

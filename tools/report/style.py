@@ -1,0 +1,67 @@
+"""The page's style sheet: light and dark, narrow and wide. No font and no picture from elsewhere.
+Text only; without the characters that XML would want escaped."""
+
+STYLE = """
+:root{color-scheme:light dark;--back:#fcfcfb;--card:#fff;--ink:#1a1a19;--soft:#5f5e58;
+--line:#dddcd6;--gray:#8f8e86;--blue:#2a78d6;--orange:#d95f1e;--aqua:#158a61;--violet:#6a5acd;
+--yellow:#b98a00;--good:#14804a;--bad:#c0272d}
+@media (prefers-color-scheme:dark){:root{--back:#161615;--card:#1f1f1d;--ink:#f0efe9;
+--soft:#b0afa6;--line:#3a3a36;--gray:#77766f;--blue:#4a92e8;--orange:#e8793f;--aqua:#2bb583;
+--violet:#9a8df0;--yellow:#d3a52a;--good:#3fbf7f;--bad:#ff6b6b}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--back);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:60rem;margin:0 auto;padding:1rem}
+header p{margin:0;color:var(--soft)}
+h1{font-size:1.4rem;line-height:1.3;margin:.2rem 0 .6rem;overflow-wrap:anywhere}
+h1 span{color:var(--soft);font-weight:400}
+h2{font-size:1rem;margin:0 0 .6rem}
+#verdict{color:var(--ink);border-left:4px solid var(--gray);padding:.4rem .8rem;
+background:var(--card);overflow-wrap:anywhere;white-space:pre-wrap}
+#verdict.good{border-color:var(--good)}
+#verdict.bad{border-color:var(--bad)}
+section,details{background:var(--card);border:1px solid var(--line);border-radius:6px;
+padding:.9rem 1rem;margin:1rem 0}
+section p{color:var(--soft);margin:.2rem 0 .6rem;font-size:.87rem}
+dl{display:flex;flex-wrap:wrap;gap:.7rem;margin:0}
+dl div{flex:0 0 8.5rem}
+dt{color:var(--soft);font-size:.8rem}
+dd{margin:0;font-size:1.15rem;font-variant-numeric:tabular-nums}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:.87rem;font-variant-numeric:tabular-nums}
+th{text-align:left;font-weight:600;color:var(--soft)}
+th,td{padding:.25rem .8rem .25rem 0;border-bottom:1px solid var(--line);vertical-align:top}
+i{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin:0 .45em 0 0}
+.legend i+i,.legend i:not(:first-child){margin-left:1em}
+.bar{display:block;height:5px;min-width:5rem;background:var(--line);border-radius:3px}
+.bar span{display:block;height:5px;border-radius:3px}
+.chart{display:block;overflow:visible}
+.chart text{font-size:11px;fill:var(--soft)}
+.chart text.in{fill:#fff;font-weight:600}
+.grid{stroke:var(--line);stroke-width:1}
+.tick{stroke:var(--gray);stroke-width:1}
+.mark{stroke:var(--ink);stroke-width:1;stroke-dasharray:3 3}
+polyline{fill:none;stroke-width:2;stroke-linejoin:round;vector-effect:non-scaling-stroke}
+polyline.guest{stroke:var(--blue)}
+polyline.wire,polyline.dirty{stroke:var(--orange)}
+polyline.rate{stroke:var(--gray)}
+i.guest{background:var(--blue)}
+i.wire,i.dirty{background:var(--orange)}
+i.rate{background:var(--gray)}
+circle.guest{fill:var(--blue)}
+circle.wire,circle.dirty{fill:var(--orange)}
+circle.rate{fill:var(--gray)}
+rect.setup{fill:var(--gray)}
+rect.active,rect.fault{fill:var(--blue)}
+rect.device{fill:var(--orange)}
+rect.postcopy{fill:var(--violet)}
+rect.paused{fill:var(--yellow)}
+i.setup,.bar .wait{background:var(--gray)}
+i.active,.bar .cpu,.bar .page{background:var(--blue)}
+i.device{background:var(--orange)}
+i.postcopy{background:var(--violet)}
+i.paused{background:var(--yellow)}
+.bar .codec{background:var(--aqua)}
+summary{cursor:pointer}
+pre{overflow-x:auto;font-size:.8rem}
+"""
