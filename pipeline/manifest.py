@@ -16,7 +16,6 @@ from __future__ import annotations
 import glob
 import json
 import os
-import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -27,6 +26,7 @@ from ..transport.errors import HostLacks, UsageError
 from ..transport.links import parse_endpoint
 from ..transport.quantities import parse_duration, parse_rate
 from ..workers.guests import GuestUri, is_directory, parse_guest
+from ..workers.guests.image_directory import IMAGE_NAME
 from .parameters import NEVER, Parameters
 from .planner import HostLimit, Limits, Task
 
@@ -37,7 +37,6 @@ MAX_RETRIES = 1000
 # was killed for 4 s, and takes nothing else in its place.
 DEFAULT_RETRIES = 3
 # What a receiver of many takes for a file's name (workers/guests/image_directory.py).
-_NAME = re.compile(r"[\w][\w.+@=,-]{0,149}")
 # What this host is called in `hosts`.
 LOCAL = "local"
 _ADDRESSES = ("tcp://", "ipc://")
@@ -402,7 +401,7 @@ def _name_of(guest: GuestUri, where: str) -> str:
 
 def check_name(name: str) -> None:
     """UsageError, unless it can be a file's name in somebody else's directory."""
-    if not _NAME.fullmatch(name):
+    if not IMAGE_NAME.fullmatch(name):
         raise UsageError(
             f"{name[:64]!r} is no name for an image: letters, digits, . _ + @ = , - and no path"
         )

@@ -6,6 +6,7 @@ import random
 import signal
 
 import pytest
+from both_ends import BothEnds
 from helpers import until_async
 
 from pageferry.pipeline import api
@@ -22,7 +23,7 @@ from pageferry.workers.guests import open_source, parse_guest
 GUEST = "demo:?size=16M&content=random&access=random&rate=2000"
 
 
-class Ends:
+class Ends(BothEnds):
     """Both ends of a postcopy in one event loop, to be cut at will."""
 
     def __init__(self, guest, **parameters):
@@ -30,18 +31,6 @@ class Ends:
         self.listening = Destination(self.endpoint, api.opener(parse_guest("demo:")))
         asked = {"postcopy": "now", "max_postcopy_bandwidth": 20_000_000, "workers": 2}
         self.source = Source(guest, self.endpoint, Parameters(**(asked | parameters)).checked())
-
-    async def __aenter__(self):
-        self.arriving = asyncio.ensure_future(api.receive_one(self.listening))
-        self.sending = asyncio.ensure_future(self.source.run())
-        return self
-
-    async def __aexit__(self, *rest):
-        for task in (self.sending, self.arriving):
-            if not task.done():
-                task.cancel()
-        await asyncio.gather(self.sending, self.arriving, return_exceptions=True)
-        self.listening.close()
 
     @property
     def status(self):

@@ -18,11 +18,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from both_ends import BothEnds
 from helpers import PAGE, until, until_async
 from qemu_vm import MIB, Vm, require_qemu
 
 import pageferry
-from pageferry.pipeline import api
 from pageferry.pipeline.destination import Destination
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.source import Source
@@ -116,7 +116,7 @@ class Arriving(QemuDestination):
         super().started()
 
 
-class Ends:
+class Ends(BothEnds):
     """Both ends of a VM's postcopy in one event loop."""
 
     def __init__(self, guest, into, **parameters):
@@ -130,18 +130,6 @@ class Ends:
     def _note(self, name, data):
         if name == "MIGRATION":
             self.said.append(data["status"])
-
-    async def __aenter__(self):
-        self.arriving = asyncio.ensure_future(api.receive_one(self.listening))
-        self.sending = asyncio.ensure_future(self.source.run())
-        return self
-
-    async def __aexit__(self, *rest):
-        for task in (self.sending, self.arriving):
-            if not task.done():
-                task.cancel()
-        await asyncio.gather(self.sending, self.arriving, return_exceptions=True)
-        self.listening.close()
 
     @property
     def arrival(self):

@@ -17,7 +17,8 @@ import numpy as np
 from ...transport.quantities import format_bytes
 from . import pageferry
 from .content import same
-from .lab import BenchError, Lab, free_port, listens, loopback_bytes, say, wait_for
+from .lab import BenchError, Lab, loopback_bytes, say, wait_for
+from .peers import rsync_daemon
 from .table import megabytes, number, render
 
 _PAGE = 4096
@@ -134,21 +135,10 @@ def _copies(lab: Lab, plan: Plan, here: str, there: str, row: Row) -> None:
 def _rsync(lab: Lab, plan: Plan, here: str, there: str, row: Row) -> None:
     if shutil.which("rsync") is None:
         raise BenchError("not installed: rsync")
-    port = free_port()
-    configuration = os.path.join(lab.directory, "rsyncd.conf")
-    with open(configuration, "w") as f:
-        f.write(f"address = 127.0.0.1\nport = {port}\nuse chroot = no\nreverse lookup = no\n")
-        if os.geteuid() == 0:
-            f.write("uid = 0\ngid = 0\n")
-        f.write(f"[there]\npath = {there}\nread only = no\n")
-    daemon = lab.start(["rsync", "--daemon", "--no-detach", f"--config={configuration}"])
+    daemon, where = rsync_daemon(lab, there)
     try:
-        wait_for("rsync to listen", lambda: listens(port))
         before, begin = loopback_bytes(), time.monotonic()
-        sending = lab.start(
-            ["rsync", "--recursive", "--whole-file", "--fsync", f"{here}/",
-             f"rsync://127.0.0.1:{port}/there/"]
-        )  # fmt: skip
+        sending = lab.start(["rsync", "--recursive", "--whole-file", "--fsync", f"{here}/", where])
         row.cpu = sending.join(_COPY_SECONDS)
         row.seconds = time.monotonic() - begin
         row.wire = loopback_bytes() - before

@@ -90,6 +90,24 @@ def _failed(children: list[Child]) -> bool:
     return False
 
 
+def rsync_daemon(lab: Lab, directory: str) -> tuple[Child, str]:
+    """A daemon that listens and writes into `directory`, and the address of that."""
+    port = free_port()
+    configuration = os.path.join(lab.directory, "rsyncd.conf")
+    with open(configuration, "w") as f:
+        f.write(f"address = 127.0.0.1\nport = {port}\nuse chroot = no\nreverse lookup = no\n")
+        if os.geteuid() == 0:
+            f.write("uid = 0\ngid = 0\n")
+        f.write(f"[there]\npath = {directory}\nread only = no\n")
+    daemon = lab.start(["rsync", "--daemon", "--no-detach", f"--config={configuration}"])
+    try:
+        wait_for("rsync to listen", lambda: listens(port) or _failed([daemon]))
+    except BaseException:
+        daemon.kill()
+        raise
+    return daemon, f"rsync://127.0.0.1:{port}/there/"
+
+
 @dataclass(frozen=True)
 class Rsync:
     """rsync to an rsync daemon: the whole file, written in place."""
@@ -99,21 +117,13 @@ class Rsync:
 
     def move(self, lab: Lab, source: str, destination: str) -> Moved:
         directory, name = os.path.split(destination)
-        port = free_port()
-        configuration = os.path.join(lab.directory, "rsyncd.conf")
-        with open(configuration, "w") as f:
-            f.write(f"address = 127.0.0.1\nport = {port}\nuse chroot = no\nreverse lookup = no\n")
-            if os.geteuid() == 0:
-                f.write("uid = 0\ngid = 0\n")
-            f.write(f"[there]\npath = {directory}\nread only = no\n")
-        daemon = lab.start(["rsync", "--daemon", "--no-detach", f"--config={configuration}"])
+        daemon, where = rsync_daemon(lab, directory)
         try:
-            wait_for("rsync to listen", lambda: listens(port) or _failed([daemon]))
             with PeakMemory() as memory:
                 before, begin = loopback_bytes(), time.monotonic()
                 sending = lab.start(
                     ["rsync", "--whole-file", "--inplace", "--ignore-times",
-                     source, f"rsync://127.0.0.1:{port}/there/{name}"]
+                     source, f"{where}{name}"]
                 )  # fmt: skip
                 memory.watch("destination", daemon)
                 memory.watch("source", sending)

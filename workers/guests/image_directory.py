@@ -25,7 +25,7 @@ from .image import ImageDestination
 from .uri import GuestUri
 
 # As the peer chooses it: no path, nothing hidden, nothing that a terminal or a shell acts on.
-_NAME = re.compile(r"[\w][\w.+@=,-]{0,149}")
+IMAGE_NAME = re.compile(r"[\w][\w.+@=,-]{0,149}")
 
 
 class DirectoryDestination(ImageDestination):
@@ -41,7 +41,7 @@ class DirectoryDestination(ImageDestination):
         self._contents: dict[int, list[tuple[Pages, bytes]]] = {}
 
     def lay_out(self, hello: Hello) -> None:
-        if not _NAME.fullmatch(hello.name):
+        if not IMAGE_NAME.fullmatch(hello.name):
             raise PeerRefused(
                 f"{hello.name[:64]!r} is no name for an image (letters, digits, . _ + @ = , - and "
                 f"no path): send it with --name",

@@ -28,7 +28,6 @@ from ...transport.errors import (
     PageferryError,
     PeerRefused,
     SourceError,
-    UsageError,
 )
 from ...transport.messages import MAX_MESSAGE, POSTCOPY, Hello
 from ...transport.pages import PAGE_SIZE, Runs
@@ -168,9 +167,7 @@ class QemuSource(SourceGuest):
     tracking = TRACKING_HASH
 
     def __init__(self, uri: GuestUri) -> None:
-        how = uri.options.get("tracking", "")
-        if how not in ("", TRACKING_HASH, TRACKING_PAGEMAP):
-            raise UsageError(f"tracking is {TRACKING_PAGEMAP} or {TRACKING_HASH}, not {how!r}")
+        how = uri.choice("tracking", (TRACKING_PAGEMAP, TRACKING_HASH))
         self._monitor = Monitor(uri.rest)
         self._found: list[Backend] = []
         self._tracker: VmTracker | None = None

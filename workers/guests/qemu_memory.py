@@ -19,7 +19,7 @@ from ...transport.messages import Block
 from ...transport.pages import PAGE_SIZE, Bytes8, Runs, mark, runs_of
 from ..kernel.huge import may_be_huge, reports_what_is_gone
 from ..kernel.libc import FUSE, file_system, lock_file
-from ..kernel.mappings import catches_missing, mappings, writable_mappings
+from ..kernel.mappings import catches_missing, mappings, other_writers, writable_mappings
 from ..kernel.remote import planted_in
 from ..ram import RamBlock, RamFile
 from .qmp import Monitor
@@ -188,14 +188,11 @@ def _file_behind(monitor: Monitor, name: str) -> tuple[int, int]:
 
 
 def _others_that_map(pid: int, fd: int) -> list[str]:
-    """Processes other than `pid` and this one that can write the file through a mapping."""
+    """Who else can write the file through a mapping, by number and name."""
     found = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal() and int(name) not in (pid, os.getpid()):
-            with contextlib.suppress(OSError):  # it has ended, or is not ours to see
-                if writable_mappings(int(name), fd):
-                    with open(f"/proc/{name}/comm") as comm:
-                        found.append(f"process {name} ({comm.read().strip()})")
+    for other in other_writers(pid, fd):
+        with contextlib.suppress(OSError), open(f"/proc/{other}/comm") as comm:
+            found.append(f"process {other} ({comm.read().strip()})")
     return found
 
 
