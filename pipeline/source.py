@@ -69,6 +69,8 @@ _COMPARED_PAGES = 65536
 _DISCARD_RUNS = 65536
 # A block above 32 GiB is looked at in a thread: the control link must not fall silent.
 _PAGES_IN_LOOP = 8 << 20
+# Looking how much was written meanwhile costs at most one part in so many.
+_LOOK_AHEAD_SHARE = 50
 # A settle that took less had nothing to wait for.
 _NOTHING_SECONDS = 0.0005
 
@@ -124,6 +126,9 @@ class Source:
         self._have: list[bytes] = []  # digests of what the destination has already
         self._compares = False
         self._taken_at = time.monotonic()
+        self._sending = False  # a round goes on, so nobody takes dirty pages
+        self._written = (0, 0.0)  # pages dirty again, after so many seconds of a round
+        self._written_due = 0.0
         self._status_told = Status.NONE
 
     def __repr__(self) -> str:
@@ -142,16 +147,22 @@ class Source:
             "wire-rate": round(wire_rate),
             "dirty-rate": round(self.convergence.dirty_rate),
             "round-bytes": self.statistics.round_pages * PAGE_SIZE,
-            "eta": self._eta(guest_rate),
+            "eta": self._eta(),
         }
         return report
 
-    def _eta(self, guest_rate: float) -> float | None:
-        left = self.statistics.remaining_pages
-        if not self.core.live or self.core.stopped or self.core.round <= 1:
-            eta = left * PAGE_SIZE / guest_rate if guest_rate else None
-        else:
-            eta = self.convergence.eta(left)
+    def _eta(self) -> float | None:
+        """Seconds, to the end: when the guest runs there, or all of its memory has come."""
+        left, rate = self.statistics.remaining_pages, self.statistics.steady_rate()
+        if rate <= 0:
+            return None
+        if not self.core.live or self.core.stopped:
+            return round(left * PAGE_SIZE / rate, 1)
+        written, since = self._written
+        dirty_rate = self.convergence.dirty_rate
+        if since:
+            dirty_rate = written * PAGE_SIZE / since
+        eta = self.convergence.eta(left, rate, written, dirty_rate, self.statistics.total_pages)
         return None if eta is None else round(eta, 1)
 
     def query_parameters(self) -> dict[str, Any]:
@@ -488,8 +499,22 @@ class Source:
             if self._background is not None:
                 self._background.check()
             if self._opened:  # who is refused sees no progress
+                self._look_ahead()
                 self._progress()
             await asyncio.sleep(WATCH_SECONDS / 2)
+
+    def _look_ahead(self) -> None:
+        """How much the guest has written in this round, for the ETA. In the event loop, and never
+        while pages are taken."""
+        now = time.monotonic()
+        if not self._sending or now < self._written_due:
+            return
+        if self.statistics.total_pages > _PAGES_IN_LOOP:
+            return
+        with contextlib.suppress(PageferryError):  # whoever takes them says it
+            if (pages := self.guest.written_so_far()) is not None:
+                self._written = pages, now - self._taken_at
+        self._written_due = now + _LOOK_AHEAD_SHARE * (time.monotonic() - now)
 
     def _progress(self) -> None:
         if self.on_progress is not None:
@@ -629,8 +654,12 @@ class Source:
             jobs.Extent(s.block, s.first, s.count, instruction.live) for s in spans
         )
         self._cut.clear()
-        await self._crew.distribute(todo, jobs.ExtentDone, lambda reply: None, self._cut)
-        await self._crew.all(jobs.Barrier(instruction.number), jobs.BarrierDone)
+        self._written, self._sending = (0, 0.0), instruction.live
+        try:
+            await self._crew.distribute(todo, jobs.ExtentDone, lambda reply: None, self._cut)
+            await self._crew.all(jobs.Barrier(instruction.number), jobs.BarrierDone)
+        finally:
+            self._sending = False
         lost = self._remaining()
         done = core.RoundDone(
             pages - lost, lost, time.monotonic() - begin,
