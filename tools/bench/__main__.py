@@ -16,7 +16,7 @@ import click
 
 from ...transport.errors import UsageError
 from ...transport.quantities import parse_rate, parse_size
-from . import clones, demo, drain, links, postcopy, scaling, sparse, startup, throughput, vm
+from . import clones, demo, drain, eta, links, postcopy, scaling, sparse, startup, throughput, vm
 from .content import KINDS
 from .lab import BenchError, Lab, isolate
 from .pageferry import default_command
@@ -175,6 +175,15 @@ def demo_command(json_file: str | None, pageferry: str, **options: Any) -> None:
     """Move the running demo guest: downtime against its limit, and giving up."""
     plan = demo.Plan(**options)
     _run(lambda lab: demo.measure(lab, plan), json_file, pageferry)
+
+
+@cli.command("eta")
+@_size_option("2G", "Guest memory.")
+@_common_options(reps=2)
+def eta_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """What the ETA says on the way, against the time that it takes."""
+    plan = eta.Plan(**options)
+    _run(lambda lab: eta.measure(lab, plan), json_file, pageferry)
 
 
 @cli.command("postcopy")
