@@ -23,6 +23,7 @@ from ..workers.page_table import PageTable
 from ..workers.pool import Pool, Worker
 from ..workers.preemption import Preemption
 from ..workers.ram import RamBlock
+from ..workers.tracing import Recorder
 from .crew import Crew, extents
 from .pacing import Pacer, Sample
 from .parameters import Parameters
@@ -40,13 +41,14 @@ class Background:
         table: PageTable,
         parameters: Parameters,
         on_failure: Callable[[Exception], None],
+        recorder: Recorder | None = None,
     ) -> None:
         self._blocks = blocks
         self._table = table
         self._preempt = parameters.preempt
         self._direct = parameters.postcopy_link == "direct"
         self._on_failure = on_failure
-        self.counters = Counters(1)
+        self.counters = Counters(1, recorder)
         self.pacer = Pacer(
             parameters.workers, parameters.postcopy_latency_target,
             parameters.max_postcopy_bandwidth,

@@ -47,12 +47,14 @@ from ..workers.page_table import CLEAN, PageTable
 from ..workers.received import unpack
 from ..workers.segments import Segment
 from . import migration as core
+from . import narration
 from .background import Background
 from .blocking import Blocking, to_its_end
 from .callbacks import tell
 from .control import Control
 from .convergence import Convergence
 from .crew import Crew, extents
+from .journal import Journal
 from .parameters import NEVER, Parameters, changed
 from .state import IN_POSTCOPY, Status
 from .statistics import Statistics
@@ -106,6 +108,7 @@ class Source:
         )  # fmt: skip
         self.statistics = Statistics("source")
         self.uuid = str(uuid.uuid4())
+        self.journal = Journal("source", self.uuid)
         self.on_progress = on_progress
         self.on_event = on_event or (lambda name, data: None)
         self._events: asyncio.Queue[core.Event] = asyncio.Queue()
@@ -228,10 +231,11 @@ class Source:
             finish = self._end_early(core.Failed(as_ours(e)), as_ours(e))
         self._tell_status()
         await to_its_end(self._close(finish))
-        if cancelled and finish.resume:
-            raise asyncio.CancelledError
         report = self.query()
         report.pop("progress")
+        self.journal.over(narration.ended(report))
+        if cancelled and finish.resume:
+            raise asyncio.CancelledError
         if finish.error is not None:
             finish.error.data["report"] = report
             raise finish.error
@@ -241,7 +245,10 @@ class Source:
         """Events in, instructions out, until the core says that it is over."""
         self._events.put_nowait(core.Started())
         while True:
-            instructions = self.core.handle(await self._events.get())
+            event = await self._events.get()
+            instructions = self.core.handle(event)
+            for text in narration.narrate(self.core, event, instructions):
+                self.journal.info(text)
             self._tell_status()
             for instruction in instructions:
                 match instruction:
@@ -250,6 +257,7 @@ class Source:
                     case core.Pause():
                         await self._pause(instruction.error)
                     case core.CutRound():
+                        self.journal.mark("CutRound")
                         self._cut.set()
                     case core.SendRun():
                         # Said here and now, not in a task that may never begin: the core and
@@ -258,10 +266,12 @@ class Source:
                             # the destination gave up just now; its word for it is in the queue
                             continue
                         said = self._control.say_now(messages.Run())
-                        self._task(self._confirm(said), link=True)
+                        confirming = self.journal.during("SendRun", self._confirm, said)
+                        self._task(confirming, link=True)
                         self._task(self._set_back())
                     case _:
-                        self._task(self._execute(instruction))
+                        name = type(instruction).__name__
+                        self._task(self.journal.during(name, self._execute, instruction))
 
     def _end_early(self, event: core.Event, error: PageferryError) -> core.Finish:
         """What the core makes of an end that it did not decide on."""
@@ -296,6 +306,9 @@ class Source:
             self._status_told = self.core.status
             if self.core.status is Status.ACTIVE:
                 self.statistics.set_up = time.monotonic()
+            if self.statistics.stopped is not None and self.statistics.running is not None:
+                self.journal.stood_still(self.statistics.running - self.statistics.stopped)
+            self.journal.became(self.core.status)
             self._emit("MIGRATION", {"status": self.core.status.value})
 
     async def _execute(self, instruction: core.Instruction) -> None:
@@ -363,12 +376,15 @@ class Source:
     # ---- setup ---------------------------------------------------------------------------
 
     async def _open_channels(self) -> core.Event:
+        self.journal.info(narration.settings(self.parameters))
         await asyncio.to_thread(probe, self.endpoint)
         self._make_shared_memory()
         self._task(self._watch())
         starting = self._task(self._start_senders())
         welcome = await self._greet()
         await starting
+        specs = [block.spec for block in self.guest.blocks]
+        self.journal.info(narration.connected(welcome, str(self.endpoint), self.guest.kind, specs))
         self._fresh, self._have = welcome.fresh, welcome.have
         self._compares = welcome.compares
         await self._open(welcome.endpoints, welcome.tokens, welcome.urgent)
@@ -398,7 +414,7 @@ class Source:
             raise UsageError("quit-source is for a VM (qemu:): leave it out")
         self.statistics.total_pages = sum(block.pages for block in blocks)
         self._table = PageTable([block.pages for block in blocks], context().Lock())
-        self._counters = self.statistics.counters = Counters(p.workers)
+        self._counters = self.statistics.counters = Counters(p.workers, self.journal.lane)
         self._bandwidth = Bandwidth(context(), p.max_bandwidth)
         if p.postcopy != NEVER:
             if not self.guest.can_stop:
@@ -406,7 +422,7 @@ class Source:
                     "postcopy needs a guest that can be stopped: a demo: guest, or memory whose "
                     "writer is named (ram:PATH?pid=PID)"
                 )
-            self._background = Background(blocks, self._table, p, self._failed)
+            self._background = Background(blocks, self._table, p, self._failed, self.journal.lane)
             self.statistics.urgent = self._background.counters
         if self.guest.tracking == TRACKING_HASH or self.guest.last_look_by_content:
             self._hashes = Segment(8 * self.statistics.total_pages, "hashes")
@@ -451,6 +467,7 @@ class Source:
         self._connections += 1
         self._socket = connect(self._context, self.endpoint, identity, control=True)
         self._control = Control(Role.SOURCE, self._socket.send, f"the receiver at {self.endpoint}")
+        self._control.note = self.journal.control
         self._task(self._read_control(), link=True)
         asking = self._task(self._control.ask(message))
         if not await self._control.first_sign(HELLO_SECONDS):
@@ -543,6 +560,9 @@ class Source:
                 await self._leave_out_what_is_elsewhere(i)
         if self.guest.live:
             begin += await self._settle()
+            self.journal.info("writes are tracked by %s", self.guest.tracking)
+        if there := self.statistics.extra.get("pages-already-there", 0):
+            self.journal.info("%d pages are there already, and left out", there)
         pages = self._remaining()
         return core.Taken(pages, pages, 0.0, time.monotonic() - begin)
 
@@ -645,6 +665,7 @@ class Source:
         begin, pages = time.monotonic(), self.core.remaining
         zero, wire = self._counters.total("duplicate"), self._counters.total("wire_bytes")
         self.statistics.begin_round(instruction.number, pages)
+        self.journal.round_begins(instruction.number, pages)
         self._emit("MIGRATION_PASS", {"pass": instruction.number})
         await self._control.say(
             messages.Round(instruction.number, pages, round(self.convergence.dirty_rate))
@@ -666,6 +687,7 @@ class Source:
             zero=self._counters.total("duplicate") - zero,
             wire=self._counters.total("wire_bytes") - wire,
         )  # fmt: skip
+        self.journal.round_ends(pages=pages, lost=lost, zero=done.zero, wire=done.wire)
         return done
 
     # ---- postcopy ------------------------------------------------------------------------
@@ -692,6 +714,7 @@ class Source:
         self.statistics.postcopy = True
         self.statistics.extra |= self._background.describe()
         self.statistics.begin_round(self.core.round + 1, self._remaining())
+        self.journal.round_begins(self.core.round + 1, self.statistics.round_pages)
         pace = self._task(self._background.keep_pace(self._counters, self._bandwidth))
         await self._background.send_all(self._crew, self.parameters.workers)
         pace.cancel()

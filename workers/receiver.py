@@ -26,7 +26,7 @@ from .digest import CHUNK_BYTES, part_digest
 from .guests.base import ArmedMemory
 from .placing import FramePlacer, GuestPlacer
 from .priority import become_background
-from .process import HEARTBEAT_SECONDS, Desk, run_worker
+from .process import HEARTBEAT_SECONDS, Desk, run_worker, traced
 from .ram import RamBlock
 from .received import Received, Waiting
 
@@ -75,7 +75,11 @@ _LOCK_SECONDS = 30.0
 
 def main(pipe: Connection, index: int, job: ReceiverJob) -> None:
     run_worker(
-        f"pf-recv-{index}", pipe, job.counters, index, lambda desk: Receiver(desk, job).run()
+        f"pf-recv-{index}",
+        pipe,
+        job.counters,
+        index,
+        lambda desk: traced(desk, Receiver)(desk, job).run(),
     )
 
 

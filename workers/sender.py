@@ -50,7 +50,7 @@ from .page_table import CLEAN, DIRTY, IN_FLIGHT, PageTable
 from .postcopy import ROUTED
 from .preemption import Preemption, Reader, page_key
 from .priority import become_background
-from .process import HEARTBEAT_SECONDS, Desk, run_worker
+from .process import HEARTBEAT_SECONDS, Desk, run_worker, traced
 from .ram import RamBlock
 from .segments import Segment
 
@@ -116,7 +116,13 @@ class _Stopped(Exception):
 
 
 def main(pipe: Connection, index: int, job: SenderJob) -> None:
-    run_worker(f"pf-send-{index}", pipe, job.counters, index, lambda desk: Sender(desk, job).run())
+    run_worker(
+        f"pf-send-{index}",
+        pipe,
+        job.counters,
+        index,
+        lambda desk: traced(desk, Sender)(desk, job).run(),
+    )
 
 
 class Sender:

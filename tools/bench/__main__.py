@@ -16,7 +16,20 @@ import click
 
 from ...transport.errors import UsageError
 from ...transport.quantities import parse_rate, parse_size
-from . import clones, demo, drain, eta, links, postcopy, scaling, sparse, startup, throughput, vm
+from . import (
+    clones,
+    demo,
+    drain,
+    eta,
+    links,
+    postcopy,
+    scaling,
+    sparse,
+    startup,
+    throughput,
+    trace,
+    vm,
+)
 from .content import KINDS
 from .lab import BenchError, Lab, isolate
 from .pageferry import default_command
@@ -215,6 +228,18 @@ def qemu_command(json_file: str | None, pageferry: str, **options: Any) -> None:
     plan = vm.Plan(**options)
     plan = vm.quick(plan) if plan.quick else plan
     _run(lambda lab: vm.measure(lab, plan), json_file, pageferry)
+
+
+@cli.command("trace")
+@_size_option("1G", "Memory that is sent.")
+@_list_option("--contents", KINDS, ("random",), "What the memory holds.")
+@click.option("--before", default="", metavar="COMMAND",
+              help="How to run another version, to be compared with off.")  # fmt: skip
+@_common_options(reps=7)
+def trace_command(json_file: str | None, pageferry: str, before: str, **options: Any) -> None:
+    """What --trace costs, off and on: time, processor time, latency of faults."""
+    plan = trace.Plan(before=shlex.split(before), **options)
+    _run(lambda lab: trace.measure(lab, plan), json_file, pageferry)
 
 
 @cli.command("startup")

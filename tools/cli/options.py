@@ -13,6 +13,8 @@ from ...transport.errors import UsageError
 from ...transport.quantities import parse_duration, parse_rate
 
 F = TypeVar("F", bound=Callable[..., Any])
+trace_option = click.option("--trace", metavar="FILE", help="Write what every process does there, "
+                            "for ui.perfetto.dev; compressed if it ends in .gz.")  # fmt: skip
 
 
 def migration_options(function: F) -> F:
@@ -68,6 +70,7 @@ def output_options(function: F) -> F:
     for option in reversed(
         [
             click.option("--monitor", metavar="unix:PATH", help="Serve QMP there meanwhile."),
+            trace_option,
             click.option("--json", "as_json", is_flag=True,
                          help="One JSON object on stdout, messages on stderr."),
             click.option("--quiet", is_flag=True, help="No progress, no summary."),
