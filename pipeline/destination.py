@@ -123,7 +123,7 @@ class Arrival:
         self._emit()
 
     def _emit(self) -> None:
-        self.journal.became(self.status)
+        self.journal.became(self.status, str(self.error or ""))
         tell(self._on_event, "MIGRATION", {"status": self.status.value})
 
     def fail(self, error: BaseException) -> None:

@@ -41,6 +41,12 @@ def narrate(
                 yield f"paused: {error.message}"
 
 
+def why(instructions: Sequence[core.Instruction]) -> str:
+    """Why it is over, if it is and not because it is done."""
+    ends = [i for i in instructions if isinstance(i, core.Finish)]
+    return ends[0].error.message if ends and ends[0].error is not None else ""
+
+
 def _taken(event: core.Taken, state: core.Migration) -> str:
     text = f"{_pages(event.pages)} to send"
     if state.stopped:

@@ -187,12 +187,12 @@ class Restoring:
             await self._restore()
         except Exception as e:
             error = as_ours(e)
-            self._end()
+            self._end(error.message)
             await to_its_end(self._close())
             error.data["report"] = self._last_report()
             raise error from e
         except asyncio.CancelledError:
-            self._end()
+            self._end("interrupted")
             await to_its_end(self._close())
             self._last_report()
             raise
@@ -207,9 +207,9 @@ class Restoring:
         self.journal.over(narration.ended(report))
         return report
 
-    def _end(self) -> None:
+    def _end(self, why: str) -> None:
         self.status = Status.FAILED
-        self.journal.became(self.status)
+        self.journal.became(self.status, why)
 
     def _become(self, status: Status) -> None:
         self.status = advance(self.status, status)

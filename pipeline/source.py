@@ -229,7 +229,7 @@ class Source:
             finish = self._end_early(core.CancelAsked(), Cancelled("interrupted"))
         except Exception as e:
             finish = self._end_early(core.Failed(as_ours(e)), as_ours(e))
-        self._tell_status()
+        self._tell_status(str(finish.error or ""))
         await to_its_end(self._close(finish))
         report = self.query()
         report.pop("progress")
@@ -249,7 +249,7 @@ class Source:
             instructions = self.core.handle(event)
             for text in narration.narrate(self.core, event, instructions):
                 self.journal.info(text)
-            self._tell_status()
+            self._tell_status(narration.why(instructions))
             for instruction in instructions:
                 match instruction:
                     case core.Finish():
@@ -301,14 +301,14 @@ class Source:
         if link or by_peer or not self.core.run_said or self.core.leaving:
             self._events.put_nowait(core.Failed(as_ours(error), by_peer))
 
-    def _tell_status(self) -> None:
+    def _tell_status(self, why: str = "") -> None:
         if self.core.status is not self._status_told:
             self._status_told = self.core.status
             if self.core.status is Status.ACTIVE:
                 self.statistics.set_up = time.monotonic()
             if self.statistics.stopped is not None and self.statistics.running is not None:
                 self.journal.stood_still(self.statistics.running - self.statistics.stopped)
-            self.journal.became(self.core.status)
+            self.journal.became(self.core.status, why)
             self._emit("MIGRATION", {"status": self.core.status.value})
 
     async def _execute(self, instruction: core.Instruction) -> None:
