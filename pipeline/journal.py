@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..transport.quantities import format_seconds
@@ -29,6 +30,14 @@ def name_item(name: str) -> None:
     _item.set(name)
 
 
+@dataclass
+class _Work:
+    """A piece of work that began."""
+
+    name: str
+    done: bool = False
+
+
 class Journal:
     """One end's. `role`: source, destination, restore; `scope`: a name of the migration that both
     ends know; `item`: which of several it is, if it is no batch's."""
@@ -40,6 +49,7 @@ class Journal:
         self._log = logging.getLogger(f"pageferry.{role}")
         self._status = Status.NONE
         self._round = 0
+        self._work: list[_Work] = []  # that is under way
         # what took how long since the guest was to be stopped
         self._steps: list[tuple[str, float]] = []
 
@@ -89,6 +99,8 @@ class Journal:
     async def during(self, name: str, function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         """Await `function(*arguments)`, as one piece of work."""
         self.debug("%s begins", name)
+        work = _Work(name)
+        self._work.append(work)
         if self.lane is not None:
             self.lane.begins("work", name)
         begin = time.monotonic()
@@ -99,6 +111,13 @@ class Journal:
             if self._status is Status.DEVICE:
                 self._steps.append((name, took))
             self.debug("%s took %s", name, format_seconds(took))
+            work.done = True
+            self._end_work()
+
+    def _end_work(self) -> None:
+        """Bars of a line lie in each other: one ends when all have that began after it."""
+        while self._work and self._work[-1].done:
+            name = self._work.pop().name
             if self.lane is not None:
                 self.lane.ends("work", name)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 from ..workers.trace_records import FIELDS, RECORD, SPECS, Flow, Kind, Shape, Spec
 
@@ -39,7 +40,18 @@ class _Template:
     second: str = ""
 
 
-def _template(spec: Spec, pid: int, scope: str) -> _Template:
+def wait_id(pid: int, number: int) -> int:
+    """Ids are 64 bits in hexadecimal: Perfetto takes no other strings."""
+    return (pid & 0xFFFFFF) << 40 | number & 0xFF_FFFF_FFFF
+
+
+def page_id(scope: str, block: int, page: int) -> int:
+    """The same at both ends of a migration, for the arrows of a page."""
+    which = crc32(scope.encode(errors="replace")) & 0xFFFF
+    return which << 48 | (block & 0xFF) << 40 | page & 0xFF_FFFF_FFFF
+
+
+def _template(spec: Spec, pid: int) -> _Template:
     who = f'"pid":{pid},"tid":{pid}'
     what = f'"name":"{spec.name}","cat":"{spec.category}",{who},"ts":{_TIME}'
     arguments = ",".join(f'"{shown}":%d' for _, shown in spec.arguments)
@@ -50,7 +62,7 @@ def _template(spec: Spec, pid: int, scope: str) -> _Template:
             return _Template(f'{{"ph":"i","s":"t",{what},{rest}', values, spec.shape)
         case Shape.WAIT:
             # many at a time: each has an id of its own, and a line of its own where they overlap
-            key = f'"id":"{pid}-%d"'
+            key = '"id":"0x%x"'
             begin, end = (f'{{"ph":"{ph}",{what},{key}' for ph in "be")
             return _Template(f"{begin},{rest}", values, spec.shape, f"{end}}}")
     second = ""
@@ -58,7 +70,7 @@ def _template(spec: Spec, pid: int, scope: str) -> _Template:
         bind = ',"bp":"e"' if spec.flow is Flow.TO else ""
         second = (
             f'{{"ph":"{spec.flow.value}","name":"page","cat":"page",{who},"ts":{_TIME}'
-            f',"id":"{scope}/%d/%d"{bind}}}'
+            f',"id":"0x%x"{bind}}}'
         )
     return _Template(f'{{"ph":"X",{what},"dur":{_TIME},{rest}', values, spec.shape, second)
 
@@ -68,8 +80,6 @@ def worker_events(records: bytes, pid: int, scope: str, first_id: int = 0) -> li
     to another; `first_id`: not used for this worker yet, nor are as many above it as there are
     records. What is of no known kind is left out."""
     events: list[str] = []
-    # what stands between quotes, and goes through %
-    name = json.dumps(scope)[1:-1].replace("%", "%%")
     templates: dict[int, _Template] = {}
     whole = len(records) // RECORD.size * RECORD.size
     for number, fields in enumerate(RECORD.iter_unpack(records[:whole]), first_id):
@@ -78,15 +88,17 @@ def worker_events(records: bytes, pid: int, scope: str, first_id: int = 0) -> li
         if template is None:
             if kind not in _KINDS:
                 continue
-            template = templates[kind] = _template(SPECS[Kind(kind)], pid, name)
+            template = templates[kind] = _template(SPECS[Kind(kind)], pid)
         at, values = divmod(begin, 1000), [fields[i] for i in template.values]
         if template.shape is Shape.SPAN:
             events.append(template.event % (*at, *divmod(took, 1000), *values))
             if template.second:
-                events.append(template.second % (*at, fields[_BLOCK], fields[_PAGE]))
+                key = page_id(scope, fields[_BLOCK], fields[_PAGE])
+                events.append(template.second % (*at, key))
         elif template.shape is Shape.WAIT:
-            events.append(template.event % (*at, number, *values))
-            events.append(template.second % (*divmod(begin + took, 1000), number))
+            key = wait_id(pid, number)
+            events.append(template.event % (*at, key, *values))
+            events.append(template.second % (*divmod(begin + took, 1000), key))
         else:
             events.append(template.event % (*at, *values))
     return events

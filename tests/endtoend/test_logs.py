@@ -158,6 +158,15 @@ def test_lines_stand_alone_beside_a_live_display():
         assert what in source
 
 
+def test_before_a_command_of_a_batch(tmp_path):
+    """`batch WHAT` is `batch run WHAT`, with the option as without."""
+    for words in (["-v"], ["-vv"], []):
+        done = run("batch", *words, "status", "--state", f"{tmp_path}/none")
+        assert done.returncode == 2 and "status" not in done.stderr, done.stderr
+        done = run("batch", *words, f"{tmp_path}/none.toml")
+        assert "none.toml" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["pageferry.source", "pageferry.workers"])
 def test_one_line_an_event_whatever_a_peer_says(name):
     record = logging.LogRecord(

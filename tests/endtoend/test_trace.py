@@ -13,11 +13,20 @@ from collections import Counter
 
 import psutil
 import pytest
-from helpers import Running, pattern, receiver, sweep, until
+from both_ends import BothEnds
+from helpers import Running, pattern, receiver, sweep, until, until_async
 from helpers import pageferry as run
 
 import pageferry
+from pageferry.pipeline import api
+from pageferry.pipeline.destination import Destination
+from pageferry.pipeline.journal import Journal
+from pageferry.pipeline.parameters import Parameters
+from pageferry.pipeline.source import Source
+from pageferry.pipeline.state import Status
 from pageferry.pipeline.tracing import Trace, current, recording
+from pageferry.transport.links import Endpoint
+from pageferry.workers.guests import open_source, parse_guest
 from pageferry.workers.trace_records import Kind
 from pageferry.workers.tracing import Rings
 
@@ -319,20 +328,26 @@ def test_without_one_nobody_has_a_ring():
     assert seen[0].journal.lane is None
 
 
+def monitor(where, snapshot):
+    """The example client, which behaves as Firecracker does."""
+    return [
+        sys.executable, "-m", "pageferry.tools.uffd_client", "--socket", str(where),
+        "--image", str(snapshot),
+    ]  # fmt: skip
+
+
 def test_a_restore(tmp_path):
     """Both ends in one file: faults, and what came of them."""
     snapshot, path, where = tmp_path / "vm.mem", tmp_path / "t.json", tmp_path / "uffd.sock"
     snapshot.write_bytes(pattern(2000))
-    monitor = [
-        sys.executable, "-m", "pageferry.tools.uffd_client", "--socket", str(where),
-        "--image", str(snapshot),
-    ]  # fmt: skip
     with Running(
         "restore", f"image:{snapshot}", "--uffd-socket", str(where), "--json",
         "--trace", str(path),
     ) as restore:  # fmt: skip
         until(where.exists, "listening")
-        client = subprocess.run(monitor, capture_output=True, timeout=60, check=False)
+        client = subprocess.run(
+            monitor(where, snapshot), capture_output=True, timeout=60, check=False
+        )
         assert client.returncode == 0, client.stderr
         code, out, err = restore.finish()
     assert code == 0, err
@@ -344,3 +359,118 @@ def test_a_restore(tmp_path):
     pages = events.sum("place", "pages") + events.sum("install", "pages")
     assert pages == report["ram"]["normal"] + report["ram"]["duplicate"]
     assert len(events.named("page", "f")) == len(events.named("install"))
+
+
+def test_a_server_and_a_restore(tmp_path):
+    """Each end its own file."""
+    snapshot, where = tmp_path / "vm.mem", tmp_path / "uffd.sock"
+    snapshot.write_bytes(pattern(2000))
+    here, there = tmp_path / "serve.json", tmp_path / "restore.json"
+    with Running(
+        "serve", f"image:{snapshot}", "--listen", "tcp://127.0.0.1:0", "--json",
+        "--trace", str(here),
+    ) as server:  # fmt: skip
+        endpoint = json.loads(server.line())["endpoint"]
+        with Running(
+            "restore", endpoint, "--uffd-socket", str(where), "--trace", str(there)
+        ) as restore:
+            until(where.exists, "listening")
+            subprocess.run(
+                monitor(where, snapshot), stdout=subprocess.DEVNULL, timeout=60, check=True
+            )
+            code, _, err = restore.finish()
+        assert code == 0, err
+        server.line()  # the report of this destination
+        server.process.send_signal(signal.SIGINT)
+        server.finish()
+    serve, restored = Events(here), Events(there)
+    assert serve.sum("frame", "pages") == restored.sum("place", "pages")
+    assert serve.sum("answer", "pages") == restored.sum("install", "pages")
+    assert len(serve.named("heard Armed")) == len(restored.named("said Armed")) == 1
+
+
+class Ends(BothEnds):
+    """Both ends of a postcopy in one event loop."""
+
+    def __init__(self, guest):
+        endpoint = Endpoint("ipc", path=f"@test-pf-{os.getpid()}")
+        self.listening = Destination(endpoint, api.opener(parse_guest("demo:")))
+        parameters = Parameters(postcopy="now", max_postcopy_bandwidth=20_000_000, workers=2)
+        self.source = Source(guest, endpoint, parameters.checked())
+
+    async def until(self, condition, what):
+        await until_async(lambda: condition() or self.sending.done(), what)
+
+
+@pytest.mark.parametrize("how", ["pause", "sender", "fault"])
+def test_a_postcopy_that_was_recovered(tmp_path, how):
+    """New processes go on in the rings of those that were killed."""
+    path = tmp_path / "t.json"
+
+    async def main():
+        guest = open_source(parse_guest("demo:?size=16M&content=random&access=random&rate=2000"))
+        try:
+            with recording(str(path)):
+                async with Ends(guest) as ends:
+                    await ends.until(
+                        lambda: ends.source.statistics.pages_done >= 1000, "pages moved"
+                    )
+                    if how == "pause":
+                        ends.source.pause()
+                    elif how == "sender":
+                        os.kill(ends.source._crew.pool.workers[0].process.pid, signal.SIGKILL)
+                    else:
+                        faults = ends.listening.arrival._faults.pool
+                        os.kill(faults.workers[0].process.pid, signal.SIGKILL)
+                    paused = Status.POSTCOPY_PAUSED
+                    await ends.until(lambda: ends.source.core.status is paused, "paused")
+                    await ends.until(lambda: ends.listening.arrival.status is paused, "paused")
+                    ends.source.recover(None)
+                    report, _ = await asyncio.gather(ends.sending, ends.arriving)
+                return report, ends.source.statistics
+        finally:
+            guest.close()
+
+    report, statistics = asyncio.run(main())
+    assert report["recoveries"] == 1
+    events = Events(path)
+    states = [
+        "setup", "active", "device", "postcopy-active", "postcopy-paused", "postcopy-recover",
+        "postcopy-active", "completed",
+    ]  # fmt: skip
+    assert events.states("source") == events.states("destination") == states
+    names = Counter(e["args"]["name"] for e in events.all if e["name"] == "process_name")
+    assert {names["sender-0"], names["sender-1"], names["receiver-0"], names["postcopy-0"]} == {2}
+    assert names["fault-0"] == (2 if how == "fault" else 1)
+    # a frame is counted when its pages are taken, and drawn when it is sent: one may lie between
+    missed = statistics.counters.total("frames") - len(events.named("frame"))
+    assert 0 <= missed <= (how == "sender")
+
+
+def test_work_that_overlaps_is_drawn_in_order(tmp_path):
+    """Whatever ends first: bars of a line lie in each other."""
+    path = tmp_path / "t.json"
+
+    async def main():
+        gates = [asyncio.Event() for _ in range(3)]
+        with recording(str(path)):
+            journal = Journal("source", "x")
+            tasks = [
+                asyncio.ensure_future(journal.during(f"work {i}", gate.wait))
+                for i, gate in enumerate(gates)
+            ]
+            await asyncio.sleep(0)
+            for i in (0, 2, 1):
+                gates[i].set()
+                await tasks[i]
+
+    asyncio.run(main())
+    work = [e["ph"] + e["name"] for e in Events(path).all if e["name"].startswith("work")]
+    assert work == ["Bwork 0", "Bwork 1", "Bwork 2", "Ework 2", "Ework 1", "Ework 0"]
+
+
+def test_a_report_and_a_trace_are_two_files(tmp_path):
+    path = str(tmp_path / "x")
+    done = run("copy", "demo:", "demo:", "--trace", path, "--report", f"{tmp_path}/./x")
+    assert done.returncode == 2 and "--report and --trace" in done.stderr
+    assert os.listdir(tmp_path) == []

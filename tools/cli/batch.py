@@ -29,6 +29,7 @@ from .running import Interrupts
 
 # Threads for what blocks: each migration opens and closes things, and some peers do not answer.
 _THREADS_EACH = 3
+_VERBOSE = ("-v", "-vv", "--verbose")
 _NUMBERS = {"workers", "level", "max_rounds", "batch_pages", "parallel", "retries"}
 _ORDER = (
     State.FAILED, State.RUNNING, State.WAITING, State.PENDING, State.CANCELLED, State.COMPLETED,
@@ -39,8 +40,10 @@ class _Batch(click.Group):
     """`batch WHAT` is `batch run WHAT`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, *ctx.help_option_names):
-            args = ["run", *args]
+        known = (*self.commands, *ctx.help_option_names)
+        first = next((i for i, word in enumerate(args) if word not in _VERBOSE), len(args))
+        if first < len(args) and args[first] not in known:
+            args = [*args[:first], "run", *args[first:]]
         return super().parse_args(ctx, args)
 
 
@@ -166,7 +169,11 @@ def _carry_out(state: BatchState, as_json: bool, quiet: bool, trace: str | None)
 
     try:
         with view, recording(trace, *(_memory(state) if trace is not None else ())):
-            report = asyncio.run(main())
+            try:
+                report = asyncio.run(main())
+            finally:
+                if trace is not None:
+                    view.say(f"trace: {trace}")
     except PageferryError as e:
         if "report" in e.data and not (as_json or quiet):
             print(batch_summary(e.data["report"]), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -82,6 +83,9 @@ def output_options(function: F) -> F:
 
 def parameters(options: dict[str, Any]) -> Parameters:
     """The options as Parameters; UsageError that names the option."""
+    report, trace = options.get("report"), options.get("trace")
+    if report and trace and os.path.realpath(report) == os.path.realpath(trace):
+        raise UsageError("--report and --trace name the same file: each needs one of its own")
     return Parameters(
         workers=integer("workers", options["workers"]) or 0,
         codec=options["codec"],

@@ -77,7 +77,11 @@ def run(
                 raise Cancelled(interrupted) from None
 
     with view, recording(trace, *(uri for uri in memory if uri is not None)):
-        report = asyncio.run(main())
+        try:
+            report = asyncio.run(main())
+        finally:
+            if trace is not None:
+                view.say(f"trace: {trace}")
     if report is not None:
         show(report, as_json=as_json, quiet=quiet)
 
