@@ -41,12 +41,13 @@ class _Template:
 
 
 def wait_id(pid: int, number: int) -> int:
-    """Ids are 64 bits in hexadecimal: Perfetto takes no other strings."""
+    """Of one bar among many that overlap; shown in hexadecimal."""
     return (pid & 0xFFFFFF) << 40 | number & 0xFF_FFFF_FFFF
 
 
 def page_id(scope: str, block: int, page: int) -> int:
-    """The same at both ends of a migration, for the arrows of a page."""
+    """The same at both ends of a migration, for the arrows of a page. Perfetto takes 64 bits in
+    hexadecimal, and no other string."""
     which = crc32(scope.encode(errors="replace")) & 0xFFFF
     return which << 48 | (block & 0xFF) << 40 | page & 0xFF_FFFF_FFFF
 
