@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..transport.errors import LocalProtocolError
 from ..transport.links import TOS_BULK
@@ -23,10 +23,12 @@ from ..workers.page_table import PageTable
 from ..workers.pool import Pool, Worker
 from ..workers.preemption import Preemption
 from ..workers.ram import RamBlock
-from ..workers.tracing import Recorder
 from .crew import Crew, extents
 from .pacing import Pacer, Sample
 from .parameters import Parameters
+
+if TYPE_CHECKING:
+    from ..workers.tracing import Recorder
 
 TICK_SECONDS = 0.05
 

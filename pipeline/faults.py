@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..transport.errors import LocalProtocolError, PeerLost
 from ..workers import fault, jobs
@@ -24,7 +24,9 @@ from ..workers.ram import RamBlock
 from ..workers.received import Received, Waiting
 from ..workers.receiver import ArmedGuest
 from ..workers.segments import Segment
-from ..workers.tracing import Recorder
+
+if TYPE_CHECKING:
+    from ..workers.tracing import Recorder
 
 # A fault process that does not answer for this long is replaced.
 RELINK_SECONDS = 5.0

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ..transport.quantities import format_seconds
 from .state import FINAL, Status
-from .tracing import Lane, current
+from .tracing import current
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ class Journal:
     def __init__(self, role: str, scope: str, item: str = "") -> None:
         trace, item = current(), item or _item.get()
         self._prefix = f"{item}: " if item else ""
-        self.lane = Lane(trace, role, scope, self._prefix) if trace is not None else None
+        self.lane = trace.lane(role, scope, self._prefix) if trace is not None else None
         self._log = logging.getLogger(f"pageferry.{role}")
         self._status = Status.NONE
         self._round = 0

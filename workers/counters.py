@@ -8,13 +8,15 @@ Readers may see one field before another: these are statistics, not decisions.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .segments import Segment
-from .tracing import Recorder, Rings, Writer
 from .usage import cpu_ns, own_memory
+
+if TYPE_CHECKING:
+    from .tracing import Recorder, Rings, Writer
 
 FIELDS = (
     "heartbeat_ns",  # CLOCK_MONOTONIC of the last sign of life
@@ -85,11 +87,15 @@ class Counters:
         self.workers = workers
         self.recorder = recorder
         self._segment = Segment(workers * len(FIELDS) * 8, "counters")
-        try:
-            self._rings = Rings(workers) if recorder is not None else None
-        except BaseException:
-            self._segment.close()
-            raise
+        self._rings: Rings | None = None
+        if recorder is not None:
+            from .tracing import Rings
+
+            try:
+                self._rings = Rings(workers)
+            except BaseException:
+                self._segment.close()
+                raise
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"recorder": None}  # the coordinator's own

@@ -9,12 +9,14 @@ import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from . import jobs
 from .counters import Counters, Row
 from .kernel.libc import die_with_parent, keep_buffers, set_process_name
-from .tracing import Writer
+
+if TYPE_CHECKING:
+    from .tracing import Writer
 
 # A worker says that it lives at least this often, whatever it does.
 HEARTBEAT_SECONDS = 0.25

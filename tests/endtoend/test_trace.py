@@ -24,7 +24,8 @@ from pageferry.pipeline.journal import Journal
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.source import Source
 from pageferry.pipeline.state import Status
-from pageferry.pipeline.tracing import Trace, current, recording
+from pageferry.pipeline.trace_file import Trace
+from pageferry.pipeline.tracing import current, recording
 from pageferry.transport.links import Endpoint
 from pageferry.workers.guests import open_source, parse_guest
 from pageferry.workers.trace_records import Kind
