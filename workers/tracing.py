@@ -106,6 +106,8 @@ class Reader:
         more."""
         head = int(self._words[_HEAD])
         end = head if ended else self._seen
+        # what is copied below is given back at the next look; nobody is there to overwrite it if
+        # the worker has ended, and whoever comes after it begins behind it
         self._words[_TAIL] = end if ended else self._read
         self._seen = head
         first, last = self._read % self._capacity, end % self._capacity
