@@ -203,6 +203,7 @@ class Elsewhere:
         self._on_progress = on_progress
         self._token = f"pageferry-{item.name}-{secrets.token_hex(8)}"
         self._asked = asyncio.Event()  # to cancel
+        self._abandoned = asyncio.Event()
         self._outcome: asyncio.Task[dict[str, Any]] | None = None
         self._where = ""
 
@@ -219,8 +220,23 @@ class Elsewhere:
         self._attempt.limit(arguments["max-bandwidth"])
 
     async def run(self) -> dict[str, Any]:
-        """Move it. Returns the report with `source-host`, raises the error. Whatever ends it, the
-        error says what is true of a guest: ConfirmationLost if it may run at its destination."""
+        """Move it. Returns the report with `source-host`, raises the error. Whatever ends it, a
+        cancelled task too, that says what is true of a guest: ConfirmationLost if it may run at its
+        destination."""
+        running = asyncio.ensure_future(self._run())
+        while not running.done():
+            try:
+                await asyncio.shield(running)
+            except asyncio.CancelledError:
+                self.cancel()
+                self._abandoned.set()
+                if not self._attempt.begun:
+                    running.cancel()
+            except Exception:
+                break
+        return running.result()
+
+    async def _run(self) -> dict[str, Any]:
         host, address = await self._place()
         self._where = f"the worker of {host} at {address}"
         with self._fleet.at(self._number, host, address):
@@ -300,41 +316,31 @@ class Elsewhere:
 
         lost = isinstance(error, KilledWorker | FutureCancelledError | OSError)
         if lost or self._attempt.begun:
-            return self._attempt.lost(self._where, str(error))
+            with contextlib.suppress(PeerLost):  # then it is the scheduler, and the batch is told
+                await self._fleet.workers()
+            return self._lost(str(error))
         return HostLacks(f"{self._where} cannot run it ({type(error).__name__}: {error})")
 
     async def _follow(self, address: str) -> dict[str, Any]:
         """To its end, or to that of its worker."""
         assert self._outcome is not None
         talking = asyncio.ensure_future(self._talk(address))
+        abandoned = asyncio.ensure_future(self._abandoned.wait())
+        ends = {self._outcome, talking}
         try:
-            await asyncio.wait({self._outcome, talking}, return_when=asyncio.FIRST_COMPLETED)
-            if not self._outcome.done():
-                return talking.result()
-            return await self._end()
-        except asyncio.CancelledError:
-            return await self._abandon()
+            await asyncio.wait({*ends, abandoned}, return_when=asyncio.FIRST_COMPLETED)
+            if abandoned.done() and not self._fleet.lost:  # the last words of a source
+                await asyncio.wait(
+                    ends, timeout=_LAST_WORDS_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+            for ended in (self._outcome, talking):
+                if ended.done():
+                    return ended.result()
+            raise self._lost("the batch was ended meanwhile")
         finally:
             talking.cancel()
-            await asyncio.gather(talking, return_exceptions=True)
-
-    async def _end(self) -> dict[str, Any]:
-        assert self._outcome is not None
-        if not self._outcome.cancelled():
-            return self._outcome.result()
-        with contextlib.suppress(PageferryError):  # then the batch is told
-            await self._fleet.workers()
-        raise self._lost("its task was cancelled")
-
-    async def _abandon(self) -> dict[str, Any]:
-        """Nobody waits any more; but what has become of a guest is asked for."""
-        self.cancel()
-        assert self._outcome is not None
-        if self._attempt.begun and not self._fleet.lost:
-            await asyncio.wait({self._outcome}, timeout=_LAST_WORDS_SECONDS)
-        if self._outcome.done() and not self._outcome.cancelled():
-            return self._outcome.result()
-        raise self._lost("the batch was ended meanwhile")
+            abandoned.cancel()
+            await asyncio.gather(talking, abandoned, return_exceptions=True)
 
     def _lost(self, why: str) -> PageferryError:
         if self._fleet.lost:  # the batch is over: what can be taken up again is no failure

@@ -23,6 +23,10 @@ pytestmark = pytest.mark.skipif(
 PAGES = 256
 SLOWLY = {"max-bandwidth": "500kB", "batch-pages": 16, "codec": "none", "workers": 1}
 TO = f"tcp://{NET}.4:4444"
+OTHER_PORT = 8790
+OTHER = f"tcp://{NET}.1:{OTHER_PORT}"
+# Workers at kvm1 that something happens to, each of a host that is called so.
+SPARES = ("killed", "silent", "doubtful", "doubted")
 
 
 _SHORT = """
@@ -39,8 +43,11 @@ main()
 def hosts(tmp_path_factory):
     """The first has the scheduler and is where batches are started; kvm3 receives."""
     with cluster(tmp_path_factory.mktemp("fleet"), ("boss", "kvm1", "kvm2", "kvm3")) as found:
-        found.workers = [found.start_worker(name) for name in ("kvm1", "kvm2")]
-        found.there(*found.workers)
+        found.workers = {name: found.start_worker(name, at="kvm1") for name in ("kvm1", *SPARES)}
+        found.workers["kvm2"] = found.start_plain_worker("kvm2")
+        found.other = found.start_scheduler(OTHER_PORT)
+        found.workers["other"] = found.start_worker("kvm1", scheduler=OTHER)
+        found.there(*found.workers.values())
         yield found
 
 
@@ -124,10 +131,9 @@ def test_each_from_its_host(hosts, files, batch, tmp_path):
 
 def test_a_killed_worker(hosts, files, batch):
     """Its item is retried at the other host that has the image. Its source ends with it."""
-    spare = hosts.start_worker("spare", at="kvm1")
-    hosts.there(spare)
+    spare = hosts.workers["killed"]
     with arriving(hosts), Running(
-        *batch(item(files, "vm", host=["spare", "kvm2"], retries=1, **SLOWLY)), "--json",
+        *batch(item(files, "vm", host=["killed", "kvm2"], retries=1, **SLOWLY)), "--json",
         within=hosts.first.within,
     ) as running:  # fmt: skip
         running.error_line("vm: started")
@@ -148,9 +154,8 @@ def test_a_killed_worker(hosts, files, batch):
 def test_a_silent_worker(hosts, files, batch):
     """It is there and says nothing: the other host is tried, and sends what is missing when the
     first source, that nobody can cancel, is through."""
-    spare = hosts.start_worker("spare", at="kvm1")
-    hosts.there(spare)
-    line = batch(item(files, "vm", host=["spare", "kvm2"], retries=100, **SLOWLY))
+    spare = hosts.workers["silent"]
+    line = batch(item(files, "vm", host=["silent", "kvm2"], retries=100, **SLOWLY))
     with arriving(hosts), subprocess.Popen(
         [*hosts.first.within, sys.executable, "-c", _SHORT, *line, "--json"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -160,7 +165,7 @@ def test_a_silent_worker(hosts, files, batch):
         spare.process.send_signal(signal.SIGSTOP)
         out, err = running.communicate(timeout=60)
         assert running.returncode == 0, err
-    assert "vm: failed: the worker of spare" in err and "nothing was heard of it for" in err
+    assert "vm: failed: the worker of silent" in err and "nothing was heard of it for" in err
     (told,) = json.loads(out)["items"]
     assert told["attempts"] > 1 and told["report"]["source-host"] == "kvm2"
     spare.kill()
@@ -194,36 +199,45 @@ def test_dask_runs_nothing_again(hosts, files, batch):
     spare.kill()
 
 
-_KILLS_THE_WORKER = """
+_AT_THE_HANDOVER = """
 import os, signal, sys
+import pageferry.tools.cli.batch
 from pageferry.pipeline.batch_state import BatchState
 from pageferry.tools.cli.main import main
 
-class Killing(BatchState):
+class Disturbed(BatchState):
     def switching(self, number):
         super().switching(number)
-        os.kill(int(os.environ["VICTIM"]), signal.SIGKILL)
+        os.kill(int(os.environ["WORKER"]), int(os.environ["SIGNAL"]))
+        for _ in range(int(os.environ["INTERRUPTS"])):
+            os.kill(os.getpid(), signal.SIGINT)
 
-import pageferry.tools.cli.batch
-pageferry.tools.cli.batch.BatchState = Killing
+pageferry.tools.cli.batch.BatchState = Disturbed
 main()
 """
 
 
-def test_a_worker_killed_while_a_guest_is_handed_over(hosts, batch, tmp_path):
-    """It had leave to go, and nobody knows whether it went: it is not sent again by itself."""
-    spare = hosts.start_worker("spare", at="kvm1")
-    hosts.there(spare)
-    guest = {"name": "guest", "host": "spare", "source": "demo:?size=4M",
+@pytest.mark.parametrize(
+    ("name", "number", "interrupts", "code"),
+    [("doubtful", signal.SIGKILL, 0, 16), ("doubted", signal.SIGSTOP, 2, 130)],
+)
+def test_a_guest_that_had_leave_to_go(hosts, batch, tmp_path, name, number, interrupts, code):
+    """Its worker is killed just then; or says nothing, and nobody waits. Whether it went is not
+    known: it is not sent again by itself."""
+    spare = hosts.workers[name]
+    guest = {"name": "guest", "host": name, "source": "demo:?size=4M",
              "destination": f"tcp://{NET}.4:4445"}  # fmt: skip
     with receiver(listen=f"tcp://{NET}.4:4445", within=hosts["kvm3"].within):
         done = subprocess.run(
-            [*hosts.first.within, sys.executable, "-c", _KILLS_THE_WORKER, *batch(guest)],
-            env=os.environ | {"VICTIM": str(spare.pid)}, capture_output=True, text=True,
-            timeout=60, check=False,
+            [*hosts.first.within, sys.executable, "-c", _AT_THE_HANDOVER, *batch(guest)],
+            env=os.environ | {"WORKER": str(spare.pid), "SIGNAL": str(int(number)),
+                              "INTERRUPTS": str(interrupts)},
+            capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
-        spare.kill()  # it is dead; now it is gone too
-        assert done.returncode == 16, done.stderr
+        family = psutil.Process(spare.pid).children(recursive=True)
+        spare.kill()
+        psutil.wait_procs(family, 30)
+        assert done.returncode == code, done.stderr
         assert "it may run at its destination" in done.stdout
         done = resume(hosts, tmp_path, "--retry-failed")
         assert done.returncode == 16 and "started" not in done.stderr
@@ -238,8 +252,7 @@ def test_interrupted(hosts, files, batch, tmp_path):
             for name in ("kvm1", "kvm2"):
                 part = hosts["kvm3"].own / f".{name}.pageferry-part"
                 until(part.exists, "it has begun")
-            (worker,) = [w for w in hosts.workers if w.log.name.endswith("worker-kvm1.log")]
-            (source,) = psutil.Process(worker.pid).children()
+            (source,) = psutil.Process(hosts.workers["kvm1"].pid).children()
             source.terminate()  # by somebody else: it is tried again
             assert "cancelled it" in running.error_line("kvm1: failed")
             running.error_line("kvm1: started again")
@@ -257,24 +270,19 @@ def test_interrupted(hosts, files, batch, tmp_path):
 
 def test_the_scheduler_goes_away(hosts, files, batch, tmp_path):
     """The batch ends, with a clear error, and goes on with another one."""
-    other = f"tcp://{NET}.1:8790"
-    scheduler = hosts.start_scheduler(8790)
-    spare = hosts.start_worker("kvm1", scheduler=other)
-    hosts.there(spare)
     line = batch(item(files, "vm", host="kvm1", **SLOWLY))
     with arriving(hosts):
-        with Running(*(other if word == SCHEDULER else word for word in line),
+        with Running(*(OTHER if word == SCHEDULER else word for word in line),
                      within=hosts.first.within) as running:  # fmt: skip
             part = hosts["kvm3"].own / ".vm.pageferry-part"
             until(part.exists, "it has begun")
-            scheduler.kill()
+            hosts.other.kill()
             code, _, err = running.finish()
         assert code == 7
-        assert f"the dask scheduler at {other} has gone" in err.splitlines()[-1]
+        assert f"the dask scheduler at {OTHER} has gone" in err.splitlines()[-1]
         assert "batch resume --state" in err.splitlines()[-1]
         assert "Traceback" not in err
         assert rows(tmp_path)["vm"].state.value == "pending"
-        spare.kill()
         done = resume(hosts, tmp_path, "--fleet", SCHEDULER)
         assert done.returncode == 0, done.stderr
     assert same_file(hosts["kvm1"].own / "vm.mem", hosts["kvm3"].own / "vm")

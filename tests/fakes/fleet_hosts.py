@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import Running, until
+from helpers import GIVE_UP, Running, until
 
 CARD = "eth0"
 NET = "10.213.77"
@@ -67,6 +67,11 @@ class Process:
         self.process.kill()
         self.process.wait()
 
+    def terminate(self):
+        """A nanny ends its worker first."""
+        self.process.terminate()
+        self.process.wait(GIVE_UP)
+
 
 class Cluster:
     """Hosts by their names, a scheduler at the first of them, and workers as they are started."""
@@ -119,6 +124,16 @@ class Cluster:
             host, f"worker-{name}", sys.executable, "-m", "pageferry", "fleet-worker", name,
             scheduler, "--local-directory", str(self._folder / "dask"), *more,
         )  # fmt: skip
+
+    def start_plain_worker(self, name):
+        """As dask itself starts one, with a nanny."""
+        worker = self._start(
+            self.hosts[name], f"worker-{name}", sys.executable, "-m", "dask", "worker", SCHEDULER,
+            "--resources", f"pageferry-{name}=8", "--nthreads", "4", "--no-dashboard",
+            "--local-directory", str(self._folder / "dask"),
+        )  # fmt: skip
+        self._stack.callback(worker.terminate)
+        return worker
 
     @staticmethod
     def there(*workers):
