@@ -101,11 +101,25 @@ class Fleet:
     # ---- workers -------------------------------------------------------------------------
 
     async def ask(self, call: Coroutine[Any, Any, T], seconds: float) -> T:
-        """A call through the scheduler. PeerLost if the answer does not come."""
+        """A call through the scheduler. PeerLost if the answer does not come, as soon as that is
+        known: dask would dial a scheduler that has gone for a while."""
+        asking = asyncio.ensure_future(call)
+        end = time.monotonic() + seconds
         try:
-            return await asyncio.wait_for(call, seconds)
-        except Exception as e:  # dask's own, OSError, TimeoutError: all the same to us
+            while not asking.done() and self._connected and time.monotonic() < end:
+                await asyncio.wait({asking}, timeout=min(seconds, _FRESH_SECONDS))
+        finally:
+            asking.cancel()
+        if not asking.done():
+            raise PeerLost("no answer")
+        try:
+            return asking.result()
+        except Exception as e:  # dask's own, OSError: all the same to us
             raise PeerLost(f"{type(e).__name__} {e}".strip()) from e
+
+    @property
+    def _connected(self) -> bool:
+        return bool(self.client.status == "running")
 
     async def workers(self) -> dict[str, frozenset[str]]:
         """What resources of ours each worker has, by its address. PeerLost without a scheduler, and
@@ -127,7 +141,7 @@ class Fleet:
             return self._workers
 
     def _check(self) -> None:
-        self._lost = self._lost or self.client.status != "running"
+        self._lost = self._lost or not self._connected
         if self._lost:
             error = PeerLost(f"the dask scheduler at {self.address} has gone")
             if self.on_lost is not None:
@@ -397,7 +411,12 @@ class Elsewhere:
         await asyncio.sleep(_FRESH_SECONDS / 5)
 
 
-async def _quietly(closing: Any) -> None:
-    """Let go of something of dask's, whatever it says to that."""
-    with contextlib.suppress(Exception):
-        await asyncio.wait_for(closing, _LAST_WORDS_SECONDS)
+async def _quietly(closing: Coroutine[Any, Any, None]) -> None:
+    """Let go of something of dask's, whatever it says to that, and however long it would take."""
+    task = asyncio.ensure_future(closing)
+    try:
+        await asyncio.wait({task}, timeout=_LAST_WORDS_SECONDS)
+    finally:
+        task.cancel()
+    if task.done() and not task.cancelled():
+        task.exception()  # seen

@@ -236,8 +236,10 @@ class _Source:
         if "report" in outcome:
             report: dict[str, Any] = outcome["report"]
             return report
-        error = outcome["error"]
-        raise by_name(error["class"], error["message"], **error["data"])
+        said = outcome["error"]
+        error = by_name(said["class"], said["message"])
+        error.data |= said["data"]
+        raise error
 
 
 async def _end_of(process: subprocess.Popen[bytes]) -> int | None:
