@@ -176,21 +176,17 @@ def test_nobody_asks_for_it(tmp_path, monkeypatch):
 
 def test_a_batch_that_goes_after_it_gave_leave(monkeypatch):
     """What may be handed over is: the guest runs at one place, whoever still asks."""
-    monkeypatch.setattr(fleet_task, "LEASE_SECONDS", 0.01)
-    monkeypatch.setattr(fleet_task, "_LOOK_SECONDS", 0.05)
 
     async def main():
         batch = Batch(GUEST)
         task = batch.run()
-        while not batch.attempt.handed_over and not task.done():
-            await batch.talk()
-        said = msgspec.json.encode(batch.attempt.orders)
-        await exchange(batch.token, said)
+        await batch.follow(task, lambda: batch.attempt.handed_over)
+        monkeypatch.setattr(fleet_task, "LEASE_SECONDS", 0.0)  # the last that it hears is its leave
+        await exchange(batch.token, msgspec.json.encode(batch.attempt.orders))
         return await task
 
-    # a lease this short may end before leave is given: then the guest stays
     _, report, error = asyncio.run(main())
-    assert (report is not None and report["oracle"]["ok"]) or isinstance(error, Cancelled)
+    assert error is None and report["oracle"]["ok"]
 
 
 @pytest.mark.parametrize("leave", [False, True])
