@@ -25,6 +25,7 @@ from ..transport.errors import (
     HostLacks,
     LocalProtocolError,
     PageferryError,
+    PeerLost,
     PeerRefused,
     PostcopyFailed,
     SourceError,
@@ -40,6 +41,7 @@ from .blocking import to_its_end
 from .callbacks import tell
 from .destination import Destination
 from .journal import name_item
+from .fleet import Elsewhere, Fleet
 from .manifest import Item, task
 from .parameters import Parameters, default_workers
 from .planner import ENDED, Planner, State
@@ -49,7 +51,7 @@ from .state import Status
 # Of each item's migration, what is kept.
 _KEPT = (
     "total-time", "setup-time", "downtime", "wire-bytes", "destination", "verified",
-    "pages-already-there",
+    "pages-already-there", "source-host",
 )  # fmt: skip
 # Trying again does not help, or is not ours to decide: the guest may run at its destination.
 _FINAL = (
@@ -71,6 +73,14 @@ def worth_another_try(error: PageferryError) -> bool:
     return is_busy(error) or not isinstance(error, _FINAL)
 
 
+def no_fleet(item: Item) -> UsageError:
+    """What becomes of an item at another host, if nobody said how to reach it."""
+    return UsageError(
+        f"item {item.name!r} has its source at the host {' or '.join(item.hosts)}: say --fleet "
+        f"tcp://SCHEDULER:8786, or leave `host` out if it is here"
+    )
+
+
 class _Entry:
     """An item and what this process knows of it. `size`: bytes, 0 if that is not known before;
     `rate`: the limit that its migration has, as the planner's shares."""
@@ -85,7 +95,7 @@ class _Entry:
         self.size = (row.report or {}).get("memory-bytes") or _size(row.item)
         self.rate = 0
         self.progress: dict[str, Any] | None = None
-        self.migration: Source | None = None
+        self.migration: Source | Elsewhere | None = None
         self.task: asyncio.Task[None] | None = None
 
     @property
@@ -112,7 +122,7 @@ class _Entry:
 
 def _size(item: Item) -> int:
     with contextlib.suppress(OSError):
-        if item.guest.kind == "image":
+        if item.guest.kind == "image" and not item.hosts:
             return os.stat(item.guest.rest).st_size
     return 0
 
@@ -139,6 +149,7 @@ class Batch:
         )
         self._wake = asyncio.Event()
         self._fatal: BaseException | None = None
+        self._fleet: Fleet | None = None
         self._asked = False
         self._begun = self._progressed = time.monotonic()
         # Kept up to date by `_count`, for `query` is asked often and there may be many items.
@@ -167,6 +178,18 @@ class Batch:
         entry.state = state
         entry.size = entry.size if size is None else size
         self._count(entry, 1)
+
+    def use(self, fleet: Fleet) -> None:
+        """Where the items are whose source is at another host."""
+        self._fleet = fleet
+        fleet.on_lost = self._fleet_lost
+        waiting = (e.item for e in self._entries.values() if e.state not in ENDED)
+        fleet.share(waiting, self.policy.parallel)
+
+    def _fleet_lost(self, error: PageferryError) -> None:
+        resume = f"`pageferry batch resume --state {self.state.path} --fleet tcp://…` goes on"
+        self._fatal = PeerLost(f"{error}; {resume}")
+        self._wake.set()
 
     # ---- what others may ask, at any time ------------------------------------------------
 
@@ -354,6 +377,33 @@ class Batch:
 
     async def _move(self, number: int, entry: _Entry) -> dict[str, Any]:
         """The migration of one item."""
+        if entry.item.hosts:
+            report = await self._move_elsewhere(number, entry)
+        else:
+            report = await self._move_from_here(number, entry)
+        oracle = report.get("oracle")
+        if oracle is not None and not oracle["ok"]:
+            raise VerificationFailed(f"the oracle found {oracle['wrong-pages']} wrong pages")
+        return report
+
+    async def _move_elsewhere(self, number: int, entry: _Entry) -> dict[str, Any]:
+        if self._fleet is None:
+            raise no_fleet(entry.item)
+
+        def hand_over() -> None:
+            self._switching(number)
+
+        def progress(report: dict[str, Any]) -> None:
+            entry.progress = report
+            self._tell_progress()
+
+        there = self._fleet.elsewhere(number, entry.item, entry.rate, hand_over, progress)
+        entry.migration = there
+        if self._asked:
+            there.cancel()
+        return await there.run()
+
+    async def _move_from_here(self, number: int, entry: _Entry) -> dict[str, Any]:
         item = entry.item
         name_item(item.name)
         parameters = self._parameters(entry)
@@ -375,14 +425,8 @@ class Batch:
         how: dict[str, Any] = {"on_progress": progress, "on_started": started, "name": item.name}
         if item.to_receiver:
             there = parse_endpoint(item.destination)
-            report = await api.send(item.guest, there, parameters, **how)
-        else:
-            into = parse_guest(item.destination)
-            report = await api.copy(item.guest, into, parameters, **how)
-        oracle = report.get("oracle")
-        if oracle is not None and not oracle["ok"]:
-            raise VerificationFailed(f"the oracle found {oracle['wrong-pages']} wrong pages")
-        return report
+            return await api.send(item.guest, there, parameters, **how)
+        return await api.copy(item.guest, parse_guest(item.destination), parameters, **how)
 
     def _parameters(self, entry: _Entry) -> Parameters:
         """All items together have about the workers that one migration has by default."""
@@ -398,14 +442,21 @@ class Batch:
 
         def on_event(name: str, data: dict[str, Any]) -> None:
             if name == "MIGRATION" and data["status"] == Status.DEVICE.value:
-                try:
-                    self.state.switching(number)
-                except PageferryError as e:
-                    self._fatal = e
-                    migration.cancel()  # nobody has said Run yet
-                    self._wake.set()
+                with contextlib.suppress(PageferryError):
+                    self._switching(number)
+                    return
+                migration.cancel()  # nobody has said Run yet
 
         return on_event
+
+    def _switching(self, number: int) -> None:
+        """Writes it down; an error ends the batch too."""
+        try:
+            self.state.switching(number)
+        except PageferryError as e:
+            self._fatal = e
+            self._wake.set()
+            raise
 
     def _tell(self, entry: _Entry, event: str, *, again: float | None = None) -> None:
         told = entry.told() | {"event": event, "retries": entry.item.retries}

@@ -16,6 +16,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -39,6 +40,8 @@ DEFAULT_RETRIES = 3
 # What a receiver of many takes for a file's name (workers/guests/image_directory.py).
 # What this host is called in `hosts`.
 LOCAL = "local"
+# dask takes a list of NAME=AMOUNT with commas and spaces in between.
+_HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ADDRESSES = ("tcp://", "ipc://")
 _WITH_PATHS = ("image", "ram", "qemu")
 _FORMS = {".toml": "TOML", ".yaml": "YAML", ".yml": "YAML", ".json": "JSON"}
@@ -67,7 +70,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     quit_source: bool | None = None
 
 
-class _Item(Settings, frozen=True, kw_only=True):
+class _Defaults(Settings, frozen=True, kw_only=True):
+    """What `defaults` may say."""
+
+    host: str | list[str] | None = None
+
+
+class _Item(_Defaults, frozen=True, kw_only=True):
     """An item as it is written."""
 
     source: str
@@ -102,7 +111,7 @@ class Item(msgspec.Struct, frozen=True):
     """One thing to move, checked. `name`: what it is called, and what its file is called at a
     receiver of many; `source`, `destination`: URIs, paths in them absolute; `max_bandwidth`: bytes
     a second, 0 without limit; `retries`: how often it is tried again; `settings`: what its
-    migration is to be like."""
+    migration is to be like; `hosts`: where its source is, any of them will do; empty if here."""
 
     name: str
     source: str
@@ -111,6 +120,7 @@ class Item(msgspec.Struct, frozen=True):
     max_bandwidth: int = 0
     retries: int = 0
     settings: Settings = Settings()
+    hosts: tuple[str, ...] = ()
 
     @property
     def guest(self) -> GuestUri:
@@ -118,14 +128,22 @@ class Item(msgspec.Struct, frozen=True):
 
     @property
     def to_receiver(self) -> bool:
-        """It goes to a `pageferry receive`; else both ends are here."""
+        """It goes to a `pageferry receive`; else both ends are where its source is."""
         return self.destination.startswith(_ADDRESSES)
 
     @property
     def host(self) -> str:
-        """Where it goes: the host of its endpoint, "local" if that is this host."""
+        """Where it goes: the host of its endpoint, or that of its source, "local" if that is this
+        host."""
         endpoint = parse_endpoint(self.destination) if self.to_receiver else None
-        return endpoint.host if endpoint is not None and endpoint.scheme == "tcp" else LOCAL
+        if endpoint is not None and endpoint.scheme == "tcp":
+            return endpoint.host
+        return self.source_host
+
+    @property
+    def source_host(self) -> str:
+        """The first of its hosts, "local" if it is here."""
+        return self.hosts[0] if self.hosts else LOCAL
 
     def parameters(self) -> Parameters:
         """Of its migration; UsageError that names the parameter."""
@@ -172,8 +190,8 @@ class Manifest(msgspec.Struct, frozen=True):
 def task(number: int, item: Item, failures: int = 0) -> Task:
     """An item as the planner sees it."""
     return Task(
-        number, item.name, LOCAL, item.host, item.priority, item.max_bandwidth, item.retries,
-        failures,
+        number, item.name, item.source_host, item.host, item.priority, item.max_bandwidth,
+        item.retries, failures,
     )  # fmt: skip
 
 
@@ -187,7 +205,7 @@ def load(what: str, destination: str | None, given: Mapping[str, Any] | None = N
     an item says itself. UsageError; HostLacks where YAML cannot be read."""
     found = _load(what, destination, given)
     for item in found.items:
-        to = None if item.to_receiver else parse_guest(item.destination)
+        to = None if item.to_receiver or item.hosts else parse_guest(item.destination)
         if to is not None and to.kind == "image" and not os.path.isdir(os.path.dirname(to.rest)):
             raise UsageError(
                 f"item {item.name!r}: destination: there is no directory {os.path.dirname(to.rest)}"
@@ -285,7 +303,7 @@ def manifest(
     if not top.items:
         raise UsageError("the manifest: items: there is none")
     defaults = top.defaults | given
-    _decode(defaults, Settings, "the manifest: defaults")
+    _decode(defaults, _Defaults, "the manifest: defaults")
     items = []
     for number, raw in enumerate(top.items, 1):
         where = f"item {number}"
@@ -326,13 +344,17 @@ def _merged(defaults: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
 
 def _item(data: dict[str, Any], where: str, folder: str, retries: int) -> Item:
     raw: _Item = _decode(data, _Item, where)
-    source = _at(where, "source", lambda: anchored(raw.source, folder))
+    hosts = _at(where, "host", lambda: _hosts(raw.host))
+    source = _at(where, "source", lambda: anchored(raw.source, "" if hosts else folder))
     guest = _at(where, "source", lambda: parse_guest(source))
     name = raw.name if raw.name is not None else _name_of(guest, where)
     where = f"item {name!r}"
     _at(where, "name", lambda: check_name(name))
     where_to = raw.destination
-    to = _at(where, "destination", lambda: _destination(where_to, folder))
+    if hosts:
+        _at(where, "source", lambda: _check_absolute(source))
+        _at(where, "destination", lambda: _check_absolute(where_to))
+    to = _at(where, "destination", lambda: _destination(where_to, folder, hosts))
     settings = Settings(**{f: getattr(raw, f) for f in Settings.__struct_fields__})
     item = Item(
         name=name,
@@ -344,11 +366,42 @@ def _item(data: dict[str, Any], where: str, folder: str, retries: int) -> Item:
             where, "retries", retries if raw.retries is None else raw.retries, 0, MAX_RETRIES
         ),
         settings=settings,
+        hosts=hosts,
     )
     parameters = _at(where, "", lambda: item.parameters().checked())
     if guest.kind == "image" and parameters.postcopy != NEVER:
         raise UsageError(f"{where}: postcopy: nothing runs in an image")
+    if len(hosts) > 1 and guest.kind != "image":
+        raise UsageError(
+            f"{where}: host: a guest runs at one host; only an image may be at several"
+        )
     return item
+
+
+def _hosts(said: str | list[str] | None) -> tuple[str, ...]:
+    """Each one that can be in the name of a dask resource; none for `local`."""
+    if said is None or said == LOCAL:
+        return ()
+    names = [said] if isinstance(said, str) else said
+    for name in names:
+        check_host(name)
+    if not names or len(set(names)) < len(names):
+        raise UsageError("it must be a name, or several different ones")
+    return tuple(names)
+
+
+def check_host(name: str) -> None:
+    """UsageError, unless it can be what a host of a fleet is called."""
+    if not _HOST_NAME.fullmatch(name) or name == LOCAL:
+        raise UsageError(f"{name[:80]!r} names no host: letters, digits, . _ - and not {LOCAL!r}")
+
+
+def _check_absolute(uri: str) -> None:
+    """Nobody knows where a relative path would begin at another host."""
+    kind, _, path = uri.partition(":")
+    path = path.removeprefix("//") if kind == "ipc" else path
+    if kind in (*_WITH_PATHS, "ipc") and not path.startswith(("/", "@")):
+        raise UsageError(f"{uri}: at another host a path must be absolute")
 
 
 def _at(where: str, field: str, make: Callable[[], Any]) -> Any:
@@ -377,14 +430,15 @@ def anchored(uri: str, folder: str) -> str:
     return f"{kind}:{os.path.join(folder, path)}" if kind in _WITH_PATHS and path else uri
 
 
-def _destination(text: str, folder: str) -> str:
-    uri = anchored(text, folder)
+def _destination(text: str, folder: str, hosts: tuple[str, ...]) -> str:
+    """`hosts`: where it is, unless it is a receiver's address."""
+    uri = anchored(text, "" if hosts else folder)
     if uri.startswith(_ADDRESSES):
         return str(parse_endpoint(uri))
     guest = parse_guest(uri)
     if guest.kind == "pid":
         raise UsageError("pid: is a source only")
-    if guest.kind == "image" and os.path.isdir(guest.rest) and not is_directory(guest):
+    if guest.kind == "image" and not (hosts or is_directory(guest)) and os.path.isdir(guest.rest):
         return f"{guest}/"
     return str(guest)
 
@@ -409,15 +463,15 @@ def check_name(name: str) -> None:
 
 def _check_unique(items: list[Item]) -> None:
     """Two items that arrive in one place would replace each other."""
-    seen: dict[tuple[str, str], int] = {}
+    seen: dict[tuple[str, str, str], int] = {}
     for number, item in enumerate(items, 1):
-        place = (item.destination, item.name)
+        place = (item.host, item.destination, item.name)
         if not item.to_receiver:
             guest = parse_guest(item.destination)
             if is_directory(guest):
-                place = (f"{item.destination}{item.name}", "")
+                place = (item.host, f"{item.destination}{item.name}", "")
             elif guest.kind != "demo":  # each of these is a new one
-                place = (item.destination, "")
+                place = (item.host, item.destination, "")
         if place in seen:
             what = (
                 f"items {seen[place]} and {number} would replace each other at {item.destination}"

@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -111,6 +111,8 @@ class Source:
         self.journal = Journal("source", self.uuid)
         self.on_progress = on_progress
         self.on_event = on_event or (lambda name, data: None)
+        # Awaited before the guest is stopped; if it raises, the guest goes on here.
+        self.before_stop: Callable[[], Awaitable[None]] | None = None
         self._events: asyncio.Queue[core.Event] = asyncio.Queue()
         self._tasks: list[asyncio.Task[Any]] = []
         self._table: PageTable | None = None
@@ -323,6 +325,8 @@ class Source:
             case core.SendRound():
                 event = await self._send_round(instruction)
             case core.StopGuest():
+                if self.before_stop is not None:
+                    await self.before_stop()
                 begin = time.monotonic()
                 await self._call(self.guest.stop)
                 self.statistics.stopped = self.guest.stopped_at or begin

@@ -23,6 +23,7 @@ SANS_IO = {
     *(f"pipeline/{name}.py" for name in ("agreement", "pacing", "parameters", "__init__")),
     *(f"pipeline/{name}.py" for name in ("planner", "narration", "trace_events")),
     "workers/trace_records.py",
+    "pipeline/fleet_attempt.py",
     *(f"tools/report/{name}.py" for name in ("record", "charts", "style", "page", "__init__")),
     "_version.py",
 }
@@ -43,6 +44,8 @@ STREAMS = {
 SYSTEM_CALLS = {"ctypes", "fcntl", "_ctypes"}
 # What a batch has done is in one file, and one module knows how.
 DATABASE_MODULES = {"pipeline/batch_state.py"}
+# Whoever has no fleet needs no dask.
+DASK_MODULES = {"pipeline/fleet.py"}
 # Builds networks and talks to other tools; nothing of pageferry runs in it.
 BENCHMARK = "tools/bench/"
 # Loading by name: the lazy package and the command line's table of commands.
@@ -177,6 +180,15 @@ def test_only_the_state_of_a_batch_is_a_database():
     """Others ask it."""
     names = [name for name in MODULES if name not in DATABASE_MODULES]
     assert everywhere(lambda name, tree: roots(name, tree) & {"sqlite3"}, names) == {}
+
+
+def test_only_the_fleet_imports_dask():
+    """And at no import of ours: it may not be there, and takes a second."""
+    names = [name for name in MODULES if name not in DASK_MODULES]
+    assert everywhere(lambda name, tree: roots(name, tree) & {"dask", "distributed"}, names) == {}
+    (tree,) = (MODULES[name] for name in DASK_MODULES)
+    tops = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not roots("pipeline/fleet.py", ast.Module(tops, [])) & {"dask", "distributed"}
 
 
 def test_nobody_imports_by_name_what_he_could_not_import():

@@ -5,22 +5,25 @@ time, in a way that survives whatever ends it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from ...pipeline.batch import Batch, verdict
+from ...pipeline.batch import Batch, no_fleet, verdict
 from ...pipeline.batch_state import BatchState, Row, look
-from ...pipeline.manifest import changed, load
-from ...pipeline.planner import State
+from ...pipeline.fleet import Fleet, check_dask
+from ...pipeline.manifest import Item, changed, load
+from ...pipeline.planner import ENDED, State
 from ...pipeline.tracing import recording
-from ...transport.errors import Cancelled, PageferryError
+from ...transport.errors import Cancelled, PageferryError, UsageError
 from ...workers.forking import warm_up
 from ...workers.guests import GuestUri, parse_guest
 from .batch_view import batch_summary, make_batch_view, status_table
@@ -69,6 +72,8 @@ def batch_command() -> None:
               "Default: 3.")  # fmt: skip
 @click.option("--backoff", metavar="TIME", help="Until the first of them; twice as long each "
               "time. Default: 2s.")  # fmt: skip
+@click.option("--fleet", metavar="ADDRESS", help="The dask scheduler that knows the hosts which "
+              "items name, such as tcp://192.0.2.1:8786.")  # fmt: skip
 @memory_options
 @trace_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end.")
@@ -78,6 +83,7 @@ def run_command(
     destination: str | None,
     state_path: str | None,
     trace: str | None,
+    fleet: str | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -90,10 +96,23 @@ def run_command(
     """
     warm_up()
     manifest = load(what, destination, _given(options))
+    if not _needs_fleet(manifest.items, fleet) and fleet is not None:
+        raise UsageError("--fleet is for items that name the `host` of their source, and none does")
     if state_path is None:
         is_file = os.path.isfile(what) and what.endswith((".toml", ".yaml", ".yml", ".json"))
         state_path = f"{what}.state" if is_file else "pageferry-batch.state"
-    _carry_out(BatchState(state_path, manifest), as_json, quiet, trace)
+    _carry_out(BatchState(state_path, manifest), as_json, quiet, trace, fleet)
+
+
+def _needs_fleet(items: Sequence[Item], fleet: str | None) -> bool:
+    """Whether one of `items` is at another host; an error at once if that cannot be reached."""
+    first = next((item for item in items if item.hosts), None)
+    if first is None:
+        return False
+    if fleet is None:
+        raise no_fleet(first)
+    check_dask()
+    return True
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +140,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--max-bandwidth", metavar="RATE", help="Of all together, from now on; 0 is no "
               "limit.")  # fmt: skip
 @trace_option
+@click.option("--fleet", metavar="ADDRESS", help="The dask scheduler, as it is now.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 def resume_command(
@@ -130,6 +150,7 @@ def resume_command(
     parallel: str | None,
     max_bandwidth: str | None,
     trace: str | None,
+    fleet: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -142,14 +163,19 @@ def resume_command(
             state.forgive()
         if retry:
             state.forgive(set(retry))
+        if not _needs_fleet([r.item for r in state.rows() if r.state not in ENDED], fleet):
+            fleet = None
     except BaseException:
         state.close()
         raise
-    _carry_out(state, as_json, quiet, trace)
+    _carry_out(state, as_json, quiet, trace, fleet)
 
 
-def _carry_out(state: BatchState, as_json: bool, quiet: bool, trace: str | None) -> None:
-    """Run the batch to its end, with a display and perhaps a trace; closes `state`."""
+def _carry_out(
+    state: BatchState, as_json: bool, quiet: bool, trace: str | None, fleet: str | None
+) -> None:
+    """Run the batch to its end, with a display and perhaps a trace; closes `state`. `fleet`: a
+    scheduler's address, if there are items for it."""
     view = make_batch_view(quiet)
 
     async def main() -> dict[str, Any]:
@@ -160,7 +186,10 @@ def _carry_out(state: BatchState, as_json: bool, quiet: bool, trace: str | None)
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads))
             interrupts.attach(batch)
             try:
-                return await batch.run()
+                async with contextlib.AsyncExitStack() as stack:
+                    if fleet is not None:
+                        batch.use(await stack.enter_async_context(Fleet.connected(fleet)))
+                    return await batch.run()
             except asyncio.CancelledError:
                 raise Cancelled(
                     f"interrupted; `pageferry batch resume --state {state.path}` goes on",
