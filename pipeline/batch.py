@@ -40,8 +40,8 @@ from .batch_state import BatchState, Row
 from .blocking import to_its_end
 from .callbacks import tell
 from .destination import Destination
-from .journal import name_item
 from .fleet import Elsewhere, Fleet
+from .journal import name_item
 from .manifest import Item, task
 from .parameters import Parameters, default_workers
 from .planner import ENDED, Planner, State
