@@ -33,7 +33,9 @@ from ..transport.errors import (
     as_ours,
 )
 from ..transport.links import parse_endpoint
+from ..workers.content import ContentIndex
 from ..workers.guests import parse_guest
+from ..workers.reserve import Reserve
 from . import api
 from .batch_state import BatchState, Row
 from .blocking import to_its_end
@@ -136,6 +138,8 @@ class Batch:
             [task(r.number, r.item, r.failures) for r in rows if r.state not in ENDED],
             self.policy.limits(),
         )
+        self._workers = Reserve(self._most_workers())
+        self._contents: dict[str, ContentIndex] = {}  # of directories here
         self._wake = asyncio.Event()
         self._fatal: BaseException | None = None
         self._asked = False
@@ -205,6 +209,7 @@ class Batch:
             "wire-bytes": sum(
                 entry.report.get("wire-bytes", 0) for entry in entries if entry.report
             ),
+            "worker-processes": self._workers.started,
             "state-file": os.path.abspath(self.state.path),
             "items": [e.told() for e in sorted(entries, key=lambda e: rank[e.state])],
         }
@@ -247,6 +252,8 @@ class Batch:
         except BaseException:
             await to_its_end(self._abandon())
             raise
+        finally:
+            await to_its_end(asyncio.to_thread(self._workers.close))
         return self._judged()
 
     def _judged(self) -> dict[str, Any]:
@@ -370,13 +377,17 @@ class Batch:
             entry.progress = report
             self._tell_progress()
 
-        how: dict[str, Any] = {"on_progress": progress, "on_started": started, "name": item.name}
+        how: dict[str, Any] = {
+            "on_progress": progress, "on_started": started, "name": item.name,
+            "reserve": self._workers,
+        }  # fmt: skip
         if item.to_receiver:
             there = parse_endpoint(item.destination)
             report = await api.send(item.guest, there, parameters, **how)
         else:
             into = parse_guest(item.destination)
-            report = await api.copy(item.guest, into, parameters, **how)
+            index = self._contents.setdefault(os.path.dirname(into.rest), ContentIndex())
+            report = await api.copy(item.guest, into, parameters, **how, index=index)
         oracle = report.get("oracle")
         if oracle is not None and not oracle["ok"]:
             raise VerificationFailed(f"the oracle found {oracle['wrong-pages']} wrong pages")
@@ -385,8 +396,18 @@ class Batch:
     def _parameters(self, entry: _Entry) -> Parameters:
         """All items together have about the workers that one migration has by default."""
         p = replace(entry.item.parameters(), max_bandwidth=entry.rate)
-        together = max(1, min(self.policy.parallel, len(self._entries)))
-        return p if p.workers else replace(p, workers=max(1, default_workers() // together))
+        return p if p.workers else replace(p, workers=max(1, default_workers() // self._together))
+
+    @property
+    def _together(self) -> int:
+        return max(1, min(self.policy.parallel, len(self._entries)))
+
+    def _most_workers(self) -> int:
+        """Of items that run at the same time, at both ends if these are here."""
+        said = [entry.item.settings.workers or 0 for entry in self._entries.values()]
+        each = max([1, default_workers() // self._together, *said])
+        here = any(not entry.item.to_receiver for entry in self._entries.values())
+        return self._together * each * (2 if here else 1)
 
     def _handing_over(
         self, number: int, migration: Source

@@ -46,6 +46,7 @@ from ..workers.digest import block_digest, part_count
 from ..workers.forking import context
 from ..workers.guests.base import DestinationGuest
 from ..workers.pool import Pool, Worker
+from ..workers.reserve import Reserve
 from .agreement import check_hello
 from .blocking import Blocking, to_its_end
 from .callbacks import tell
@@ -73,7 +74,9 @@ class Arrival:
         open_guest: OpenGuest,
         on_progress: Progress | None,
         on_event: Callable[[str, dict[str, Any]], None],
+        reserve: Reserve | None = None,
     ) -> None:
+        self._reserve = reserve
         self.hello = hello
         self.control = control
         self.endpoint = endpoint
@@ -236,7 +239,9 @@ class Arrival:
         n = self._counters.workers
         self._ready = asyncio.Queue()
         self._tokens = [secrets.token_bytes(16) for _ in range(n)]
-        self._pool = Pool("receiver", self._counters, self._on_job, self.fail)
+        # those of a postcopy lower their priority for good
+        reserve = self._reserve if self._faults is None else None
+        self._pool = Pool("receiver", self._counters, self._on_job, self.fail, reserve)
         writing = context().Lock()
         payloads = [
             receiver.ReceiverJob(
@@ -612,7 +617,7 @@ class Destination:
     """Listens at an endpoint; one migration at a time.
 
     `open_guest(hello)` says into what; with `only` nobody but the source whose identity that
-    is (a shared secret) is welcome.
+    is (a shared secret) is welcome. `reserve`: where receivers come from.
     """
 
     def __init__(
@@ -623,8 +628,10 @@ class Destination:
         on_progress: Progress | None = None,
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
         only: bytes | None = None,
+        reserve: Reserve | None = None,
     ) -> None:
         self._only = only
+        self._reserve = reserve
         self._context = zmq.asyncio.Context()
         try:
             sock, self.endpoint = bind(self._context, endpoint, control=True)
@@ -750,7 +757,7 @@ class Destination:
         self._identity = identity
         return Arrival(
             hello, control, self.endpoint, self._open_guest,
-            self._progress, self._event,
+            self._progress, self._event, self._reserve,
         )  # fmt: skip
 
     def _is_busy(self) -> bool:

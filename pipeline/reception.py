@@ -14,8 +14,11 @@ from typing import Any
 from ..transport import messages
 from ..transport.errors import Cancelled, PageferryError, PeerRefused
 from ..transport.links import Endpoint
+from ..workers.reserve import Reserve
+from .blocking import to_its_end
 from .control import Control
 from .destination import Arrival, Destination, OpenGuest
+from .parameters import default_workers
 from .state import Status
 
 # Report or error, and what the source calls it.
@@ -28,7 +31,9 @@ class Reception(Destination):
     def __init__(
         self, endpoint: Endpoint, open_guest: OpenGuest, on_end: OnEnd, *, at_once: int
     ) -> None:
-        super().__init__(endpoint, open_guest)
+        # as many as these have by default (batch.py), however many they had at some time
+        self._workers = Reserve(max(at_once, default_workers()))
+        super().__init__(endpoint, open_guest, reserve=self._workers)
         self._on_end = on_end
         self._at_once = at_once
         self._arrivals: dict[bytes, Arrival] = {}
@@ -78,6 +83,7 @@ class Reception(Destination):
             for task in self._running:
                 task.cancel()
             await asyncio.gather(*self._running, return_exceptions=True)
+            await to_its_end(asyncio.to_thread(self._workers.close))
 
     def _free_slot(self) -> int:
         taken = {arrival.slot for arrival in self._arrivals.values()}

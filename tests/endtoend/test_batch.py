@@ -83,6 +83,55 @@ def test_a_directory(images, tmp_path):
     assert inodes(images) == before
 
 
+def test_workers_are_started_once(images, tmp_path):
+    """Two at a time have two processes at each end, however many there are; between two images and
+    after the last these wait at the receiver, and nothing of theirs outlives a kill -9."""
+    path = tmp_path / "state"
+    with receiver("--into", f"image:{tmp_path}/out/", "--at-once", "2") as receiving:
+        done = run("batch", str(images), receiving.endpoint, "--state", str(path), "--json",
+                   "--parallel", "2", "--workers", "1", "--verify")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert 1 <= report["worker-processes"] <= 2
+        said = [json.loads(receiving.process.stdout.readline()) for _ in range(6)]
+        pids = {p["pid"] for each in said for p in each["processes"] if p["name"] == "receiver-0"}
+        assert 1 <= len(pids) <= 2
+        until(lambda: {psutil.Process(pid).name() for pid in pids} == {"pf-idle"}, "they wait")
+        kill_9(receiving)  # they are of its family
+    sweep(receiving.process.pid)
+    assert arrived(images) == [f"vm{n}.mem" for n in range(6)]
+
+
+def test_a_worker_that_is_killed_is_replaced(images, tmp_path):
+    """Its item is tried again; the others go on."""
+    killed = []
+
+    async def main():
+        state, batch = begin(
+            tmp_path / "s", parallel=2, destination="image:out/", backoff="10ms",
+            defaults={"workers": 1, "codec": "none", "batch-pages": 16}, **{"max-bandwidth": "1MB"},
+            items=[{"source": f"image:images/vm{n}.mem"} for n in range(6)],
+        )  # fmt: skip
+
+        def look_at(query):
+            for entry in batch._entries.values():
+                crew = entry.migration and entry.migration._crew
+                if not killed and crew is not None and crew.pool.workers:
+                    killed.append(crew.pool.workers[0].process.pid)
+                    os.kill(killed[0], signal.SIGKILL)
+
+        batch.on_progress = look_at
+        report = await batch.run()
+        state.close()
+        return report
+
+    report = asyncio.run(main())
+    assert killed and report["completed"] == 6
+    assert sorted(item["attempts"] for item in report["items"]) == [1, 1, 1, 1, 1, 2]
+    assert report["worker-processes"] <= 5 + 1
+    assert len(arrived(images)) == 6
+
+
 def test_a_manifest_with_an_item_that_fails(images, tmp_path):
     """It does not stop the others, comes first in the summary, and can be tried again."""
     path = tmp_path / "m.json"

@@ -16,7 +16,7 @@ import click
 
 from ...transport.errors import UsageError
 from ...transport.quantities import parse_rate, parse_size
-from . import clones, demo, drain, links, postcopy, scaling, sparse, startup, throughput, vm
+from . import clones, demo, drain, links, many, postcopy, scaling, sparse, startup, throughput, vm
 from .content import KINDS
 from .lab import BenchError, Lab, isolate
 from .pageferry import default_command
@@ -230,6 +230,22 @@ def clones_command(json_file: str | None, command: str, **options: Any) -> None:
     """Many images of few families: a batch, copies one by one, rsync."""
     plan = clones.Plan(**options)
     _run(lambda lab: clones.measure(lab, plan), json_file, command)
+
+
+@cli.command("many")
+@click.option("--images", type=click.IntRange(1), default=200, show_default=True)
+@_size_option("1M", "Of each image.")
+@click.option("--parallel", type=click.IntRange(1), default=4, show_default=True,
+              help="At once.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(0), default=0, help="Of each. Default: pageferry's.")
+@click.option("--directory", type=click.Path(file_okay=False, exists=True),
+              default="/dev/shm", show_default=True,
+              help="Where the images are, and their copies.")  # fmt: skip
+@_common_options(reps=3)
+def many_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """Many small images in a batch: what each costs beside its bytes."""
+    plan = many.Plan(**options)
+    _run(lambda lab: many.measure(lab, plan), json_file, pageferry)
 
 
 @cli.command("drain")
