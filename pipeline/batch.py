@@ -36,11 +36,13 @@ from ..transport.links import parse_endpoint
 from ..workers.content import ContentIndex
 from ..workers.guests import parse_guest
 from ..workers.reserve import Reserve
+from ..workers.sampling import sample
 from . import api
 from .batch_state import BatchState, Row
 from .blocking import to_its_end
 from .callbacks import tell
 from .destination import Destination
+from .families import Families
 from .manifest import Item, task
 from .parameters import Parameters, default_workers
 from .planner import ENDED, Planner, State
@@ -58,6 +60,8 @@ _FINAL = (
     PostcopyFailed,
 )  # fmt: skip
 _PROGRESS_SECONDS = 0.25
+# A look at an image that takes longer says nothing of it.
+_SAMPLE_SECONDS = 5.0
 
 _log = logging.getLogger("pageferry")
 
@@ -140,6 +144,8 @@ class Batch:
         )
         self._workers = Reserve(self._most_workers())
         self._contents: dict[str, ContentIndex] = {}  # of directories here
+        self._families = Families()
+        self._sampling: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._fatal: BaseException | None = None
         self._asked = False
@@ -239,6 +245,7 @@ class Batch:
                 self._share()  # first the others have less, then there is one more
                 for number in started:
                     self._spawn(number)
+                self._look_for_relatives()
                 if self._fatal is not None:
                     raise self._fatal
                 if self._planner.over:
@@ -253,6 +260,8 @@ class Batch:
             await to_its_end(self._abandon())
             raise
         finally:
+            if self._sampling is not None:
+                self._sampling.cancel()
             await to_its_end(asyncio.to_thread(self._workers.close))
         return self._judged()
 
@@ -283,6 +292,33 @@ class Batch:
         for running in tasks:
             running.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _look_for_relatives(self) -> None:
+        """Have the planner's questions answered, if they are not just being answered."""
+        if not self._planner.asked or self._sampling is not None:
+            return
+        self._sampling = asyncio.get_running_loop().create_task(self._sample())
+
+        def done(ended: asyncio.Task[None]) -> None:
+            self._sampling = None
+            if not ended.cancelled() and (error := ended.exception()) is not None:
+                self._fatal = error
+            self._wake.set()
+
+        self._sampling.add_done_callback(done)
+
+    async def _sample(self) -> None:
+        """One item after the other, the most urgent first: it may be started at once."""
+        while asked := self._planner.asked:
+            number = asked[0]
+            item = self._entries[number].item
+            marks: list[tuple[int, int]] = []
+            with contextlib.suppress(TimeoutError):  # its migration will say more of it
+                looking = asyncio.to_thread(sample, item.guest.rest)
+                marks = await asyncio.wait_for(looking, _SAMPLE_SECONDS)
+            family = self._families.of(marks)
+            self._planner.related(number, None if family is None else (item.destination, family))
+            self._wake.set()
 
     def _share(self) -> None:
         """Each migration that runs has what the planner gives it."""

@@ -127,6 +127,14 @@ class Item(msgspec.Struct, frozen=True):
         endpoint = parse_endpoint(self.destination) if self.to_receiver else None
         return endpoint.host if endpoint is not None and endpoint.scheme == "tcp" else LOCAL
 
+    @property
+    def alike(self) -> bool:
+        """Others that go there may be much the same, and then what is equal travels once: images,
+        to a receiver (which may be one of many) or a directory."""
+        if self.guest.kind != "image":
+            return False
+        return self.to_receiver or is_directory(parse_guest(self.destination))
+
     def parameters(self) -> Parameters:
         """Of its migration; UsageError that names the parameter."""
         said = {
@@ -173,7 +181,7 @@ def task(number: int, item: Item, failures: int = 0) -> Task:
     """An item as the planner sees it."""
     return Task(
         number, item.name, LOCAL, item.host, item.priority, item.max_bandwidth, item.retries,
-        failures,
+        failures, item.alike,
     )  # fmt: skip
 
 

@@ -102,6 +102,32 @@ def test_workers_are_started_once(images, tmp_path):
     assert arrived(images) == [f"vm{n}.mem" for n in range(6)]
 
 
+@pytest.mark.parametrize("to", ["receiver", "directory"])
+def test_clones_that_begin_together_travel_once(tmp_path, to):
+    """Four clones of one image and two of another, all at once: of each family the first travels,
+    of the others what is their own."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "out").mkdir()
+    mib, own = 1 << 20, 6
+    for number in range(6):
+        content = bytearray(random.Random(number % 3 == 2).randbytes(4 * mib))
+        draw = random.Random(100 + number)
+        for page in draw.sample(range(len(content) // PAGE), own):
+            content[page * PAGE : (page + 1) * PAGE] = draw.randbytes(PAGE)
+        (tmp_path / "images" / f"vm{number}.mem").write_bytes(content)
+    with receiver("--into", f"image:{tmp_path}/out/", "--at-once", "6") as receiving:
+        where = receiving.endpoint if to == "receiver" else f"image:{tmp_path}/out/"
+        done = run("batch", str(tmp_path / "images"), where, "--state", str(tmp_path / "state"),
+                   "--parallel", "6", "--codec", "none", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["wire-bytes"] < 2 * 4 * mib + 4 * 2 * own * PAGE + mib // 2
+    there = {i["name"]: i["report"]["pages-already-there"] for i in report["items"]}
+    firsts = [name for name, pages in there.items() if not pages]
+    assert sorted(firsts) == ["vm0.mem", "vm2.mem"]
+    assert len(arrived(tmp_path / "images")) == 6
+
+
 def test_a_worker_that_is_killed_is_replaced(images, tmp_path):
     """Its item is tried again; the others go on."""
     killed = []

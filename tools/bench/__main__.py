@@ -221,6 +221,10 @@ def startup_command(json_file: str | None, pageferry: str, reps: int) -> None:
 @_size_option("128M", "Of each image.")
 @click.option("--changed", type=click.IntRange(0), default=600, show_default=True,
               help="Pages of a clone that are its own.")  # fmt: skip
+@click.option("--parallel", type=click.IntRange(1), default=4, show_default=True,
+              help="Images of the batch at once.")  # fmt: skip
+@click.option("--together", is_flag=True,
+              help="Clones follow one another, instead of families taking turns.")  # fmt: skip
 @click.option("--directory", type=click.Path(file_okay=False, exists=True),
               default=tempfile.gettempdir(), show_default=True,
               help="Where the images are, and their copies.")  # fmt: skip
