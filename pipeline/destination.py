@@ -734,8 +734,10 @@ class Destination:
             return None
 
         async def transmit(answer: bytes) -> None:
-            with contextlib.suppress(zmq.ZMQError):  # gone: heartbeats will tell
+            try:
                 await self._socket.send_multipart([identity, answer])
+            except zmq.ZMQError as e:  # gone: heartbeats will tell
+                control.cut |= e.errno == zmq.EHOSTUNREACH
 
         control = Control(Role.DESTINATION, transmit, "the source")
         try:
@@ -746,7 +748,7 @@ class Destination:
             self._resume(identity, hello, control)
             return None
         assert isinstance(hello, messages.Hello)
-        if self._is_busy():
+        if self._is_busy(hello):
             self._refuse(control, PeerRefused("the destination is busy", field="busy"))
             return None
         try:
@@ -760,7 +762,7 @@ class Destination:
             self._progress, self._event, self._reserve,
         )  # fmt: skip
 
-    def _is_busy(self) -> bool:
+    def _is_busy(self, hello: messages.Hello) -> bool:
         return self.arrival is not None
 
     def _resume(self, identity: bytes, message: messages.Resume, control: Control) -> None:

@@ -16,7 +16,20 @@ import click
 
 from ...transport.errors import UsageError
 from ...transport.quantities import parse_rate, parse_size
-from . import clones, demo, drain, links, many, postcopy, scaling, sparse, startup, throughput, vm
+from . import (
+    clones,
+    demo,
+    drain,
+    kills,
+    links,
+    many,
+    postcopy,
+    scaling,
+    sparse,
+    startup,
+    throughput,
+    vm,
+)
 from .content import KINDS
 from .lab import BenchError, Lab, isolate
 from .pageferry import default_command
@@ -234,6 +247,30 @@ def clones_command(json_file: str | None, command: str, **options: Any) -> None:
     """Many images of few families: a batch, copies one by one, rsync."""
     plan = clones.Plan(**options)
     _run(lambda lab: clones.measure(lab, plan), json_file, command)
+
+
+@cli.command("kills")
+@click.option("--images", type=click.IntRange(1), default=50, show_default=True)
+@_size_option("128M", "Of each image.")
+@click.option("--clones", type=click.IntRange(0), default=9, show_default=True,
+              help="Of each image that is none.")  # fmt: skip
+@click.option("--changed", type=click.IntRange(0), default=600, show_default=True,
+              help="Pages of a clone that are its own.")  # fmt: skip
+@click.option("--kills", type=click.IntRange(0), default=20, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--parallel", type=click.IntRange(1), default=4, show_default=True, help="At once.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Of each. Default: pageferry's.")
+@click.option("--codec", default="none", show_default=True)
+@click.option("--rate", type=_rate, default="0", metavar="RATE", help="Limit of all together.")
+@click.option("--directory", type=click.Path(file_okay=False, exists=True),
+              default=tempfile.gettempdir(), show_default=True,
+              help="Where the images are, and their copies.")  # fmt: skip
+@click.option("--json", "json_file", metavar="FILE", help="The rows, as JSON.")
+@click.option("--pageferry", "command", default="", metavar="CMD", help="Another installation.")
+def kills_command(json_file: str | None, command: str, **options: Any) -> None:
+    """kill -9 of a batch at random moments, resumed each time: what arrives, what is sent twice."""
+    plan = kills.Plan(**options)
+    _run(lambda lab: kills.measure(lab, plan), json_file, command)
 
 
 @cli.command("many")
