@@ -13,6 +13,7 @@ import contextlib
 import os
 import secrets
 import sys
+from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
@@ -38,10 +39,15 @@ class Segment:
         SIGBUS at some store."""
         self.size = size
         self._owner = True
-        self._shm: SharedMemory | None = SharedMemory(
-            f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}-{what}", create=True, size=size
-        )
-
+        name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}-{what}"
+        # Before it exists, and once more by SharedMemory, which in one tracker changes nothing:
+        # whoever is killed between making it and saying so would leave it.
+        resource_tracker.register(f"/{name}", "shared_memory")
+        try:
+            self._shm: SharedMemory | None = SharedMemory(name, create=True, size=size)
+        except BaseException:
+            resource_tracker.unregister(f"/{name}", "shared_memory")
+            raise
         if reserve:
             self._reserve()
 

@@ -78,8 +78,9 @@ class DirectoryDestination(ImageDestination):
 
     def load_state(self, kind: str, state: bytes, running: bool) -> None:
         super().load_state(kind, state, running)
-        for block in range(len(self.blocks)):
-            self._know_the_rest(block)
+        if kind == "image":  # a live guest stands still just now, and waits for this
+            for block in range(len(self.blocks)):
+                self._know_the_rest(block)
 
     def _know_the_rest(self, index: int) -> None:
         """What nobody asked for (it had arrived before, or the source did not ask) is of use to
