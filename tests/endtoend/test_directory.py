@@ -52,17 +52,19 @@ def test_several_at_a_time_each_by_its_name(images):
     ):
         running = [
             stack.enter_context(
-                Running("send", f"image:{path}", receiving.endpoint, "--max-bandwidth", "3MB")
+                Running("send", f"image:{path}", receiving.endpoint, "--max-bandwidth", "200kB",
+                        "--batch-pages", "16", "--monitor", f"unix:{path}.sock")
             )
             for path in sources[:2]
-        ]
+        ]  # fmt: skip
         for sending in running:
             sending.error_line("round 1")
         # a third is told that there is no room
         busy = run("send", f"image:{sources[2]}", receiving.endpoint)
         assert busy.returncode == 6
         assert "busy" in busy.stderr
-        for sending in running:
+        for path, sending in zip(sources, running, strict=False):
+            assert run("set", f"unix:{path}.sock", "max-bandwidth=10Gbit").returncode == 0
             assert sending.finish()[0] == 0
         for path in sources[2:]:
             sent(path, receiving.endpoint)
@@ -137,15 +139,15 @@ def test_a_source_that_was_killed_is_back_at_once(images):
     source = images("vm.mem", 32 * MIB)
     part = images.into / ".vm.mem.pageferry-part"
     with receiver("--into", f"image:{images.into}/", "--at-once", "1") as receiving:
-        slow = ("send", f"image:{source}", receiving.endpoint, "--max-bandwidth", "4MB")
-        with Running(*slow) as sending:
-            until(lambda: part.exists() and part.stat().st_blocks * 512 >= 4 * MIB, "some of it")
+        slow = ("--max-bandwidth", "1MB", "--batch-pages", "16")
+        with Running("send", f"image:{source}", receiving.endpoint, *slow) as sending:
+            until(lambda: part.exists() and part.stat().st_blocks * 512 >= MIB, "some of it")
             busy = run("send", f"image:{source}", receiving.endpoint)
             assert busy.returncode == 6 and "being received already" in busy.stderr
             sending.process.kill()
             sending.process.wait()
         report = sent(source, receiving.endpoint)
-        assert report["pages-already-there"] >= 4 * MIB // PAGE_SIZE
+        assert report["pages-already-there"] >= MIB // PAGE_SIZE
         first = receiving.error_line("failed")
         while "being received already" in first:
             first = receiving.error_line("failed")
