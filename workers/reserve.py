@@ -38,8 +38,9 @@ from .usage import count_from_here
 
 # A process that is told to end has this long before it is killed.
 _END_SECONDS = 2.0
+# What a thread that has ended needs to be gone.
 _LEAVING_SECONDS = 0.1
-# Names a job may take along are some hundred bytes; a VM has a few blocks.
+# A job names blocks, some hundred bytes each; there may be 65535.
 _MOST_JOB = 64 << 20
 # One that waits takes a job in microseconds, a new one in milliseconds; not on a host that is busy.
 _TAKE_SECONDS, _BEGIN_SECONDS = 2.0, 20.0
