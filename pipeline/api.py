@@ -42,6 +42,7 @@ from .restoring import Restoring
 from .serving import Server
 from .source import Source
 from .state import IN_POSTCOPY, Status
+from .tracing import recording
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -304,9 +305,11 @@ async def migrate_async(
     on_progress: Progress | None = None,
     on_started: Started | None = None,
     monitor: str | None = None,
+    trace: str | None = None,
     **parameters: Any,
 ) -> dict[str, Any]:
-    """Migrate `source` to `destination`; returns the report (query-migrate's names).
+    """Migrate `source` to `destination`; returns the report (query-migrate's names). `trace`: the
+    file that trace events are written to.
 
     `on_progress(report)` is called four times a second. Raises PageferryError's subclasses;
     an error's `data["report"]`, where it is there, has the figures up to then.
@@ -315,8 +318,12 @@ async def migrate_async(
     where = parse_guest(source)
     how = {"on_progress": on_progress, "on_started": on_started, "monitor": monitor}
     if destination.startswith(("tcp://", "ipc://")):
-        return await send(where, parse_endpoint(destination), checked, **how)  # type: ignore[arg-type]
-    return await copy(where, parse_guest(destination), checked, **how)  # type: ignore[arg-type]
+        there = parse_endpoint(destination)
+        with recording(trace, where):
+            return await send(where, there, checked, **how)  # type: ignore[arg-type]
+    into = parse_guest(destination)
+    with recording(trace, where, into):
+        return await copy(where, into, checked, **how)  # type: ignore[arg-type]
 
 
 def migrate(source: str, destination: str, **parameters: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..transport.errors import LocalProtocolError
 from ..transport.links import TOS_BULK
@@ -27,6 +27,9 @@ from .crew import Crew, extents
 from .pacing import Pacer, Sample
 from .parameters import Parameters
 
+if TYPE_CHECKING:
+    from ..workers.tracing import Recorder
+
 TICK_SECONDS = 0.05
 
 
@@ -40,13 +43,14 @@ class Background:
         table: PageTable,
         parameters: Parameters,
         on_failure: Callable[[Exception], None],
+        recorder: Recorder | None = None,
     ) -> None:
         self._blocks = blocks
         self._table = table
         self._preempt = parameters.preempt
         self._direct = parameters.postcopy_link == "direct"
         self._on_failure = on_failure
-        self.counters = Counters(1)
+        self.counters = Counters(1, recorder)
         self.pacer = Pacer(
             parameters.workers, parameters.postcopy_latency_target,
             parameters.max_postcopy_bandwidth,

@@ -43,6 +43,7 @@ from .blocking import to_its_end
 from .callbacks import tell
 from .destination import Destination
 from .families import Families
+from .journal import name_item
 from .manifest import Item, task
 from .parameters import Parameters, default_workers
 from .planner import ENDED, Planner, State
@@ -63,7 +64,7 @@ _PROGRESS_SECONDS = 0.25
 # A look at an image that takes longer says nothing of it.
 _SAMPLE_SECONDS = 5.0
 
-_log = logging.getLogger("pageferry")
+_log = logging.getLogger("pageferry.batch")
 
 
 def is_busy(error: PageferryError) -> bool:
@@ -397,6 +398,7 @@ class Batch:
     async def _move(self, number: int, entry: _Entry) -> dict[str, Any]:
         """The migration of one item."""
         item = entry.item
+        name_item(item.name)
         parameters = self._parameters(entry)
 
         def started(migration: Source | Destination) -> None:
@@ -467,6 +469,7 @@ class Batch:
         told |= {"failures": entry.failures, "size": entry.size}
         if again is not None:
             told["again-in"] = round(again, 3)
+        _log_item(told)
         tell(self.on_item, told)
         self._tell_progress(now=True)
 
@@ -475,6 +478,13 @@ class Batch:
         if self.on_progress is not None and (now or time_ - self._progressed >= _PROGRESS_SECONDS):
             self._progressed = time_
             tell(self.on_progress, self.query())
+
+
+def _log_item(event: dict[str, Any]) -> None:
+    why = f": {event['error']['message']}" if event["event"] == "failed" else ""
+    again = f"; tried again in {event['again-in']:.1f} s" if "again-in" in event else ""
+    attempt = f", attempt {event['attempts']}" if event["event"] == "started" else ""
+    _log.info("%s: %s%s%s%s", event["name"], event["event"], attempt, why, again)
 
 
 def _progress(entry: _Entry) -> dict[str, Any]:

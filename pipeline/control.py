@@ -27,6 +27,8 @@ class Control:
     def __init__(self, role: Role, transmit: Callable[[bytes], Awaitable[Any]], peer: str) -> None:
         self.session = Session(role)
         self.peer = peer
+        # told of each message: "said" or "heard", the message, its bytes
+        self.note: Callable[[str, messages.AnyMessage, int], None] | None = None
         self._transmit = transmit
         self._heard = self._said = time.monotonic()
         self._said_count = self._heard_count = 0  # messages, pings not counted
@@ -42,6 +44,8 @@ class Control:
         self._said = time.monotonic()
         if not isinstance(message, messages.Ping):
             self._said_count += 1
+        if self.note is not None:
+            self.note("said", message, len(data))
         return data
 
     async def say(self, message: messages.AnyMessage) -> None:
@@ -66,6 +70,8 @@ class Control:
         message = self.session.receive(data)
         self._heard = time.monotonic()
         self._sign.set()
+        if self.note is not None:
+            self.note("heard", message, len(data))
         if isinstance(message, messages.Ping):
             if message.said > self._heard_count:
                 raise PeerLost(

@@ -80,8 +80,31 @@ class Convergence:
             return Decision.GIVE_UP
         return Decision.NEXT_ROUND
 
-    def eta(self, pages: int) -> float | None:
-        """Seconds until the switchover, or None while the guest writes faster than we send."""
-        if self.rate == 0 or self.dirty_rate >= _HOPELESS * self.rate:
+    @property
+    def hopeless(self) -> bool:
+        """The guest writes as fast as we send, or faster: one round more would leave no less."""
+        return self.rate == 0 or self.dirty_rate >= _HOPELESS * self.rate
+
+    def eta(
+        self, left: int, rate: float, written: int, dirty_rate: float, total: int
+    ) -> float | None:
+        """Seconds until the guest runs at the destination, or None if it will not so.
+
+        Of this round `left` pages are left, and go on at `rate`; `written` pages are dirty again,
+        and of all `total` pages more will be at `dirty_rate` (both rates: bytes of guest memory a
+        second). Then come the rounds that `decide` would decide on.
+        """
+        if rate <= 0:
             return None
-        return pages * PAGE_SIZE / (self.rate - self.dirty_rate)
+        seconds, pages = left * PAGE_SIZE / rate, float(left)
+        for _ in range(max(1, self.max_rounds - self.rounds)):
+            step = pages * PAGE_SIZE / rate
+            pages = min(total, written + dirty_rate * step / PAGE_SIZE)
+            written = 0
+            downtime = FIXED_SECONDS + self.take_seconds + pages * PAGE_SIZE / rate
+            if downtime <= self.downtime_limit:
+                return seconds + downtime
+            if dirty_rate >= _HOPELESS * rate:
+                return None
+            seconds += self.take_seconds + pages * PAGE_SIZE / rate
+        return None

@@ -47,11 +47,13 @@ from ..workers.forking import context
 from ..workers.guests.base import DestinationGuest
 from ..workers.pool import Pool, Worker
 from ..workers.reserve import Reserve
+from . import narration
 from .agreement import check_hello
 from .blocking import Blocking, to_its_end
 from .callbacks import tell
 from .control import Control
 from .faults import Faults
+from .journal import Journal
 from .state import IN_POSTCOPY, Status, advance
 from .statistics import Statistics
 
@@ -78,7 +80,9 @@ class Arrival:
     ) -> None:
         self._reserve = reserve
         self.hello = hello
+        self.journal = Journal("destination", hello.uuid)
         self.control = control
+        control.note = self.journal.control
         self.endpoint = endpoint
         self.status = Status.NONE
         self.statistics = Statistics("destination")
@@ -122,6 +126,7 @@ class Arrival:
         self._emit()
 
     def _emit(self) -> None:
+        self.journal.became(self.status, str(self.error or ""))
         tell(self._on_event, "MIGRATION", {"status": self.status.value})
 
     def fail(self, error: BaseException) -> None:
@@ -167,6 +172,7 @@ class Arrival:
 
     async def run(self) -> dict[str, Any]:
         """From Hello to the end. Returns the report, raises the error."""
+        self.journal.info(narration.arrived(self.hello))
         self._become(Status.SETUP)
         self._task(self._set_up())
         cancelled = False
@@ -176,10 +182,11 @@ class Arrival:
             cancelled = True
             self.error = self.error or Cancelled("the receiver was stopped")
         await to_its_end(self._close())
-        if cancelled:
-            raise asyncio.CancelledError
         report = self.query()
         report.pop("progress")
+        self.journal.over(narration.ended(report))
+        if cancelled:
+            raise asyncio.CancelledError
         if self.error is not None:
             self.error.data["report"] = report
             raise self.error
@@ -191,13 +198,13 @@ class Arrival:
         self._task(self.control.keep_alive())
         try:
             self.guest = self._open_guest(self.hello)
-            await self._call(self.guest.lay_out, self.hello)
+            await self.journal.during("lay out", self._call, self.guest.lay_out, self.hello)
         except PageferryError as e:
             await self.control.say(messages.refusal(e))
             raise
         self.statistics.total_pages = sum(block.pages for block in self.guest.blocks)
         urgent = await self._start_faults() if POSTCOPY in self.hello.capabilities else None
-        self._counters = self.statistics.counters = Counters(self.hello.workers)
+        self._counters = self.statistics.counters = Counters(self.hello.workers, self.journal.lane)
         endpoints = await self._start_receivers(installing=False)
         self.statistics.set_up = time.monotonic()
         self._become(Status.ACTIVE)
@@ -228,7 +235,7 @@ class Arrival:
             raise error
         self._faults = Faults(
             self.guest.blocks, self.guest.memory, self._listen_at(MAX_WORKERS), self.fail,
-            direct=DIRECT in self.hello.capabilities,
+            direct=DIRECT in self.hello.capabilities, recorder=self.journal.lane,
         )  # fmt: skip
         self.statistics.urgent = self._faults.counters
         token = secrets.token_bytes(16)
@@ -308,15 +315,18 @@ class Arrival:
             self.fail(PeerLost(f"the source paused: {message.message}"))
         elif isinstance(message, messages.Run):
             self._committed = True  # before anything else can happen
-            self._starting = asyncio.get_running_loop().create_task(self._start_guest())
+            starting = self.journal.during("start the guest", self._start_guest)
+            self._starting = asyncio.get_running_loop().create_task(starting)
         elif message is not None:
-            self._task(self._handle(message))
+            name = type(message).__name__
+            self._task(self.journal.during(name, self._handle, message))
 
     async def _handle(self, message: messages.AnyMessage) -> None:
         assert self.guest is not None
         match message:
             case messages.Round():
                 self.statistics.begin_round(message.number, message.pages)
+                self.journal.round_begins(message.number, message.pages)
             case messages.Discard():
                 await self._discard(message)
                 await self.control.say(messages.Discarded())
@@ -498,8 +508,10 @@ class Arrival:
         elif self.status is Status.POSTCOPY_RECOVER:
             self._pause(PeerLost("the source has connected once more"))
         self._become(Status.POSTCOPY_RECOVER)
+        self.journal.info("the source is back")
         self.control = control
-        self._task(self._resume(message, control))
+        control.note = self.journal.control
+        self._task(self.journal.during("resume", self._resume, message, control))
 
     async def _resume(self, message: messages.Resume, control: Control) -> None:
         assert self._faults is not None and self._counters is not None

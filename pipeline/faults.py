@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..transport.errors import LocalProtocolError, PeerLost
 from ..workers import fault, jobs
@@ -24,6 +24,9 @@ from ..workers.ram import RamBlock
 from ..workers.received import Received, Waiting
 from ..workers.receiver import ArmedGuest
 from ..workers.segments import Segment
+
+if TYPE_CHECKING:
+    from ..workers.tracing import Recorder
 
 # A fault process that does not answer for this long is replaced.
 RELINK_SECONDS = 5.0
@@ -41,6 +44,7 @@ class Faults:
         *,
         direct: bool,
         removing: Any = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._blocks = blocks
         self._memory = memory
@@ -48,7 +52,7 @@ class Faults:
         self._on_failure = on_failure
         self._direct = direct
         self._removing = removing
-        self.counters = Counters(1)
+        self.counters = Counters(1, recorder)
         self.received = Received([block.pages for block in blocks])
         self._waiting = Waiting()
         self._latency = Latency()

@@ -366,7 +366,7 @@ class Migration:
         decision = self.convergence.decide(event.pages)
         if decision is Decision.SWITCH_OVER:
             return self._switch_over()
-        if self._postcopy_due(decision, event.pages):
+        if self._postcopy_due(decision):
             return self._leave()
         if decision is Decision.GIVE_UP:
             return self._failed(Failed(self._not_converging()))
@@ -377,7 +377,7 @@ class Migration:
         self.leaving = False  # nothing is left that postcopy could bring later
         return self._next_round()
 
-    def _postcopy_due(self, decision: Decision, pages: int) -> bool:
+    def _postcopy_due(self, decision: Decision) -> bool:
         """True if it is time to start the guest before its memory is there."""
         if self.postcopy == NEVER:
             return False
@@ -385,9 +385,7 @@ class Migration:
             return True
         if self.postcopy != AUTO:
             return False
-        # one round more would leave no less
-        hopeless = self.round >= 2 and self.convergence.eta(pages) is None
-        return decision is Decision.GIVE_UP or hopeless
+        return decision is Decision.GIVE_UP or (self.round >= 2 and self.convergence.hopeless)
 
     def _leave(self) -> list[Instruction]:
         self.leaving = True

@@ -45,10 +45,12 @@ from ..workers.guests.base import ArmedMemory, Region
 from ..workers.guests.handover import HandoverListener, Mapping, VmmConnection
 from ..workers.pool import Pool, Worker
 from ..workers.ram import RamBlock, RamFile
+from . import narration
 from .blocking import to_its_end
 from .callbacks import tell
 from .control import Control
 from .faults import Faults
+from .journal import Journal
 from .state import Status, advance
 from .statistics import Statistics
 
@@ -110,6 +112,7 @@ class Restoring:
         identity: bytes | None = None,
     ) -> None:
         self.endpoint = endpoint
+        self.journal = Journal("restore", "")
         self.status = Status.NONE
         self.statistics = Statistics("destination")
         self.statistics.postcopy = True
@@ -184,13 +187,14 @@ class Restoring:
             await self._restore()
         except Exception as e:
             error = as_ours(e)
-            self.status = Status.FAILED
+            self._end(error.message)
             await to_its_end(self._close())
             error.data["report"] = self._last_report()
             raise error from e
         except asyncio.CancelledError:
-            self.status = Status.FAILED
+            self._end("interrupted")
             await to_its_end(self._close())
+            self._last_report()
             raise
         self._become(Status.COMPLETED)
         self.statistics.ended = time.monotonic()
@@ -200,10 +204,16 @@ class Restoring:
     def _last_report(self) -> dict[str, Any]:
         report = self.query()
         report.pop("progress")
+        self.journal.over(narration.ended(report))
         return report
+
+    def _end(self, why: str) -> None:
+        self.status = Status.FAILED
+        self.journal.became(self.status, why)
 
     def _become(self, status: Status) -> None:
         self.status = advance(self.status, status)
+        self.journal.became(status)
         tell(self.on_event, "MIGRATION", {"status": status.value})
 
     def _fail(self, error: Exception) -> None:
@@ -215,7 +225,7 @@ class Restoring:
             try:
                 if self._dead is not None:
                     raise self._dead
-                await self._connection()
+                await self.journal.during("connection", self._connection)
                 return
             except GuestGone:
                 raise
@@ -223,6 +233,7 @@ class Restoring:
                 if self._memory is None:
                     raise  # nobody depends on us yet
                 self._pause(e)
+                self.journal.info("%s is tried again in %.0f s", self.endpoint, _RETRY_SECONDS)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _RETRY_SECONDS)
 
@@ -244,6 +255,7 @@ class Restoring:
         self._attempts += 1
         sock = connect(zmq_context, self.endpoint, identity, control=True)
         control = Control(Role.DESTINATION, sock.send, f"the source at {self.endpoint}")
+        control.note = self.journal.control
         heard: asyncio.Queue[messages.AnyMessage] = asyncio.Queue()
         tasks = [
             loop.create_task(c)
@@ -296,6 +308,7 @@ class Restoring:
         if isinstance(offer, messages.Refused):
             raise messages.error_of(offer)
         assert isinstance(offer, messages.Offer)
+        self.journal.info(narration.offered(offer, str(self.endpoint)))
         alive = asyncio.ensure_future(control.keep_alive())
         alive.add_done_callback(self._ended)
         try:
@@ -327,6 +340,8 @@ class Restoring:
         await self._start_workers(serving, offer.workers)
         assert self._faults is not None
         self.statistics.begin_round(1, self._faults.received.missing())
+        self.journal.round_begins(1, self.statistics.round_pages)
+        self.journal.info("%d pages are to come", self.statistics.round_pages)
         self._become(Status.POSTCOPY_ACTIVE)
         self.statistics.extra.pop("paused-because", None)
         await control.say(messages.Armed())
@@ -386,8 +401,18 @@ class Restoring:
             # there is no file to write: receivers install
             self._blocks = [RamBlock(Block("ram", spec.size, page_size), self._nothing, 0)]
             self._watch_the_monitor()
+            self.journal.info(
+                "a monitor (process %s) handed over its memory: %d regions, pages of %d bytes",
+                connection.pid or "unknown", len(regions), page_size,
+            )  # fmt: skip
         self._faults = Faults(
-            self._blocks, self._memory, "", self._fail, direct=False, removing=context().Lock()
+            self._blocks,
+            self._memory,
+            "",
+            self._fail,
+            direct=False,
+            removing=context().Lock(),
+            recorder=self.journal.lane,
         )
         self.statistics.urgent = self._faults.counters
         self.statistics.total_pages = sum(region.pages for region in self._memory.regions)
@@ -486,7 +511,7 @@ class Restoring:
         if self._counters is not None and self._counters.workers != n:
             raise RemoteProtocolError("the source has another number of channels than before")
         if self._counters is None:
-            self._counters = self.statistics.counters = Counters(n)
+            self._counters = self.statistics.counters = Counters(n, self.journal.lane)
         if self._locks_may_be_held:
             # a worker that was killed may have taken the lock along
             await self._faults.stop()

@@ -47,10 +47,12 @@ from ..workers.guests.base import SourceGuest
 from ..workers.page_table import DIRTY, PageTable
 from ..workers.ram import RamBlock
 from ..workers.received import unpack
+from . import narration
 from .background import Background
 from .blocking import to_its_end
 from .control import Control
 from .crew import Crew
+from .journal import Journal
 from .parameters import Parameters
 from .state import Status
 from .statistics import Statistics
@@ -88,6 +90,8 @@ class Pulled:
         snapshot: str,
     ) -> None:
         self.name = name
+        self.journal = Journal("source", "", f"destination {name}")
+        control.note = self.journal.control
         self._snapshot = snapshot
         self.endpoint = endpoint
         self.parameters = parameters
@@ -135,6 +139,7 @@ class Pulled:
 
     async def run(self) -> dict[str, Any]:
         """Serve it, to the last page. Returns the report, raises the error."""
+        self.journal.became(Status.SETUP)
         serving = asyncio.get_running_loop().create_task(self._serve())
         both: list[asyncio.Future[Any]] = [serving, self._failure]
         try:
@@ -185,9 +190,11 @@ class Pulled:
             messages.Serving(endpoints, tokens, urgent, missing[0].tolist(), missing[1].tolist())
         )
         await self._next(messages.Armed)
-        await self._send()
+        self.journal.became(Status.POSTCOPY_ACTIVE)
+        await self.journal.during("SendBackground", self._send)
         await self.control.ask(messages.PostcopyEnd())
         self.statistics.ended = time.monotonic()
+        self.journal.became(Status.COMPLETED)
         return self.statistics.report(Status.COMPLETED, None)
 
     async def _lay_out(self, layout: messages.Layout) -> Runs:
@@ -219,9 +226,9 @@ class Pulled:
         """Start the processes; the channels they listen at."""
         assert self._table is not None
         p = self.parameters
-        self._counters = self.statistics.counters = Counters(p.workers)
+        self._counters = self.statistics.counters = Counters(p.workers, self.journal.lane)
         self._bandwidth = Bandwidth(context(), p.max_postcopy_bandwidth)
-        self._background = Background(self._blocks, self._table, p, self._fail)
+        self._background = Background(self._blocks, self._table, p, self._fail, self.journal.lane)
         self.statistics.urgent = self._background.counters
         self.statistics.postcopy = True
         job = sender.SenderJob(
@@ -252,6 +259,7 @@ class Pulled:
         assert self._counters is not None and self._bandwidth is not None
         assert self._table is not None
         self.statistics.begin_round(1, self._table.remaining())
+        self.journal.round_begins(1, self.statistics.round_pages)
         self._task(self._background.keep_pace(self._counters, self._bandwidth))
         await self._background.send_all(self._crew, self.parameters.workers)
 
@@ -276,6 +284,10 @@ class Pulled:
         for part in (self._counters, self._bandwidth, self._table):
             if part is not None:
                 part.close()
+        completed = self.statistics.ended is not None
+        status = Status.COMPLETED if completed else Status.FAILED
+        self.journal.became(status)
+        self.journal.over(narration.ended(self.statistics.report(status, None)))
 
 
 class Server:

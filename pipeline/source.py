@@ -48,12 +48,14 @@ from ..workers.received import unpack
 from ..workers.reserve import Reserve
 from ..workers.segments import Segment
 from . import migration as core
+from . import narration
 from .background import Background
 from .blocking import Blocking, to_its_end
 from .callbacks import tell
 from .control import Control
 from .convergence import Convergence
 from .crew import Crew, extents
+from .journal import Journal
 from .parameters import NEVER, Parameters, changed
 from .state import IN_POSTCOPY, Status
 from .statistics import Statistics
@@ -70,6 +72,8 @@ _COMPARED_PAGES = 65536
 _DISCARD_RUNS = 65536
 # A block above 32 GiB is looked at in a thread: the control link must not fall silent.
 _PAGES_IN_LOOP = 8 << 20
+# Looking how much was written meanwhile costs at most one part in so many.
+_LOOK_AHEAD_SHARE = 50
 # A settle that took less had nothing to wait for.
 _NOTHING_SECONDS = 0.0005
 
@@ -107,6 +111,7 @@ class Source:
         )  # fmt: skip
         self.statistics = Statistics("source")
         self.uuid = str(uuid.uuid4())
+        self.journal = Journal("source", self.uuid)
         self.on_progress = on_progress
         self.on_event = on_event or (lambda name, data: None)
         self._events: asyncio.Queue[core.Event] = asyncio.Queue()
@@ -127,6 +132,9 @@ class Source:
         self._have: list[bytes] = []  # digests of what the destination has already
         self._compares = False
         self._taken_at = time.monotonic()
+        self._sending = False  # a round goes on, so nobody takes dirty pages
+        self._written = (0, 0.0)  # pages dirty again, after so many seconds of a round
+        self._written_due = 0.0
         self._status_told = Status.NONE
 
     def __repr__(self) -> str:
@@ -145,16 +153,22 @@ class Source:
             "wire-rate": round(wire_rate),
             "dirty-rate": round(self.convergence.dirty_rate),
             "round-bytes": self.statistics.round_pages * PAGE_SIZE,
-            "eta": self._eta(guest_rate),
+            "eta": self._eta(),
         }
         return report
 
-    def _eta(self, guest_rate: float) -> float | None:
-        left = self.statistics.remaining_pages
-        if not self.core.live or self.core.stopped or self.core.round <= 1:
-            eta = left * PAGE_SIZE / guest_rate if guest_rate else None
-        else:
-            eta = self.convergence.eta(left)
+    def _eta(self) -> float | None:
+        """Seconds, to the end: when the guest runs there, or all of its memory has come."""
+        left, rate = self.statistics.remaining_pages, self.statistics.steady_rate()
+        if rate <= 0:
+            return None
+        if not self.core.live or self.core.stopped:
+            return round(left * PAGE_SIZE / rate, 1)
+        written, since = self._written
+        dirty_rate = self.convergence.dirty_rate
+        if since:
+            dirty_rate = written * PAGE_SIZE / since
+        eta = self.convergence.eta(left, rate, written, dirty_rate, self.statistics.total_pages)
         return None if eta is None else round(eta, 1)
 
     def query_parameters(self) -> dict[str, Any]:
@@ -218,12 +232,13 @@ class Source:
             finish = self._end_early(core.CancelAsked(), Cancelled("interrupted"))
         except Exception as e:
             finish = self._end_early(core.Failed(as_ours(e)), as_ours(e))
-        self._tell_status()
+        self._tell_status(str(finish.error or ""))
         await to_its_end(self._close(finish))
-        if cancelled and finish.resume:
-            raise asyncio.CancelledError
         report = self.query()
         report.pop("progress")
+        self.journal.over(narration.ended(report))
+        if cancelled and finish.resume:
+            raise asyncio.CancelledError
         if finish.error is not None:
             finish.error.data["report"] = report
             raise finish.error
@@ -233,8 +248,11 @@ class Source:
         """Events in, instructions out, until the core says that it is over."""
         self._events.put_nowait(core.Started())
         while True:
-            instructions = self.core.handle(await self._events.get())
-            self._tell_status()
+            event = await self._events.get()
+            instructions = self.core.handle(event)
+            for text in narration.narrate(self.core, event, instructions):
+                self.journal.info(text)
+            self._tell_status(narration.why(instructions))
             for instruction in instructions:
                 match instruction:
                     case core.Finish():
@@ -242,6 +260,7 @@ class Source:
                     case core.Pause():
                         await self._pause(instruction.error)
                     case core.CutRound():
+                        self.journal.mark("CutRound")
                         self._cut.set()
                     case core.SendRun():
                         # Said here and now, not in a task that may never begin: the core and
@@ -250,10 +269,12 @@ class Source:
                             # the destination gave up just now; its word for it is in the queue
                             continue
                         said = self._control.say_now(messages.Run())
-                        self._task(self._confirm(said), link=True)
+                        confirming = self.journal.during("SendRun", self._confirm, said)
+                        self._task(confirming, link=True)
                         self._task(self._set_back())
                     case _:
-                        self._task(self._execute(instruction))
+                        name = type(instruction).__name__
+                        self._task(self.journal.during(name, self._execute, instruction))
 
     def _end_early(self, event: core.Event, error: PageferryError) -> core.Finish:
         """What the core makes of an end that it did not decide on."""
@@ -283,11 +304,14 @@ class Source:
         if link or by_peer or not self.core.run_said or self.core.leaving:
             self._events.put_nowait(core.Failed(as_ours(error), by_peer))
 
-    def _tell_status(self) -> None:
+    def _tell_status(self, why: str = "") -> None:
         if self.core.status is not self._status_told:
             self._status_told = self.core.status
             if self.core.status is Status.ACTIVE:
                 self.statistics.set_up = time.monotonic()
+            if self.statistics.stopped is not None and self.statistics.running is not None:
+                self.journal.stood_still(self.statistics.running - self.statistics.stopped)
+            self.journal.became(self.core.status, why)
             self._emit("MIGRATION", {"status": self.core.status.value})
 
     async def _execute(self, instruction: core.Instruction) -> None:
@@ -355,12 +379,15 @@ class Source:
     # ---- setup ---------------------------------------------------------------------------
 
     async def _open_channels(self) -> core.Event:
+        self.journal.info(narration.settings(self.parameters))
         await asyncio.to_thread(probe, self.endpoint)
         self._make_shared_memory()
         self._task(self._watch())
         starting = self._task(self._start_senders())
         welcome = await self._greet()
         await starting
+        specs = [block.spec for block in self.guest.blocks]
+        self.journal.info(narration.connected(welcome, str(self.endpoint), self.guest.kind, specs))
         self._fresh, self._have = welcome.fresh, welcome.have
         self._compares = welcome.compares
         await self._open(welcome.endpoints, welcome.tokens, welcome.urgent)
@@ -390,7 +417,7 @@ class Source:
             raise UsageError("quit-source is for a VM (qemu:): leave it out")
         self.statistics.total_pages = sum(block.pages for block in blocks)
         self._table = PageTable([block.pages for block in blocks], context().Lock())
-        self._counters = self.statistics.counters = Counters(p.workers)
+        self._counters = self.statistics.counters = Counters(p.workers, self.journal.lane)
         self._bandwidth = Bandwidth(context(), p.max_bandwidth)
         if p.postcopy != NEVER:
             if not self.guest.can_stop:
@@ -398,7 +425,7 @@ class Source:
                     "postcopy needs a guest that can be stopped: a demo: guest, or memory whose "
                     "writer is named (ram:PATH?pid=PID)"
                 )
-            self._background = Background(blocks, self._table, p, self._failed)
+            self._background = Background(blocks, self._table, p, self._failed, self.journal.lane)
             self.statistics.urgent = self._background.counters
         if self.guest.tracking == TRACKING_HASH or self.guest.last_look_by_content:
             self._hashes = Segment(8 * self.statistics.total_pages, "hashes")
@@ -445,6 +472,7 @@ class Source:
         self._connections += 1
         self._socket = connect(self._context, self.endpoint, identity, control=True)
         self._control = Control(Role.SOURCE, self._socket.send, f"the receiver at {self.endpoint}")
+        self._control.note = self.journal.control
         self._task(self._read_control(), link=True)
         asking = self._task(self._control.ask(message))
         if not await self._control.first_sign(HELLO_SECONDS):
@@ -493,8 +521,22 @@ class Source:
             if self._background is not None:
                 self._background.check()
             if self._opened:  # who is refused sees no progress
+                self._look_ahead()
                 self._progress()
             await asyncio.sleep(WATCH_SECONDS / 2)
+
+    def _look_ahead(self) -> None:
+        """How much the guest has written in this round, for the ETA. In the event loop, and never
+        while pages are taken."""
+        now = time.monotonic()
+        if not self._sending or now < self._written_due:
+            return
+        if self.statistics.total_pages > _PAGES_IN_LOOP:
+            return
+        with contextlib.suppress(PageferryError):  # whoever takes them says it
+            if (pages := self.guest.written_so_far()) is not None:
+                self._written = pages, now - self._taken_at
+        self._written_due = now + _LOOK_AHEAD_SHARE * (time.monotonic() - now)
 
     def _progress(self) -> None:
         if self.on_progress is not None:
@@ -523,6 +565,9 @@ class Source:
                 await self._leave_out_what_is_elsewhere(i)
         if self.guest.live:
             begin += await self._settle()
+            self.journal.info("writes are tracked by %s", self.guest.tracking)
+        if there := self.statistics.extra.get("pages-already-there", 0):
+            self.journal.info("%d pages are there already, and left out", there)
         pages = self._remaining()
         return core.Taken(pages, pages, 0.0, time.monotonic() - begin)
 
@@ -625,6 +670,7 @@ class Source:
         begin, pages = time.monotonic(), self.core.remaining
         zero, wire = self._counters.total("duplicate"), self._counters.total("wire_bytes")
         self.statistics.begin_round(instruction.number, pages)
+        self.journal.round_begins(instruction.number, pages)
         self._emit("MIGRATION_PASS", {"pass": instruction.number})
         await self._control.say(
             messages.Round(instruction.number, pages, round(self.convergence.dirty_rate))
@@ -634,14 +680,19 @@ class Source:
             jobs.Extent(s.block, s.first, s.count, instruction.live) for s in spans
         )
         self._cut.clear()
-        await self._crew.distribute(todo, jobs.ExtentDone, lambda reply: None, self._cut)
-        await self._crew.all(jobs.Barrier(instruction.number), jobs.BarrierDone)
+        self._written, self._sending = (0, 0.0), instruction.live
+        try:
+            await self._crew.distribute(todo, jobs.ExtentDone, lambda reply: None, self._cut)
+            await self._crew.all(jobs.Barrier(instruction.number), jobs.BarrierDone)
+        finally:
+            self._sending = False
         lost = self._remaining()
         done = core.RoundDone(
             pages - lost, lost, time.monotonic() - begin,
             zero=self._counters.total("duplicate") - zero,
             wire=self._counters.total("wire_bytes") - wire,
         )  # fmt: skip
+        self.journal.round_ends(pages=pages, lost=lost, zero=done.zero, wire=done.wire)
         return done
 
     # ---- postcopy ------------------------------------------------------------------------
@@ -668,6 +719,7 @@ class Source:
         self.statistics.postcopy = True
         self.statistics.extra |= self._background.describe()
         self.statistics.begin_round(self.core.round + 1, self._remaining())
+        self.journal.round_begins(self.core.round + 1, self.statistics.round_pages)
         pace = self._task(self._background.keep_pace(self._counters, self._bandwidth))
         await self._background.send_all(self._crew, self.parameters.workers)
         pace.cancel()

@@ -20,6 +20,8 @@ from .state import Status
 CODEC_FIELDS = {"none": "raw_pages", "lz4": "lz4_pages", "zstd": "zstd_pages", "zlib": "zlib_pages"}
 # The rate shown is that of the last seconds, not of the whole.
 _WINDOW_SECONDS = 2.0
+# What is to come is judged by the last half of what was: looks for that, at most so many.
+_STEADY_LOOKS = 128
 
 
 class Statistics:
@@ -46,6 +48,7 @@ class Statistics:
         self.processes: list[dict[str, Any]] = []
         self._peak = 0
         self._samples: list[tuple[float, int, int]] = []
+        self._steady: list[tuple[float, int]] = []
 
     def begin_round(self, number: int, pages: int) -> None:
         self.rounds = number
@@ -89,6 +92,21 @@ class Statistics:
             return 0.0, 0.0
         now_, pages_, wire_ = self._samples[-1]
         return (pages_ - pages) * PAGE_SIZE / (now_ - then), (wire_ - wire) / (now_ - then)
+
+    def steady_rate(self) -> float:
+        """Guest bytes a second since the half of the time that pages move, or for some seconds."""
+        now, pages = time.monotonic(), self.pages_done
+        if not pages:
+            return 0.0
+        apart = (now - self._steady[0][0]) / _STEADY_LOOKS if self._steady else 0.0
+        if not self._steady or now - self._steady[-1][0] > max(apart, 0.05):
+            self._steady.append((now, pages))
+        begin = self._steady[0][0]
+        since = begin + min((now - begin) / 2, max(0.0, now - begin - _WINDOW_SECONDS))
+        then, had = next(look for look in reversed(self._steady) if look[0] <= since)
+        if len(self._steady) > 2 * _STEADY_LOOKS:
+            del self._steady[1::2]
+        return (pages - had) * PAGE_SIZE / (now - then) if now - then > 1e-3 else 0.0
 
     def remember_processes(self, *pools: Pool | None) -> None:
         """Keep what this process and the workers of closed pools cost."""

@@ -8,8 +8,15 @@ from multiprocessing import forkserver, resource_tracker
 
 import psutil
 import pytest
+from apart import set_apart
 
 from pageferry.workers.forking import start_process, warm_up
+
+
+def pytest_configure():
+    """One of several (`pytest -n 2`) works where it sees no other."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        set_apart()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,12 +8,15 @@ Readers may see one field before another: these are statistics, not decisions.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .segments import Segment
 from .usage import cpu_ns, own_memory
+
+if TYPE_CHECKING:
+    from .tracing import Recorder, Rings, Writer
 
 FIELDS = (
     "heartbeat_ns",  # CLOCK_MONOTONIC of the last sign of life
@@ -77,11 +80,39 @@ class Row:
 
 
 class Counters:
-    """All rows. The coordinator owns the segment."""
+    """All rows. The coordinator owns the segment. With a `recorder` the workers are traced: then
+    each has a ring as well, and the recorder reads it."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, recorder: Recorder | None = None) -> None:
         self.workers = workers
+        self.recorder = recorder
         self._segment = Segment(workers * len(FIELDS) * 8, "counters")
+        self._rings: Rings | None = None
+        if recorder is not None:
+            from .tracing import Rings
+
+            try:
+                self._rings = Rings(workers)
+            except BaseException:
+                self._segment.close()
+                raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"recorder": None}  # the coordinator's own
+
+    def ring(self, worker: int) -> Writer | None:
+        """Where that worker writes what it does, if it is traced."""
+        return self._rings.writer(worker) if self._rings is not None else None
+
+    def began(self, worker: int, name: str, pid: int | None) -> None:
+        """The coordinator started a process for this row."""
+        if self.recorder is not None and self._rings is not None and pid is not None:
+            self.recorder.began(name, pid, self._rings.reader(worker))
+
+    def ended(self, pid: int | None) -> None:
+        """That process was waited for."""
+        if self.recorder is not None and pid is not None:
+            self.recorder.ended(pid)
 
     def row(self, worker: int) -> Row:
         return Row(self._segment.array(np.uint64, len(FIELDS), worker * len(FIELDS) * 8))
@@ -100,6 +131,8 @@ class Counters:
 
     def close(self) -> None:
         self._segment.close()
+        if self._rings is not None:
+            self._rings.close()
 
 
 class FrozenCounters:

@@ -33,7 +33,7 @@ from .kernel.userfaultfd import READ_MESSAGES, Fault, Removed, read_messages, wa
 from .latency import Latency
 from .placing import ARRIVAL, GuestPlacer
 from .priority import FIFO, FIFO_PRIORITY, become_urgent, collect_seldom
-from .process import HEARTBEAT_SECONDS, Desk, run_worker
+from .process import HEARTBEAT_SECONDS, Desk, run_worker, traced
 from .ram import RamBlock
 from .received import Received, Waiting, WaitingWriter
 from .segments import Segment
@@ -90,7 +90,13 @@ class _Wanted:
 
 
 def main(pipe: Connection, index: int, job: FaultJob) -> None:
-    run_worker("pf-fault", pipe, job.counters, index, lambda desk: FaultProcess(desk, job).run())
+    run_worker(
+        "pf-fault",
+        pipe,
+        job.counters,
+        index,
+        lambda desk: traced(desk, FaultProcess)(desk, job).run(),
+    )
 
 
 class FaultProcess:

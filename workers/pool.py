@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ STALL_SECONDS = 4.0
 # A worker told to stop has this long before it is killed.
 STOP_SECONDS = 2.0
 START_SECONDS = 20.0
+_log = logging.getLogger("pageferry.workers")
 
 
 class Worker:
@@ -130,6 +132,8 @@ class Pool:
         finally:
             theirs.close()
         self.workers.append(Worker(name, index, process, ours, self.counters, hand))
+        self.counters.began(index, name, process.pid)
+        _log.debug("%s started, process %s", name, process.pid)
 
     def _readable(self, worker: Worker) -> None:
         try:
@@ -205,6 +209,9 @@ class Pool:
                 self.killed = True
                 worker.process.kill()
                 await loop.run_in_executor(None, worker.process.join)
+            self.counters.ended(worker.process.pid)
+            _log.debug("%s ended, process %s%s", worker.name, worker.process.pid,
+                       f": {worker.cause}" if worker.cause else "")  # fmt: skip
             self.costs.append((worker.name, worker.process.pid, worker.numbers()))
             worker.pipe.close()
             if worker.hand is None:

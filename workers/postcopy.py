@@ -28,7 +28,7 @@ from .counters import Counters
 from .page_table import CLEAN, PageTable
 from .preemption import Preemption, Writer, page_key
 from .priority import FIFO, FIFO_PRIORITY, become_urgent, collect_seldom
-from .process import HEARTBEAT_SECONDS, Desk, run_worker
+from .process import HEARTBEAT_SECONDS, Desk, run_worker, traced
 from .ram import RamBlock
 
 # Without preemption, what senders are told to send next: block, page.
@@ -64,7 +64,11 @@ class _Sent:
 
 def main(pipe: Connection, index: int, job: PostcopyJob) -> None:
     run_worker(
-        "pf-postcopy", pipe, job.counters, index, lambda desk: PostcopyProcess(desk, job).run()
+        "pf-postcopy",
+        pipe,
+        job.counters,
+        index,
+        lambda desk: traced(desk, PostcopyProcess)(desk, job).run(),
     )
 
 

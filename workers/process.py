@@ -9,21 +9,27 @@ import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, TypeVar
 
 from . import jobs
 from .counters import Counters, Row
 from .kernel.libc import die_with_parent, keep_buffers, set_process_name
 
+if TYPE_CHECKING:
+    from .tracing import Writer
+
 # A worker says that it lives at least this often, whatever it does.
 HEARTBEAT_SECONDS = 0.25
+T = TypeVar("T")
 
 
 class Desk:
-    """A worker's side of its pipe, and its row of counters."""
+    """A worker's side of its pipe, its row of counters and, if it is traced, its ring."""
 
-    def __init__(self, pipe: Connection, row: Row) -> None:
+    def __init__(self, pipe: Connection, row: Row, trace: Writer | None = None) -> None:
         self.pipe = pipe
         self.row = row
+        self.trace = trace
         # Connection.poll builds a selector a call: 20 us, this one 1
         self._poll = select.poll()
         self._poll.register(pipe.fileno(), select.POLLIN)
@@ -36,6 +42,16 @@ class Desk:
 
     def say(self, job: jobs.AnyJob) -> None:
         self.pipe.send_bytes(jobs.encode(job))
+
+
+def traced(desk: Desk, plain: type[T]) -> type[T]:
+    """`plain`, or where it is traced what it is then. Decided once a process: a worker that is not
+    traced has nothing to look at while it works."""
+    if desk.trace is None:
+        return plain
+    from .traced import TRACED  # it imports all workers
+
+    return TRACED[plain]
 
 
 def run_worker(
@@ -51,7 +67,7 @@ def run_worker(
     die_with_parent(os.getppid())
     set_process_name(name)
     keep_buffers()
-    desk = Desk(pipe, counters.row(index))
+    desk = Desk(pipe, counters.row(index), counters.ring(index))
     over = threading.Event()
     heart = threading.Thread(target=_beat, args=(counters.row(index), over), daemon=True)
     heart.start()

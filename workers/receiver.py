@@ -26,7 +26,7 @@ from .digest import CHUNK_BYTES, part_digest
 from .guests.base import ArmedMemory
 from .placing import FramePlacer, GuestPlacer
 from .priority import become_background
-from .process import HEARTBEAT_SECONDS, Desk, run_worker
+from .process import HEARTBEAT_SECONDS, Desk, run_worker, traced
 from .ram import RamBlock
 from .received import Received, Waiting
 
@@ -82,7 +82,9 @@ _LOCK_SECONDS = 30.0
 def main(pipe: Connection, index: int, job: ReceiverJob) -> bool:
     """True if it was told to stop, and did."""
     name = f"pf-recv-{index}"
-    stopped = run_worker(name, pipe, job.counters, index, lambda desk: Receiver(desk, job).run())
+    stopped = run_worker(
+        name, pipe, job.counters, index, lambda desk: traced(desk, Receiver)(desk, job).run()
+    )
     job.close()
     return stopped
 

@@ -40,8 +40,7 @@ class Segment:
         self.size = size
         self._owner = True
         name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}-{what}"
-        # Before it exists, and once more by SharedMemory, which in one tracker changes nothing:
-        # whoever is killed between making it and saying so would leave it.
+        # before there is one: whoever is killed in between has left nothing
         resource_tracker.register(f"/{name}", "shared_memory")
         try:
             self._shm: SharedMemory | None = SharedMemory(name, create=True, size=size)

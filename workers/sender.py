@@ -50,7 +50,7 @@ from .page_table import CLEAN, DIRTY, IN_FLIGHT, PageTable
 from .postcopy import ROUTED
 from .preemption import Preemption, Reader, page_key
 from .priority import become_background
-from .process import HEARTBEAT_SECONDS, Desk, run_worker
+from .process import HEARTBEAT_SECONDS, Desk, run_worker, traced
 from .ram import RamBlock
 from .segments import Segment
 
@@ -126,7 +126,9 @@ class _Stopped(Exception):
 def main(pipe: Connection, index: int, job: SenderJob) -> bool:
     """True if it was told to stop, and did."""
     name = f"pf-send-{index}"
-    stopped = run_worker(name, pipe, job.counters, index, lambda desk: Sender(desk, job).run())
+    stopped = run_worker(
+        name, pipe, job.counters, index, lambda desk: traced(desk, Sender)(desk, job).run()
+    )
     job.close()
     return stopped
 

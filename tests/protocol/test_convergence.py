@@ -133,14 +133,58 @@ def test_a_higher_limit_lets_a_guest_go():
 
 
 def test_the_time_that_is_left():
-    """At the rate by which we are faster than the guest; unknown if we are not."""
+    """This round, the ones that follow it, the downtime; unknown where there will be no end."""
+    convergence = Convergence(1.0, 30)
+    mib = PAGES_IN_A_MIB
+    everything = 1000 * mib
+    assert convergence.eta(200 * mib, 100 * MIB, 0, 0.0, everything) == pytest.approx(
+        2.0 + FIXED_SECONDS
+    )
+    # 400 in 4 s, meanwhile 200; these in 2 s, meanwhile 100; in 1 s, and 50: that is stopped for
+    assert convergence.eta(400 * mib, 100 * MIB, 0, 50.0 * MIB, everything) == pytest.approx(
+        4.0 + 2.0 + 1.0 + 0.5 + FIXED_SECONDS
+    )
+    # what is dirty already has to go as well
+    assert convergence.eta(400 * mib, 100 * MIB, 50 * mib, 0.0, everything) == pytest.approx(
+        4.5 + FIXED_SECONDS
+    )
+    assert convergence.eta(400 * mib, 100 * MIB, 0, 99.0 * MIB, everything) is None
+    assert convergence.eta(1, 0.0, 0, 0.0, everything) is None
+
+
+@given(
+    st.integers(1000, 10**6), st.floats(0.0, 0.9), st.floats(0.05, 5.0), st.floats(0.0, 0.99),
+    st.floats(1e6, 1e10),
+)  # fmt: skip
+@examples
+def test_the_time_that_is_left_is_what_it_takes(total, share, limit, begun, rate):
+    """At a steady rate and a guest that writes steadily, from any moment of the first round on."""
+    dirty_rate = share * rate
+    convergence = Convergence(limit, 10**6)
+    end, pages = 0.0, float(total)
+    while True:
+        seconds = pages * PAGE_SIZE / rate
+        end += seconds
+        pages = min(total, dirty_rate * seconds / PAGE_SIZE)
+        downtime = FIXED_SECONDS + pages * PAGE_SIZE / rate
+        if downtime <= limit:
+            end += downtime
+            break
+    now = begun * total * PAGE_SIZE / rate
+    left, written = round(total * (1 - begun)), min(total, round(dirty_rate * now / PAGE_SIZE))
+    eta = convergence.eta(left, rate, written, dirty_rate, total)
+    # a page more or less may decide on a round more
+    assert eta == pytest.approx(end - now, rel=0.02, abs=limit + 2 * FIXED_SECONDS)
+
+
+def test_hopeless_is_a_guest_that_writes_as_fast_as_we_send():
+    """Then one round more leaves no less."""
     convergence = measured()
-    assert convergence.eta(200 * PAGES_IN_A_MIB) == pytest.approx(2.0)
     convergence.dirty_taken(50 * PAGES_IN_A_MIB, 1.0, 0.0)
-    assert convergence.eta(200 * PAGES_IN_A_MIB) == pytest.approx(4.0)
+    assert not convergence.hopeless
     convergence.dirty_taken(100 * PAGES_IN_A_MIB, 1.0, 0.0)
-    assert convergence.eta(1) is None
-    assert Convergence(0.3, 30).eta(1) is None
+    assert convergence.hopeless
+    assert Convergence(0.3, 30).hopeless
 
 
 amounts = st.integers(0, 2**40)
@@ -169,5 +213,5 @@ def test_more_pages_never_switch_over_sooner(history, a, b, limit):
     assert (decision is Decision.GIVE_UP) == (
         convergence.rounds >= 5 and decision is not Decision.SWITCH_OVER
     )
-    eta = convergence.eta(less)
-    assert eta is None or eta >= 0
+    etas = [convergence.eta(p, convergence.rate, 0, 0.0, more + 1) for p in (less, more)]
+    assert None in etas or 0 <= etas[0] <= etas[1]

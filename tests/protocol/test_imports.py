@@ -21,8 +21,8 @@ SANS_IO = {
     "transport/codecs/choice.py",
     *(f"pipeline/{name}.py" for name in ("migration", "state", "convergence", "partition")),
     *(f"pipeline/{name}.py" for name in ("agreement", "pacing", "parameters", "__init__")),
-    "pipeline/planner.py",
-    "pipeline/families.py",
+    *(f"pipeline/{name}.py" for name in ("planner", "families", "narration", "trace_events")),
+    "workers/trace_records.py",
     *(f"tools/report/{name}.py" for name in ("record", "charts", "style", "page", "__init__")),
     "_version.py",
 }

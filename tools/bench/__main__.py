@@ -20,6 +20,7 @@ from . import (
     clones,
     demo,
     drain,
+    eta,
     kills,
     links,
     many,
@@ -28,6 +29,7 @@ from . import (
     sparse,
     startup,
     throughput,
+    trace,
     vm,
 )
 from .content import KINDS
@@ -190,6 +192,15 @@ def demo_command(json_file: str | None, pageferry: str, **options: Any) -> None:
     _run(lambda lab: demo.measure(lab, plan), json_file, pageferry)
 
 
+@cli.command("eta")
+@_size_option("2G", "Guest memory.")
+@_common_options(reps=2)
+def eta_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """What the ETA says on the way, against the time that it takes."""
+    plan = eta.Plan(**options)
+    _run(lambda lab: eta.measure(lab, plan), json_file, pageferry)
+
+
 @cli.command("postcopy")
 @_size_option("2G", "Guest memory.")
 @click.option("--quick", is_flag=True, help="128M, one round, no QEMU: less than two minutes.")
@@ -219,6 +230,18 @@ def qemu_command(json_file: str | None, pageferry: str, **options: Any) -> None:
     plan = vm.Plan(**options)
     plan = vm.quick(plan) if plan.quick else plan
     _run(lambda lab: vm.measure(lab, plan), json_file, pageferry)
+
+
+@cli.command("trace")
+@_size_option("1G", "Memory that is sent.")
+@_list_option("--contents", KINDS, ("random",), "What the memory holds.")
+@click.option("--before", default="", metavar="COMMAND",
+              help="How to run another version, to be compared with off.")  # fmt: skip
+@_common_options(reps=7)
+def trace_command(json_file: str | None, pageferry: str, before: str, **options: Any) -> None:
+    """What --trace costs, off and on: time, processor time, latency of faults."""
+    plan = trace.Plan(before=shlex.split(before), **options)
+    _run(lambda lab: trace.measure(lab, plan), json_file, pageferry)
 
 
 @cli.command("startup")

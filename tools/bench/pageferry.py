@@ -9,7 +9,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,18 +46,18 @@ class Outcome:
 
 def send(
     lab: Lab, source: str, into: str, options: list[str],
-    while_sending: Callable[[Child], None] = lambda child: None,
+    while_sending: Callable[[Child], None] = lambda child: None, receive: Sequence[str] = (),
 ) -> Outcome:  # fmt: skip
-    """`pageferry send` to a `pageferry receive`, over TCP."""
+    """`pageferry send` to a `pageferry receive`, over TCP. `receive`: options of that."""
     with PeakMemory() as memory:
-        receive = lab.start(
+        receiving = lab.start(
             [*lab.pageferry, "receive", "--listen", _LISTEN, "--into", into,
-             "--once", "--json", "--quiet"]
+             "--once", "--json", "--quiet", *receive]
         )  # fmt: skip
-        memory.watch("destination", receive)
+        memory.watch("destination", receiving)
         try:
-            endpoint = wait_for("the receiver to listen", lambda: endpoint_of(receive))
-            cpu_before = processor_seconds(receive)
+            endpoint = wait_for("the receiver to listen", lambda: endpoint_of(receiving))
+            cpu_before = processor_seconds(receiving)
             before, begin = loopback_bytes(), time.monotonic()
             sending = lab.start(
                 [*lab.pageferry, "send", source, endpoint, *options, "--json", "--quiet"]
@@ -66,11 +66,11 @@ def send(
             while_sending(sending)
             source_cpu = sending.join()
             wall = time.monotonic() - begin
-            destination_cpu = receive.join(20)
+            destination_cpu = receiving.join(20)
         finally:
-            receive.kill()
+            receiving.kill()
         wire = loopback_bytes() - before
-    report, received = last_object(sending), last_object(receive)
+    report, received = last_object(sending), last_object(receiving)
     cpu = {"source": source_cpu, "destination": destination_cpu}
     return Outcome(
         wall, report, received, wire=wire, cpu=cpu, cpu_before=cpu_before, peak=memory.peak,

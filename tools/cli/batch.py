@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,14 +19,17 @@ from ...pipeline.batch import Batch, verdict
 from ...pipeline.batch_state import BatchState, Row, look
 from ...pipeline.manifest import changed, load
 from ...pipeline.planner import State
+from ...pipeline.tracing import recording
 from ...transport.errors import Cancelled, PageferryError
 from ...workers.forking import warm_up
+from ...workers.guests import GuestUri, parse_guest
 from .batch_view import batch_summary, make_batch_view, status_table
-from .options import integer, memory_options
+from .options import integer, memory_options, trace_option
 from .running import Interrupts
 
 # Threads for what blocks: each migration opens and closes things, and some peers do not answer.
 _THREADS_EACH = 3
+_VERBOSE = ("-v", "-vv", "--verbose")
 _NUMBERS = {"workers", "level", "max_rounds", "batch_pages", "parallel", "retries"}
 _ORDER = (
     State.FAILED, State.RUNNING, State.WAITING, State.PENDING, State.CANCELLED, State.COMPLETED,
@@ -36,8 +40,10 @@ class _Batch(click.Group):
     """`batch WHAT` is `batch run WHAT`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, *ctx.help_option_names):
-            args = ["run", *args]
+        known = (*self.commands, *ctx.help_option_names)
+        first = next((i for i, word in enumerate(args) if word not in _VERBOSE), len(args))
+        if first < len(args) and args[first] not in known:
+            args = [*args[:first], "run", *args[first:]]
         return super().parse_args(ctx, args)
 
 
@@ -64,12 +70,14 @@ def batch_command() -> None:
 @click.option("--backoff", metavar="TIME", help="Until the first of them; twice as long each "
               "time. Default: 2s.")  # fmt: skip
 @memory_options
+@trace_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 def run_command(
     what: str,
     destination: str | None,
     state_path: str | None,
+    trace: str | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -85,7 +93,7 @@ def run_command(
     if state_path is None:
         is_file = os.path.isfile(what) and what.endswith((".toml", ".yaml", ".yml", ".json"))
         state_path = f"{what}.state" if is_file else "pageferry-batch.state"
-    _carry_out(BatchState(state_path, manifest), as_json, quiet)
+    _carry_out(BatchState(state_path, manifest), as_json, quiet, trace)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +120,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--parallel", metavar="N", help="At most so many at once, from now on.")
 @click.option("--max-bandwidth", metavar="RATE", help="Of all together, from now on; 0 is no "
               "limit.")  # fmt: skip
+@trace_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 def resume_command(
@@ -120,6 +129,7 @@ def resume_command(
     retry: tuple[str, ...],
     parallel: str | None,
     max_bandwidth: str | None,
+    trace: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -135,11 +145,11 @@ def resume_command(
     except BaseException:
         state.close()
         raise
-    _carry_out(state, as_json, quiet)
+    _carry_out(state, as_json, quiet, trace)
 
 
-def _carry_out(state: BatchState, as_json: bool, quiet: bool) -> None:
-    """Run the batch to its end, with a display; closes `state`."""
+def _carry_out(state: BatchState, as_json: bool, quiet: bool, trace: str | None) -> None:
+    """Run the batch to its end, with a display and perhaps a trace; closes `state`."""
     view = make_batch_view(quiet)
 
     async def main() -> dict[str, Any]:
@@ -158,8 +168,12 @@ def _carry_out(state: BatchState, as_json: bool, quiet: bool) -> None:
                 ) from None
 
     try:
-        with view:
-            report = asyncio.run(main())
+        with view, recording(trace, *(_memory(state) if trace is not None else ())):
+            try:
+                report = asyncio.run(main())
+            finally:
+                if trace is not None:
+                    view.say(f"trace: {trace}")
     except PageferryError as e:
         if "report" in e.data and not (as_json or quiet):
             print(batch_summary(e.data["report"]), flush=True)
@@ -170,6 +184,14 @@ def _carry_out(state: BatchState, as_json: bool, quiet: bool) -> None:
         print(json.dumps(report), flush=True)
     elif not quiet:
         print(batch_summary(report), flush=True)
+
+
+def _memory(state: BatchState) -> Iterator[GuestUri]:
+    """What moves, and where it goes."""
+    for row in state.rows():
+        yield row.item.guest
+        if not row.item.to_receiver:
+            yield parse_guest(row.item.destination)
 
 
 @batch_command.command("status")

@@ -40,7 +40,10 @@ def copy_command(source: str, destination: str, **options: Any) -> None:
             )  # fmt: skip
             return checked_oracle(recording.report)
 
-    run(start, as_json=options["as_json"], quiet=options["quiet"])
+    run(
+        start, as_json=options["as_json"], quiet=options["quiet"], trace=options["trace"],
+        memory=(where, into),
+    )  # fmt: skip
 
 
 def checked_oracle(report: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import click
 from ..._version import __version__
 from ...transport.errors import PageferryError
 from ...workers.forking import warm_up
+from .logs import talkative, verbose_option
 
 # command -> the module that has it, whether it starts workers, what it is
 COMMANDS: dict[str, tuple[str, bool, str]] = {
@@ -51,14 +52,16 @@ class _Group(click.Group):
             importlib.import_module(f".{module}", __package__),
             f"{cmd_name.replace('-', '_')}_command",
         )
-        return found
+        return talkative(found)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, row[2]) for name, row in COMMANDS.items()])
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Group, context_settings={"help_option_names": ["-h", "--help"]}, params=[verbose_option()]
+)
 @click.version_option(__version__, prog_name="pageferry")
 def cli() -> None:
     """Move the memory of running guests between hosts.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ from ...transport.errors import UsageError
 from ...transport.quantities import parse_duration, parse_rate
 
 F = TypeVar("F", bound=Callable[..., Any])
+trace_option = click.option("--trace", metavar="FILE", help="Write what every process does there, "
+                            "for ui.perfetto.dev; compressed if it ends in .gz.")  # fmt: skip
 
 
 def migration_options(function: F) -> F:
@@ -68,6 +71,7 @@ def output_options(function: F) -> F:
     for option in reversed(
         [
             click.option("--monitor", metavar="unix:PATH", help="Serve QMP there meanwhile."),
+            trace_option,
             click.option("--json", "as_json", is_flag=True,
                          help="One JSON object on stdout, messages on stderr."),
             click.option("--quiet", is_flag=True, help="No progress, no summary."),
@@ -79,6 +83,9 @@ def output_options(function: F) -> F:
 
 def parameters(options: dict[str, Any]) -> Parameters:
     """The options as Parameters; UsageError that names the option."""
+    report, trace = options.get("report"), options.get("trace")
+    if report and trace and os.path.realpath(report) == os.path.realpath(trace):
+        raise UsageError("--report and --trace name the same file: each needs one of its own")
     return Parameters(
         workers=integer("workers", options["workers"]) or 0,
         codec=options["codec"],

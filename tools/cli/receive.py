@@ -81,7 +81,10 @@ def receive_command(
                 print(json.dumps(error_object(error), default=str), flush=True)
             view.say(f"failed: {error.message}")
 
-    run(start, as_json=as_json, quiet=quiet, interrupted="no longer listening")
+    run(
+        start, as_json=as_json, quiet=quiet, interrupted="no longer listening",
+        trace=options["trace"], memory=(guest,),
+    )  # fmt: skip
 
 
 def _receive_many(
@@ -110,7 +113,10 @@ def _receive_many(
         finally:
             destination.close()
 
-    run(start, as_json=as_json, quiet=quiet, interrupted="no longer listening")
+    run(
+        start, as_json=as_json, quiet=quiet, interrupted="no longer listening",
+        trace=options["trace"],
+    )  # fmt: skip
 
 
 class _OneArrival:

@@ -44,4 +44,5 @@ def restore_command(source: str, uffd_socket: str, **options: Any) -> None:
     run(
         start, as_json=options["as_json"], quiet=options["quiet"],
         interrupted="no longer serving faults: a guest that has not got all of its memory sleeps",
+        trace=options["trace"], memory=(where,) if isinstance(where, GuestUri) else (),
     )  # fmt: skip

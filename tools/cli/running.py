@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import json
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from ...pipeline.tracing import recording
 from ...transport.errors import Cancelled
+from ...workers.guests import GuestUri
 from .view import View, make_view, summary
 
 
@@ -58,9 +60,12 @@ def run(
     as_json: bool,
     quiet: bool,
     interrupted: str = "interrupted; the source is as it was",
+    trace: str | None = None,
+    memory: Sequence[GuestUri | None] = (),
 ) -> None:
     """Run `start(view, interrupts)` to its end and print its report. `interrupted`: what a
-    second Ctrl-C leaves behind; one after the switchover has an error of its own."""
+    second Ctrl-C leaves behind; one after the switchover has an error of its own. `trace`: the file
+    for its trace; `memory`: what moves, which must not be written over."""
     view = make_view(quiet)
 
     async def main() -> dict[str, Any] | None:
@@ -71,8 +76,12 @@ def run(
             except asyncio.CancelledError:
                 raise Cancelled(interrupted) from None
 
-    with view:
-        report = asyncio.run(main())
+    with view, recording(trace, *(uri for uri in memory if uri is not None)):
+        try:
+            report = asyncio.run(main())
+        finally:
+            if trace is not None:
+                view.say(f"trace: {trace}")
     if report is not None:
         show(report, as_json=as_json, quiet=quiet)
 

@@ -40,4 +40,7 @@ def send_command(source: str, endpoint: str, name: str, **options: Any) -> None:
             )  # fmt: skip
             return recording.report
 
-    run(start, as_json=options["as_json"], quiet=options["quiet"])
+    run(
+        start, as_json=options["as_json"], quiet=options["quiet"], trace=options["trace"],
+        memory=(where,),
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from ...transport.links import parse_endpoint
 from ...transport.quantities import format_bytes, format_seconds, parse_rate
 from ...workers.guests import parse_guest
 from .main import error_object
-from .options import integer
+from .options import integer, trace_option
 from .running import Interrupts, run
 from .view import View
 
@@ -29,6 +29,7 @@ from .view import View
 @click.option("--level", metavar="N", help="The codec's level.")
 @click.option("--max-postcopy-bandwidth", metavar="RATE", default="0",
               help="For the background of each destination. Default: no limit.")  # fmt: skip
+@trace_option
 @click.option("--json", "as_json", is_flag=True, help="A JSON object a line on stdout.")
 @click.option("--quiet", is_flag=True, help="Say nothing.")
 def serve_command(source: str, listen: str, **options: Any) -> None:
@@ -62,7 +63,10 @@ def serve_command(source: str, listen: str, **options: Any) -> None:
             view.say(f"serving {guest} at {server.endpoint}")
             await server.run()
 
-    run(start, as_json=as_json, quiet=quiet, interrupted="no longer serving")
+    run(
+        start, as_json=as_json, quiet=quiet, interrupted="no longer serving",
+        trace=options["trace"], memory=(guest,),
+    )  # fmt: skip
 
 
 def _told(report: dict[str, Any] | None, error: PageferryError | None) -> str:

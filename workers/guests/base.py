@@ -111,6 +111,11 @@ class SourceGuest(ABC):
         """Pages written since the last call, or since `start_tracking` (get and clear)."""
         raise NotImplementedError
 
+    def written_so_far(self) -> int | None:
+        """How many pages `dirty_pages` would have, about, if that can be known in a few
+        milliseconds a GiB. Not at the same time as `dirty_pages`."""
+        return None
+
     def settle(self) -> None:
         """Writes that had begun when pages were last taken (a device's) have ended when this
         returns. Called before those pages are read, unless it is stopped."""

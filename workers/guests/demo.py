@@ -245,6 +245,11 @@ class DemoSource(SourceGuest):
         assert self._scanner is not None
         return self._scanner.collect(self._base, self.image_size)
 
+    def written_so_far(self) -> int | None:
+        if self._scanner is None:
+            return None
+        return self._scanner.count(self._base, self.image_size)
+
     def stop(self) -> None:
         if not self._stopped:
             self._stopped = True  # first: if the answer is lost, resume must not be a no-op

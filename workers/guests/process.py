@@ -102,6 +102,9 @@ class ProcessSource(SourceGuest):
             self.check()  # its end explains it better
             raise
 
+    def written_so_far(self) -> int | None:
+        return self._tracker.so_far() if self._tracker is not None else None
+
     def stop(self) -> None:
         self._process.stop()
         self.check()

@@ -215,6 +215,9 @@ class QemuSource(SourceGuest):
         assert self._tracker is not None
         return self._tracker.written(block)
 
+    def written_so_far(self) -> int | None:
+        return self._tracker.so_far() if self._tracker is not None else None
+
     def settle(self) -> None:
         if self._tracker is not None:
             self._tracker.settle()

@@ -263,6 +263,10 @@ class VmTracker:
         mark(gone, found, 1)
         return runs_of(np.flatnonzero(gone))
 
+    def so_far(self) -> int:
+        """How many pages `written` would have, about."""
+        return self._tracker.so_far()
+
     def _look_for_data(self) -> list[Bytes8]:
         return [self._data_of(index) for index in range(len(self._blocks))]
 

@@ -163,6 +163,11 @@ class WriteTracker:
         """
         return self._look(index, may_change=self._moving)
 
+    def so_far(self) -> int:
+        """How many pages `written` would have, about: what was mapped meanwhile is not in it. Not
+        at the same time as any other call."""
+        return sum(self._scanner.count(w.address, w.length) for ws in self._windows for w in ws)
+
     def _look(self, index: int, *, may_change: bool) -> Runs:
         """A mapping may come and go between any two of these steps: then they are taken again.
 

@@ -75,6 +75,15 @@ class PagemapScanner:
         runs = [part[0] for part in parts]
         return np.concatenate([r[0] for r in runs]), np.concatenate([r[1] for r in runs])
 
+    def count(self, start: int, length: int) -> int:
+        """How many pages were written since the last `collect`, about; nothing is changed. In the
+        same thread as `collect`, or not at the same time."""
+        pages, at, end = 0, start, start + length
+        while at < end:
+            found, at = self._scan(at, end, 0)
+            pages += int((found[:, 1] - found[:, 0]).sum()) // PAGE_SIZE
+        return pages
+
     def _scan(self, at: int, end: int, flags: int) -> tuple[npt.NDArray[np.uint64], int]:
         # SAFETY: the kernel writes at most _REGIONS entries into self._vector, which outlives
         # the call; the argument is the 96-byte struct it declares.
