@@ -70,6 +70,7 @@ class ReceiverJob:
 
     def close(self) -> None:
         """In the receiver, when nothing looks at any of it: it may have another job after this."""
+        self.writing = None  # traced, it holds the ring
         self.counters.close()
         for block in self.blocks:
             block.file.close()

@@ -102,6 +102,18 @@ def test_workers_are_started_once(images, tmp_path):
     assert arrived(images) == [f"vm{n}.mem" for n in range(6)]
 
 
+def test_workers_that_are_traced_are_used_again_too(images, tmp_path):
+    """Nothing of a ring is left in them; each job's events are there."""
+    trace = tmp_path / "trace.json"
+    done = run("batch", str(images), f"image:{tmp_path}/out/", "--state", str(tmp_path / "state"),
+               "--parallel", "2", "--workers", "1", "--trace", str(trace), "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Exception" not in done.stderr
+    assert json.loads(done.stdout)["worker-processes"] <= 4
+    for number in range(6):
+        assert f"vm{number}.mem: sender-0" in trace.read_text()
+
+
 @pytest.mark.parametrize("to", ["receiver", "directory"])
 def test_clones_that_begin_together_travel_once(tmp_path, to):
     """Four clones of one image and two of another, all at once: of each family the first travels,
