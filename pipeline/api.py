@@ -32,6 +32,7 @@ from ..workers.guests import (
     start_qemu,
 )
 from ..workers.guests.shared_memory import path_of
+from ..workers.reserve import Reserve
 from .blocking import Blocking, to_its_end
 from .destination import Destination
 from .monitor import Monitor, serve_monitor
@@ -62,9 +63,11 @@ async def send(
     monitor: str | None = None,
     identity: bytes | None = None,
     name: str = "",
+    reserve: Reserve | None = None,
 ) -> dict[str, Any]:
     """Migrate `source` to the receiver at `endpoint`. Returns the report, raises the error. `name`:
-    what it is to be called in a receiver's directory; by default as its file here."""
+    what it is to be called in a receiver's directory; by default as its file here. `reserve`: where
+    worker processes come from, if they are not to be its own."""
     parameters = parameters.checked()
     warm_up()
     opening = Blocking()
@@ -77,7 +80,7 @@ async def send(
     try:
         migration = Source(
             guest, endpoint, parameters, on_progress, identity=identity,
-            name=name or _name_of(source),
+            name=name or _name_of(source), reserve=reserve,
         )  # fmt: skip
         async with AsyncExitStack() as stack:
             await _attach_monitor(stack, monitor, migration)
@@ -147,15 +150,15 @@ async def receive_one(destination: Destination) -> dict[str, Any]:
 
 
 def opener(
-    into: GuestUri | None, qemu_command: str | None = None
+    into: GuestUri | None, qemu_command: str | None = None, index: ContentIndex | None = None
 ) -> Callable[[Hello], DestinationGuest]:
     """What a Hello becomes here: `into`, or a VM in a QEMU that `qemu_command` starts, or without
     either what it is there.
 
     The peer never chooses a path: without `into`, memory goes to a new shared-memory file.
+    `index`: of what came before; else of all that come by this opener.
     """
-
-    index = ContentIndex()  # of all that come here
+    index = index if index is not None else ContentIndex()
 
     def open_guest(hello: Hello) -> DestinationGuest:
         if qemu_command is not None:
@@ -184,8 +187,11 @@ async def copy(
     on_started: Started | None = None,
     monitor: str | None = None,
     name: str = "",
+    reserve: Reserve | None = None,
+    index: ContentIndex | None = None,
 ) -> dict[str, Any]:
-    """Both ends on this host, each with its own coordinator and workers, over ipc.
+    """Both ends on this host, each with its own coordinator and workers, over ipc. `reserve`: as in
+    `send`; `index`: of what has come here before, if there was something.
 
     The sockets are in the abstract namespace: a crash leaves no file. Anybody on this host
     could connect to one, so the destination listens to nobody but our own source.
@@ -195,13 +201,15 @@ async def copy(
     warm_up()
     endpoint = Endpoint("ipc", path=f"@pageferry-{os.getpid()}-{secrets.token_hex(8)}")
     identity = secrets.token_bytes(16)
-    listening = Destination(endpoint, opener(destination), only=identity)
+    listening = Destination(
+        endpoint, opener(destination, index=index), only=identity, reserve=reserve
+    )
     try:
         arriving = asyncio.ensure_future(receive_one(listening))
         try:
             report = await send(
                 source, endpoint, parameters, on_progress=on_progress, on_started=on_started,
-                monitor=monitor, identity=identity, name=name,
+                monitor=monitor, identity=identity, name=name, reserve=reserve,
             )  # fmt: skip
             return _merge(report, await arriving)
         except BaseException:

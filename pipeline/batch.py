@@ -34,13 +34,17 @@ from ..transport.errors import (
     as_ours,
 )
 from ..transport.links import parse_endpoint
+from ..workers.content import ContentIndex
 from ..workers.guests import parse_guest
+from ..workers.reserve import Reserve
+from ..workers.sampling import sample
 from . import api
 from .batch_state import BatchState, Row
 from .blocking import to_its_end
 from .callbacks import tell
 from .destination import Destination
 from .fleet import Elsewhere, Fleet
+from .families import Families
 from .journal import name_item
 from .manifest import Item, task
 from .parameters import Parameters, default_workers
@@ -59,6 +63,8 @@ _FINAL = (
     PostcopyFailed,
 )  # fmt: skip
 _PROGRESS_SECONDS = 0.25
+# A look at an image that takes longer says nothing of it.
+_SAMPLE_SECONDS = 5.0
 
 _log = logging.getLogger("pageferry.batch")
 
@@ -147,6 +153,10 @@ class Batch:
             [task(r.number, r.item, r.failures) for r in rows if r.state not in ENDED],
             self.policy.limits(),
         )
+        self._workers = Reserve(self._most_workers())
+        self._contents: dict[str, ContentIndex] = {}  # of directories here
+        self._families = Families()
+        self._sampling: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._fatal: BaseException | None = None
         self._fleet: Fleet | None = None
@@ -229,6 +239,7 @@ class Batch:
             "wire-bytes": sum(
                 entry.report.get("wire-bytes", 0) for entry in entries if entry.report
             ),
+            "worker-processes": self._workers.started,
             "state-file": os.path.abspath(self.state.path),
             "items": [e.told() for e in sorted(entries, key=lambda e: rank[e.state])],
         }
@@ -258,6 +269,7 @@ class Batch:
                 self._share()  # first the others have less, then there is one more
                 for number in started:
                     self._spawn(number)
+                self._look_for_relatives()
                 if self._fatal is not None:
                     raise self._fatal
                 if self._planner.over:
@@ -271,6 +283,10 @@ class Batch:
         except BaseException:
             await to_its_end(self._abandon())
             raise
+        finally:
+            if self._sampling is not None:
+                self._sampling.cancel()
+            await to_its_end(asyncio.to_thread(self._workers.close))
         return self._judged()
 
     def _judged(self) -> dict[str, Any]:
@@ -300,6 +316,33 @@ class Batch:
         for running in tasks:
             running.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _look_for_relatives(self) -> None:
+        """Have the planner's questions answered, if they are not just being answered."""
+        if not self._planner.asked or self._sampling is not None:
+            return
+        self._sampling = asyncio.get_running_loop().create_task(self._sample())
+
+        def done(ended: asyncio.Task[None]) -> None:
+            self._sampling = None
+            if not ended.cancelled() and (error := ended.exception()) is not None:
+                self._fatal = error
+            self._wake.set()
+
+        self._sampling.add_done_callback(done)
+
+    async def _sample(self) -> None:
+        """One item after the other, the most urgent first: it may be started at once."""
+        while asked := self._planner.asked:
+            number = asked[0]
+            item = self._entries[number].item
+            marks: list[tuple[int, int]] = []
+            with contextlib.suppress(TimeoutError):  # its migration will say more of it
+                looking = asyncio.to_thread(sample, item.guest.rest)
+                marks = await asyncio.wait_for(looking, _SAMPLE_SECONDS)
+            family = self._families.of(marks)
+            self._planner.related(number, None if family is None else (item.destination, family))
+            self._wake.set()
 
     def _share(self) -> None:
         """Each migration that runs has what the planner gives it."""
@@ -422,17 +465,32 @@ class Batch:
             entry.progress = report
             self._tell_progress()
 
-        how: dict[str, Any] = {"on_progress": progress, "on_started": started, "name": item.name}
+        how: dict[str, Any] = {
+            "on_progress": progress, "on_started": started, "name": item.name,
+            "reserve": self._workers,
+        }  # fmt: skip
         if item.to_receiver:
             there = parse_endpoint(item.destination)
             return await api.send(item.guest, there, parameters, **how)
-        return await api.copy(item.guest, parse_guest(item.destination), parameters, **how)
+        into = parse_guest(item.destination)
+        index = self._contents.setdefault(os.path.dirname(into.rest), ContentIndex())
+        return await api.copy(item.guest, into, parameters, **how, index=index)
 
     def _parameters(self, entry: _Entry) -> Parameters:
         """All items together have about the workers that one migration has by default."""
         p = replace(entry.item.parameters(), max_bandwidth=entry.rate)
-        together = max(1, min(self.policy.parallel, len(self._entries)))
-        return p if p.workers else replace(p, workers=max(1, default_workers() // together))
+        return p if p.workers else replace(p, workers=max(1, default_workers() // self._together))
+
+    @property
+    def _together(self) -> int:
+        return max(1, min(self.policy.parallel, len(self._entries)))
+
+    def _most_workers(self) -> int:
+        """Of items that run at the same time, at both ends if these are here."""
+        said = [entry.item.settings.workers or 0 for entry in self._entries.values()]
+        each = max([1, default_workers() // self._together, *said])
+        here = any(not entry.item.to_receiver for entry in self._entries.values())
+        return self._together * each * (2 if here else 1)
 
     def _handing_over(
         self, number: int, migration: Source

@@ -32,6 +32,7 @@ class Control:
         self._transmit = transmit
         self._heard = self._said = time.monotonic()
         self._said_count = self._heard_count = 0  # messages, pings not counted
+        self.cut = False  # something could not be handed on: nobody is connected
         self._sign = asyncio.Event()
         self._waiting: asyncio.Future[messages.AnyMessage] | None = None
 
@@ -107,6 +108,14 @@ class Control:
                 raise PeerLost(f"{self.peer} has been silent for {LOST_SECONDS:.0f} s")
             if now - self._said > PING_SECONDS:
                 await self.say(messages.Ping(self._said_count))
+
+    async def reaches(self) -> bool:
+        """Whether the peer is connected just now, as far as this end's `transmit` knows."""
+        if self.session.phase in (Phase.IDLE, Phase.CLOSED):
+            return False
+        self.cut = False
+        await self.say(messages.Ping(self._said_count))
+        return not self.cut
 
     async def pause(self, error: PageferryError) -> None:
         """Tell the peer that this connection is over, if it may be told."""

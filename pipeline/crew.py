@@ -16,6 +16,7 @@ from ..workers.counters import Counters
 from ..workers.page_table import GROUP, PageTable
 from ..workers.pool import Pool, Worker
 from ..workers.ram import RamBlock
+from ..workers.reserve import Reserve
 from .partition import Span, cut, extent_target
 
 # Extents a sender has at a time: one under way, one waiting, so that it never idles.
@@ -33,8 +34,13 @@ def extents(table: PageTable, blocks: list[RamBlock], workers: int, pages: int) 
 class Crew:
     """All senders of a migration."""
 
-    def __init__(self, counters: Counters, on_failure: Callable[[Exception], None]) -> None:
-        self.pool = Pool("sender", counters, self._on_job, on_failure)
+    def __init__(
+        self,
+        counters: Counters,
+        on_failure: Callable[[Exception], None],
+        reserve: Reserve | None = None,
+    ) -> None:
+        self.pool = Pool("sender", counters, self._on_job, on_failure, reserve)
         self._replies: asyncio.Queue[tuple[Worker, jobs.AnyJob]] = asyncio.Queue()
 
     def __repr__(self) -> str:

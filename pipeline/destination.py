@@ -46,6 +46,7 @@ from ..workers.digest import block_digest, part_count
 from ..workers.forking import context
 from ..workers.guests.base import DestinationGuest
 from ..workers.pool import Pool, Worker
+from ..workers.reserve import Reserve
 from . import narration
 from .agreement import check_hello
 from .blocking import Blocking, to_its_end
@@ -75,7 +76,9 @@ class Arrival:
         open_guest: OpenGuest,
         on_progress: Progress | None,
         on_event: Callable[[str, dict[str, Any]], None],
+        reserve: Reserve | None = None,
     ) -> None:
+        self._reserve = reserve
         self.hello = hello
         self.journal = Journal("destination", hello.uuid)
         self.control = control
@@ -243,7 +246,9 @@ class Arrival:
         n = self._counters.workers
         self._ready = asyncio.Queue()
         self._tokens = [secrets.token_bytes(16) for _ in range(n)]
-        self._pool = Pool("receiver", self._counters, self._on_job, self.fail)
+        # those of a postcopy lower their priority for good
+        reserve = self._reserve if self._faults is None else None
+        self._pool = Pool("receiver", self._counters, self._on_job, self.fail, reserve)
         writing = context().Lock()
         payloads = [
             receiver.ReceiverJob(
@@ -624,7 +629,7 @@ class Destination:
     """Listens at an endpoint; one migration at a time.
 
     `open_guest(hello)` says into what; with `only` nobody but the source whose identity that
-    is (a shared secret) is welcome.
+    is (a shared secret) is welcome. `reserve`: where receivers come from.
     """
 
     def __init__(
@@ -635,8 +640,10 @@ class Destination:
         on_progress: Progress | None = None,
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
         only: bytes | None = None,
+        reserve: Reserve | None = None,
     ) -> None:
         self._only = only
+        self._reserve = reserve
         self._context = zmq.asyncio.Context()
         try:
             sock, self.endpoint = bind(self._context, endpoint, control=True)
@@ -739,8 +746,10 @@ class Destination:
             return None
 
         async def transmit(answer: bytes) -> None:
-            with contextlib.suppress(zmq.ZMQError):  # gone: heartbeats will tell
+            try:
                 await self._socket.send_multipart([identity, answer])
+            except zmq.ZMQError as e:  # gone: heartbeats will tell
+                control.cut |= e.errno == zmq.EHOSTUNREACH
 
         control = Control(Role.DESTINATION, transmit, "the source")
         try:
@@ -751,7 +760,7 @@ class Destination:
             self._resume(identity, hello, control)
             return None
         assert isinstance(hello, messages.Hello)
-        if self._is_busy():
+        if self._is_busy(hello):
             self._refuse(control, PeerRefused("the destination is busy", field="busy"))
             return None
         try:
@@ -762,10 +771,10 @@ class Destination:
         self._identity = identity
         return Arrival(
             hello, control, self.endpoint, self._open_guest,
-            self._progress, self._event,
+            self._progress, self._event, self._reserve,
         )  # fmt: skip
 
-    def _is_busy(self) -> bool:
+    def _is_busy(self, hello: messages.Hello) -> bool:
         return self.arrival is not None
 
     def _resume(self, identity: bytes, message: messages.Resume, control: Control) -> None:

@@ -145,6 +145,15 @@ class Item(msgspec.Struct, frozen=True):
         """The first of its hosts, "local" if it is here."""
         return self.hosts[0] if self.hosts else LOCAL
 
+    @property
+    def alike(self) -> bool:
+        """Others that go there may be much the same, and then what is equal travels once: images,
+        to a receiver (which may be one of many) or a directory. Only if they are here, to be
+        looked at."""
+        if self.guest.kind != "image" or self.hosts:
+            return False
+        return self.to_receiver or is_directory(parse_guest(self.destination))
+
     def parameters(self) -> Parameters:
         """Of its migration; UsageError that names the parameter."""
         said = {
@@ -191,7 +200,7 @@ def task(number: int, item: Item, failures: int = 0) -> Task:
     """An item as the planner sees it."""
     return Task(
         number, item.name, item.source_host, item.host, item.priority, item.max_bandwidth,
-        item.retries, failures,
+        item.retries, failures, item.alike,
     )  # fmt: skip
 
 

@@ -4,6 +4,9 @@ time is an argument, and nothing here knows what an item moves, or how.
 Every item passes gates: the outgoing side of its source host and the incoming side of its
 destination host. A gate lets so many through at once and has a link of some capacity. Who runs is
 a matter of priority, then of order; an item behind a shut gate holds up nobody behind open ones.
+Relatives (images that are clones of one another, and go to one destination) have a gate of their
+own: one at a time, until one has arrived; then all that follow have what is equal from it. So that
+this is known, an item that may have relatives is asked for before it runs.
 Rates are max-min fair (Bertsekas and Gallager, Data Networks, 6.5.2: filling), with the batch's
 own limit as a link that all share.
 """
@@ -13,12 +16,14 @@ from __future__ import annotations
 import enum
 import heapq
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 # A migration takes no limit below 100 kB/s (Parameters): rather fewer items at once. The rest is
 # for rounding.
 LEAST_RATE = 101_000
+# Items whose relatives are asked for at the same time.
+ASKED_AHEAD = 16
 
 
 class State(enum.Enum):
@@ -39,7 +44,8 @@ ENDED = (State.COMPLETED, State.FAILED, State.CANCELLED)
 class Task:
     """An item as the planner sees it. `number`: its place in the order; `max_rate`: bytes a second,
     0 without limit; `retries`: how often it is tried again after it failed; `failures`: how often
-    it has failed before."""
+    it has failed before; `alike`: it may have relatives, and does not run before `related` says
+    whose."""
 
     number: int
     name: str
@@ -49,6 +55,7 @@ class Task:
     max_rate: int = 0
     retries: int = 0
     failures: int = 0
+    alike: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,14 @@ class Planner:
         self._sides: dict[tuple[str, str], _Gate] = {}
         # The heads of queues whose gates are open, a heap of (head, index of the gate).
         self._heads: list[tuple[tuple[int, int], int]] = []
-        self._way = {number: self._gates_of(task) for number, task in self.tasks.items()}
+        self._way: dict[int, tuple[_Gate, ...]] = {
+            number: self._gates_of(task) for number, task in self.tasks.items()
+        }
+        self._families: dict[Hashable, _Gate] = {}
+        self._family: dict[int, _Gate] = {}  # of those that have one
+        self._unknown = {task.number for task in self.tasks.values() if task.alike}
+        # Those that would be looked at next, and are in no queue until it is known whose they are.
+        self._asked: dict[tuple[int, int], None] = {}
         # The links that an item shares with others: 0 is the batch's own, others have their gate's
         # index.
         self._links = {
@@ -147,6 +161,12 @@ class Planner:
     def over(self) -> bool:
         """Nothing runs and nothing will."""
         return self._to_end == 0
+
+    @property
+    def asked(self) -> list[int]:
+        """Items whose relatives are to be found out, the most urgent first: `start` starts nobody
+        behind the first of them. Tell by `related`, and call `start` again."""
+        return [number for _, number in sorted(self._asked)]
 
     def next_time(self) -> float | None:
         """When `start` should be called again, whatever else happens; None: only after something
@@ -182,9 +202,28 @@ class Planner:
 
     # ---- what is told --------------------------------------------------------------------
 
+    def related(self, number: int, family: Hashable | None) -> None:
+        """All that have the same `family` go to one destination and are alike; None: alone. One
+        with a limit of its own is alone: others would wait for it at that rate."""
+        if number not in self._unknown:
+            raise ValueError(f"it is known whose item {number} is")
+        self._unknown.remove(number)
+        if family is not None and not self.tasks[number].max_rate:
+            gate = self._families.get(family)
+            if gate is None:
+                gate = self._families[family] = self._new_gate(1, 0)
+            self._family[number] = gate
+            self._way[number] += (gate,)
+        key = self._key(number)
+        if key in self._asked:
+            del self._asked[key]
+            self._enqueue(self._gates[0], number)
+
     def completed(self, number: int) -> None:
         """It ran, and all is well."""
         self._leave(number)
+        if number in self._family:
+            self._family[number].limit = 0  # for good: whoever comes now has it from this one
         self._end(number, State.COMPLETED)
 
     def failed(self, number: int, now: float, *, again: bool = True) -> float | None:
@@ -241,13 +280,21 @@ class Planner:
         gate = self._sides.get((side, host))
         if gate is None:
             own = self.limits.hosts.get(host, HostLimit())
-            gate = _Gate(len(self._gates), own.parallel or limit, own.max_rate)
+            gate = self._new_gate(own.parallel or limit, own.max_rate)
             self._sides[side, host] = gate
-            self._gates.append(gate)
         return gate
 
+    def _new_gate(self, limit: int, capacity: int) -> _Gate:
+        gate = _Gate(len(self._gates), limit, capacity)
+        self._gates.append(gate)
+        return gate
+
+    def _key(self, number: int) -> tuple[int, int]:
+        """In the order of these they run."""
+        return -self.tasks[number].priority, number
+
     def _enqueue(self, gate: _Gate, number: int) -> None:
-        key = (-self.tasks[number].priority, number)
+        key = self._key(number)
         heapq.heappush(gate.queue, key)
         if gate.open and gate.queue[0] == key:
             self._show_head(gate)
@@ -258,23 +305,37 @@ class Planner:
             heapq.heappush(self._heads, (gate.queue[0], gate.index))
 
     def _next(self) -> int | None:
-        """The first of all that no gate keeps from running; None if there is none. Whoever is kept
-        waits before that gate until it opens, so nobody is looked at in vain twice."""
+        """The first of all that no gate keeps from running; None if there is none, or somebody
+        before it is asked for. Whoever is kept waits before that gate until it opens, so nobody is
+        looked at in vain twice."""
         while self._heads:
             key, index = heapq.heappop(self._heads)
             gate = self._gates[index]
             if not gate.open or not gate.queue or gate.queue[0] != key:
                 continue
+            number = key[1]
+            unknown = number in self._unknown
+            if self._must_wait(key, unknown):
+                self._show_head(gate)
+                return None
             heapq.heappop(gate.queue)
             self._show_head(gate)
-            number = key[1]
             if self.states[number] is not State.PENDING:  # cancelled meanwhile
+                continue
+            if unknown:
+                self._asked[key] = None
                 continue
             shut = next((g for g in self._way[number] if not g.open), None)
             if shut is None:
                 return number
             self._enqueue(shut, number)
         return None
+
+    def _must_wait(self, key: tuple[int, int], unknown: bool) -> bool:
+        """Whether somebody before it is asked for, or too many are."""
+        if unknown:
+            return len(self._asked) >= ASKED_AHEAD
+        return bool(self._asked) and key > min(self._asked)
 
     def _leave(self, number: int) -> None:
         if self.states[number] is not State.RUNNING:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 from ..transport import messages
-from ..transport.errors import Cancelled, PageferryError, PeerRefused
+from ..transport.errors import Cancelled, PageferryError, PeerLost, PeerRefused
 from ..transport.links import Endpoint
+from ..workers.reserve import Reserve
+from .blocking import to_its_end
 from .control import Control
 from .destination import Arrival, Destination, OpenGuest
+from .parameters import default_workers
 from .state import Status
 
 # Report or error, and what the source calls it.
@@ -28,11 +32,13 @@ class Reception(Destination):
     def __init__(
         self, endpoint: Endpoint, open_guest: OpenGuest, on_end: OnEnd, *, at_once: int
     ) -> None:
-        super().__init__(endpoint, open_guest)
+        # as many as these have by default (batch.py), however many they had at some time
+        self._workers = Reserve(max(at_once, default_workers()))
+        super().__init__(endpoint, open_guest, reserve=self._workers)
         self._on_end = on_end
         self._at_once = at_once
         self._arrivals: dict[bytes, Arrival] = {}
-        self._running: set[asyncio.Task[None]] = set()
+        self._tasks: dict[Arrival, asyncio.Task[None]] = {}
         self._received = self._failed = 0
 
     def __repr__(self) -> str:
@@ -54,7 +60,9 @@ class Reception(Destination):
         for arrival in self._arrivals.values():
             arrival.fail(Cancelled("cancelled at the destination"))
 
-    def _is_busy(self) -> bool:
+    def _is_busy(self, hello: messages.Hello) -> bool:
+        if any(arrival.hello.name == hello.name for arrival in self._arrivals.values()):
+            return False  # it may take that one's place
         return len(self._arrivals) >= self._at_once
 
     def _resume(self, identity: bytes, message: messages.Resume, control: Control) -> None:
@@ -72,21 +80,34 @@ class Reception(Destination):
                     arrival.slot = self._free_slot()
                     self._arrivals[identity] = arrival
                     task = asyncio.get_running_loop().create_task(self._receive(identity, arrival))
-                    self._running.add(task)
-                    task.add_done_callback(self._running.discard)
+                    self._tasks[arrival] = task
         finally:
-            for task in self._running:
+            for task in self._tasks.values():
                 task.cancel()
-            await asyncio.gather(*self._running, return_exceptions=True)
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await to_its_end(asyncio.to_thread(self._workers.close))
 
     def _free_slot(self) -> int:
         taken = {arrival.slot for arrival in self._arrivals.values()}
-        return next(slot for slot in range(self._at_once) if slot not in taken)
+        return next(slot for slot in itertools.count() if slot not in taken)
+
+    async def _replace(self, arrival: Arrival) -> None:
+        """A source that was killed may be back before its silence has shown. Whoever has no
+        connection any more makes room for one that sends the same; one that has keeps its place,
+        and the newcomer finds the file locked."""
+        await arrival.control.say(messages.Ping(0))  # somebody is here
+        for other, task in list(self._tasks.items()):
+            if other is arrival or other.hello.name != arrival.hello.name:
+                continue
+            if not await other.control.reaches():
+                other.fail(PeerLost("the source was gone, and one that sends the same has come"))
+                await asyncio.wait([task])
 
     async def _receive(self, identity: bytes, arrival: Arrival) -> None:
         report: dict[str, Any] | None = None
         error: PageferryError | None = None
         try:
+            await self._replace(arrival)
             report = await arrival.run()
             self._received += 1
         except asyncio.CancelledError:
@@ -94,7 +115,7 @@ class Reception(Destination):
         except PageferryError as e:
             error = e
         finally:
-            del self._arrivals[identity]
+            del self._arrivals[identity], self._tasks[arrival]
             if arrival.guest is not None:
                 arrival.guest.close()
         self._failed += error is not None

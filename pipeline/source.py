@@ -45,6 +45,7 @@ from ..workers.guests.base import TRACKING_HASH, SourceGuest
 from ..workers.latency import report as latency_report
 from ..workers.page_table import CLEAN, PageTable
 from ..workers.received import unpack
+from ..workers.reserve import Reserve
 from ..workers.segments import Segment
 from . import migration as core
 from . import narration
@@ -92,8 +93,10 @@ class Source:
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
         identity: bytes | None = None,
         name: str = "",
+        reserve: Reserve | None = None,
     ) -> None:
         self.name = name
+        self._reserve = reserve
         self._identity = identity or secrets.token_bytes(16)
         self.guest = guest
         self.endpoint = endpoint
@@ -442,10 +445,12 @@ class Source:
             self.guest.blocks, self._table, self._counters, self._bandwidth, self._hashes,
             p.codec, p.level, p.batch_pages,
         )  # fmt: skip
+        reserve = self._reserve
         if self._background is not None:
             self._background.equip(job)
             await self._background.start()
-        self._crew = Crew(self._counters, self._failed)
+            reserve = None  # these lower their priority for good
+        self._crew = Crew(self._counters, self._failed, reserve)
         await self._crew.start(job, p.workers)
 
     async def _greet(self) -> messages.Welcome:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import zmq
+from zmq.utils import garbage
 
 from .errors import ConnectError, DestinationError, RemoteProtocolError, UsageError
 from .messages import MAX_MESSAGE
@@ -205,6 +206,12 @@ def connect(
     sock.setsockopt(zmq.ROUTING_ID, token)
     sock.connect(str(endpoint))
     return sock
+
+
+def let_go_of_sent() -> None:
+    """After all contexts have ended: end what pyzmq has for sends without a copy (a thread, a
+    context, and references to what was sent, until the thread gets round to them)."""
+    garbage.gc.stop()
 
 
 class UrgentLink(Protocol):

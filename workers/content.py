@@ -44,6 +44,18 @@ def page_digests(block: RamBlock, pages: Pages) -> bytes:
     return b"".join(found)
 
 
+def equal_digests(ours: bytes, theirs: bytes) -> Bytes8:
+    """1 for each digest that is the same in both."""
+    a, b = (np.frombuffer(d, "<u8").reshape(-1, 2) for d in (ours, theirs))
+    equal: Bytes8 = (a == b).all(axis=1).astype(np.uint8)
+    return equal
+
+
+def take_digests(digests: bytes, which: npt.NDArray[np.int64]) -> bytes:
+    """Some of many digests."""
+    return np.frombuffer(digests, "<u8").reshape(-1, 2)[which].tobytes()
+
+
 def _stretches(pages: Pages) -> list[tuple[int, int]]:
     """Consecutive pages, at most _STEP together: first and count."""
     if not len(pages):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import types
@@ -82,10 +83,21 @@ def let_the_server_end() -> None:
         os.close(alive)
 
 
-def start_process(target: Callable[..., None], args: tuple[Any, ...], name: str) -> BaseProcess:
+def start_process(target: Callable[..., object], args: tuple[Any, ...], name: str) -> BaseProcess:
     """A process that runs `target(*args)`. Blocks until it exists (10 ms when warm)."""
     warm_up()
     process = context().Process(target=target, args=args, name=name, daemon=True)
     with _hidden_main():
         process.start()
     return process
+
+
+def cause_of_death(code: int | None) -> str:
+    """What the exit code of a dead process says, in words."""
+    if code is None or code >= 0:
+        return f"exited with status {code}"
+    if -code == signal.SIGBUS:
+        return "was killed by SIGBUS: a memory file became shorter, or its disk failed"
+    if -code == signal.SIGKILL:
+        return "was killed (SIGKILL: by somebody, or by the kernel when memory ran out)"
+    return f"was killed by {signal.Signals(-code).name}"

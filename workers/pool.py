@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
-import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -19,7 +18,8 @@ from typing import Any
 from ..transport.errors import WorkerDied
 from . import jobs
 from .counters import Counters
-from .forking import start_process
+from .forking import cause_of_death, start_process
+from .reserve import Hand, Reserve
 
 # Silence of a worker for this long is a stall; workers beat every quarter of a second.
 STALL_SECONDS = 4.0
@@ -29,30 +29,26 @@ START_SECONDS = 20.0
 _log = logging.getLogger("pageferry.workers")
 
 
-def cause_of_death(process: BaseProcess) -> str:
-    """What the exit code of a dead process says, in words."""
-    code = process.exitcode
-    if code is None or code >= 0:
-        return f"exited with status {code}"
-    if -code == signal.SIGBUS:
-        return "was killed by SIGBUS: a memory file became shorter, or its disk failed"
-    if -code == signal.SIGKILL:
-        return "was killed (SIGKILL: by somebody, or by the kernel when memory ran out)"
-    return f"was killed by {signal.Signals(-code).name}"
-
-
 class Worker:
-    """One worker process as the coordinator sees it."""
+    """One worker process as the coordinator sees it. `hand`: where it has other jobs too."""
 
     def __init__(
-        self, name: str, index: int, process: BaseProcess, pipe: Connection, counters: Counters
+        self,
+        name: str,
+        index: int,
+        process: BaseProcess,
+        pipe: Connection,
+        counters: Counters,
+        hand: Hand | None = None,
     ) -> None:
         self.name = name
         self._counters = counters
         self.index = index
         self.process = process
         self.pipe = pipe
+        self.hand = hand
         self.cause = ""
+        self.free = False  # of its job: the process waits for another
 
     def __repr__(self) -> str:
         return f"<Worker {self.name} pid={self.process.pid}>"
@@ -65,11 +61,21 @@ class Worker:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send_bytes(jobs.encode(job))  # its death is told by its sentinel
 
+    def over(self, seconds: float) -> bool:
+        """Wait until its process has ended, or is free; False if it takes longer."""
+        until = time.monotonic() + seconds
+        self.free = self.hand is not None and self.hand.done(seconds)
+        if self.free:
+            return True
+        self.process.join(max(0.0, until - time.monotonic()))
+        return not self.process.is_alive()
+
 
 class Pool:
     """The workers of one role in one migration.
 
-    `on_job(worker, job)` and `on_failure(error)` are called in the event loop.
+    `on_job(worker, job)` and `on_failure(error)` are called in the event loop. `reserve`: where
+    the processes come from, and where those go that ended as they were told to.
     """
 
     def __init__(
@@ -78,12 +84,14 @@ class Pool:
         counters: Counters,
         on_job: Callable[[Worker, jobs.AnyJob], None],
         on_failure: Callable[[Exception], None],
+        reserve: Reserve | None = None,
     ) -> None:
         self.role = role
         self.counters = counters
         self.workers: list[Worker] = []
         self._on_job = on_job
         self._on_failure = on_failure
+        self._reserve = reserve
         self._closing = False
         self.killed = False  # a worker did not end by itself, and may have held a lock
         # name, pid and last numbers of each worker, once closed
@@ -94,7 +102,7 @@ class Pool:
     def __repr__(self) -> str:
         return f"<Pool {self.role} {self.workers}>"
 
-    async def start(self, target: Callable[..., None], payloads: list[Any]) -> None:
+    async def start(self, target: Callable[..., object], payloads: list[Any]) -> None:
         """Start one process a payload; each says Ready through `on_job`."""
         loop = asyncio.get_running_loop()
         self._started = time.monotonic()
@@ -107,17 +115,23 @@ class Pool:
             loop.add_reader(worker.pipe.fileno(), self._readable, worker)
             loop.add_reader(worker.process.sentinel, self._ended, worker)
 
-    def _start_one(self, target: Callable[..., None], index: int, payload: Any) -> None:
+    def _start_one(self, target: Callable[..., object], index: int, payload: Any) -> None:
         ours, theirs = multiprocessing.Pipe()
         name = f"{self.role}-{index}"
+        arguments = (theirs, index, payload)
+        hand = None
         try:
-            process = start_process(target, (theirs, index, payload), f"pageferry-{name}")
+            if self._reserve is not None:
+                hand = self._reserve.hire(target, arguments)
+                process = hand.process
+            else:
+                process = start_process(target, arguments, f"pageferry-{name}")
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
-        self.workers.append(Worker(name, index, process, ours, self.counters))
+        self.workers.append(Worker(name, index, process, ours, self.counters, hand))
         self.counters.began(index, name, process.pid)
         _log.debug("%s started, process %s", name, process.pid)
 
@@ -139,7 +153,7 @@ class Pool:
         if worker.pipe.poll(0):  # its last words come first
             self._readable(worker)
         if not worker.cause:
-            worker.cause = cause_of_death(worker.process)
+            worker.cause = cause_of_death(worker.process.exitcode)
             self.killed = True
             self._fail(WorkerDied(f"{worker.name} {worker.cause}", worker=worker.name))
 
@@ -173,7 +187,8 @@ class Pool:
             worker.say(job)
 
     async def close(self) -> None:
-        """Stop all workers, kill those that do not stop, reap them. Idempotent."""
+        """Stop all workers, kill those that do not stop, reap or give back the others.
+        Idempotent."""
         self._closing = True
         loop = asyncio.get_running_loop()
         if self._starting is not None:
@@ -190,8 +205,7 @@ class Pool:
         self.costs = []
         for worker in workers:
             left = max(0.0, until - time.monotonic())
-            await loop.run_in_executor(None, worker.process.join, left)
-            if worker.process.is_alive():
+            if not await loop.run_in_executor(None, worker.over, left):
                 self.killed = True
                 worker.process.kill()
                 await loop.run_in_executor(None, worker.process.join)
@@ -200,4 +214,9 @@ class Pool:
                        f": {worker.cause}" if worker.cause else "")  # fmt: skip
             self.costs.append((worker.name, worker.process.pid, worker.numbers()))
             worker.pipe.close()
-            worker.process.close()
+            if worker.hand is None:
+                worker.process.close()
+            elif worker.free and self._reserve is not None:
+                await loop.run_in_executor(None, self._reserve.give_back, worker.hand)
+            else:
+                await loop.run_in_executor(None, worker.hand.end)

@@ -56,11 +56,12 @@ def traced(desk: Desk, plain: type[T]) -> type[T]:
 
 def run_worker(
     name: str, pipe: Connection, counters: Counters, index: int, body: Callable[[Desk], None]
-) -> None:
+) -> bool:
     """Run `body` as worker `index`: tied to its parent's life, deaf to Ctrl-C.
 
     Ctrl-C reaches the whole process group; the coordinator alone acts on it. An error is
-    told over the pipe; a closed pipe means that the coordinator is gone, and so are we.
+    told over the pipe; a closed pipe means that the coordinator is gone, and so are we. True if
+    `body` ended because it was told to: then the process may do something else (reserve.py).
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(os.getppid())
@@ -72,6 +73,7 @@ def run_worker(
     heart.start()
     try:
         body(desk)
+        return True
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
     except Exception as e:
@@ -80,6 +82,7 @@ def run_worker(
     finally:
         over.set()
         heart.join()
+    return False
 
 
 def _beat(row: Row, over: threading.Event) -> None:

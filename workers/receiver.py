@@ -68,19 +68,26 @@ class ReceiverJob:
     installing: bool = False
     dial: bool = False
 
+    def close(self) -> None:
+        """In the receiver, when nothing looks at any of it: it may have another job after this."""
+        self.writing = None  # traced, it holds the ring
+        self.counters.close()
+        for block in self.blocks:
+            block.file.close()
+
 
 # Nobody writes a frame for this long: whoever holds the lock is dead or stopped.
 _LOCK_SECONDS = 30.0
 
 
-def main(pipe: Connection, index: int, job: ReceiverJob) -> None:
-    run_worker(
-        f"pf-recv-{index}",
-        pipe,
-        job.counters,
-        index,
-        lambda desk: traced(desk, Receiver)(desk, job).run(),
+def main(pipe: Connection, index: int, job: ReceiverJob) -> bool:
+    """True if it was told to stop, and did."""
+    name = f"pf-recv-{index}"
+    stopped = run_worker(
+        name, pipe, job.counters, index, lambda desk: traced(desk, Receiver)(desk, job).run()
     )
+    job.close()
+    return stopped
 
 
 class Receiver:

@@ -90,6 +90,14 @@ class SenderJob:
     preemption: Preemption | None = None
     route: Any = None
 
+    def close(self) -> None:
+        """In the sender, when nothing looks at any of it: it may have another job after this."""
+        for part in (self.table, self.counters, self.bandwidth, self.hashes):
+            if part is not None:
+                part.close()
+        for block in self.blocks:
+            block.file.close()
+
 
 @dataclass(slots=True)
 class _Extent:
@@ -115,14 +123,14 @@ class _Stopped(Exception):
     """Stop came in the middle of something."""
 
 
-def main(pipe: Connection, index: int, job: SenderJob) -> None:
-    run_worker(
-        f"pf-send-{index}",
-        pipe,
-        job.counters,
-        index,
-        lambda desk: traced(desk, Sender)(desk, job).run(),
+def main(pipe: Connection, index: int, job: SenderJob) -> bool:
+    """True if it was told to stop, and did."""
+    name = f"pf-send-{index}"
+    stopped = run_worker(
+        name, pipe, job.counters, index, lambda desk: traced(desk, Sender)(desk, job).run()
     )
+    job.close()
+    return stopped
 
 
 class Sender:

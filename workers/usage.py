@@ -18,6 +18,18 @@ def own_memory() -> int:
     return 0
 
 
+class _Account:
+    """Of this process."""
+
+    before = 0  # processor time, ns, that belongs to jobs which have ended
+
+
 def cpu_ns() -> int:
-    """Processor time of this process, its threads included."""
-    return time.process_time_ns()
+    """Processor time of this process, its threads included; where it has had other jobs, since the
+    last of them ended."""
+    return time.process_time_ns() - _Account.before
+
+
+def count_from_here() -> None:
+    """A job has ended: what is used from now on belongs to the next."""
+    _Account.before = time.process_time_ns()

@@ -83,6 +83,93 @@ def test_a_directory(images, tmp_path):
     assert inodes(images) == before
 
 
+def test_workers_are_started_once(images, tmp_path):
+    """Two at a time have two processes at each end, however many there are; between two images and
+    after the last these wait at the receiver, and nothing of theirs outlives a kill -9."""
+    path = tmp_path / "state"
+    with receiver("--into", f"image:{tmp_path}/out/", "--at-once", "2") as receiving:
+        done = run("batch", str(images), receiving.endpoint, "--state", str(path), "--json",
+                   "--parallel", "2", "--workers", "1", "--verify")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert 1 <= report["worker-processes"] <= 2
+        said = [json.loads(receiving.process.stdout.readline()) for _ in range(6)]
+        pids = {p["pid"] for each in said for p in each["processes"] if p["name"] == "receiver-0"}
+        assert 1 <= len(pids) <= 2
+        until(lambda: {psutil.Process(pid).name() for pid in pids} == {"pf-idle"}, "they wait")
+        kill_9(receiving)  # they are of its family
+    sweep(receiving.process.pid)
+    assert arrived(images) == [f"vm{n}.mem" for n in range(6)]
+
+
+def test_workers_that_are_traced_are_used_again_too(images, tmp_path):
+    """Nothing of a ring is left in them; each job's events are there."""
+    trace = tmp_path / "trace.json"
+    done = run("batch", str(images), f"image:{tmp_path}/out/", "--state", str(tmp_path / "state"),
+               "--parallel", "2", "--workers", "1", "--trace", str(trace), "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Exception" not in done.stderr
+    assert json.loads(done.stdout)["worker-processes"] <= 4
+    for number in range(6):
+        assert f"vm{number}.mem: sender-0" in trace.read_text()
+
+
+@pytest.mark.parametrize("to", ["receiver", "directory"])
+def test_clones_that_begin_together_travel_once(tmp_path, to):
+    """Four clones of one image and two of another, all at once: of each family the first travels,
+    of the others what is their own."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "out").mkdir()
+    mib, own = 1 << 20, 6
+    for number in range(6):
+        content = bytearray(random.Random(number % 3 == 2).randbytes(4 * mib))
+        draw = random.Random(100 + number)
+        for page in draw.sample(range(len(content) // PAGE), own):
+            content[page * PAGE : (page + 1) * PAGE] = draw.randbytes(PAGE)
+        (tmp_path / "images" / f"vm{number}.mem").write_bytes(content)
+    with receiver("--into", f"image:{tmp_path}/out/", "--at-once", "6") as receiving:
+        where = receiving.endpoint if to == "receiver" else f"image:{tmp_path}/out/"
+        done = run("batch", str(tmp_path / "images"), where, "--state", str(tmp_path / "state"),
+                   "--parallel", "6", "--codec", "none", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["wire-bytes"] < 2 * 4 * mib + 4 * 2 * own * PAGE + mib // 2
+    there = {i["name"]: i["report"]["pages-already-there"] for i in report["items"]}
+    firsts = [name for name, pages in there.items() if not pages]
+    assert sorted(firsts) == ["vm0.mem", "vm2.mem"]
+    assert len(arrived(tmp_path / "images")) == 6
+
+
+def test_a_worker_that_is_killed_is_replaced(images, tmp_path):
+    """Its item is tried again; the others go on."""
+    killed = []
+
+    async def main():
+        state, batch = begin(
+            tmp_path / "s", parallel=2, destination="image:out/", backoff="10ms",
+            defaults={"workers": 1, "codec": "none", "batch-pages": 16}, **{"max-bandwidth": "1MB"},
+            items=[{"source": f"image:images/vm{n}.mem"} for n in range(6)],
+        )  # fmt: skip
+
+        def look_at(query):
+            for entry in batch._entries.values():
+                crew = entry.migration and entry.migration._crew
+                if not killed and crew is not None and crew.pool.workers:
+                    killed.append(crew.pool.workers[0].process.pid)
+                    os.kill(killed[0], signal.SIGKILL)
+
+        batch.on_progress = look_at
+        report = await batch.run()
+        state.close()
+        return report
+
+    report = asyncio.run(main())
+    assert killed and report["completed"] == 6
+    assert sorted(item["attempts"] for item in report["items"]) == [1, 1, 1, 1, 1, 2]
+    assert report["worker-processes"] <= 5 + 1
+    assert len(arrived(images)) == 6
+
+
 def test_a_manifest_with_an_item_that_fails(images, tmp_path):
     """It does not stop the others, comes first in the summary, and can be tried again."""
     path = tmp_path / "m.json"

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from pageferry.transport.messages import Block
 from pageferry.transport.pages import PAGE_SIZE
-from pageferry.workers.content import DIGEST_BYTES, ContentIndex, asked_pages, page_digests
+from pageferry.workers.content import (
+    DIGEST_BYTES,
+    ContentIndex,
+    asked_pages,
+    equal_digests,
+    page_digests,
+    take_digests,
+)
 from pageferry.workers.ram import RamBlock, RamFile
 
 
@@ -62,6 +69,16 @@ def test_what_any_file_has_is_found_and_nothing_else_is_written(tmp_path_factory
         assert have.tolist() == [int(number in anywhere) for number in wanted]
         expected = [n if there else 999 for n, there in zip(wanted, have.tolist(), strict=True)]
         assert new.numbers() == expected
+
+
+@given(numbers, numbers)
+def test_equal_and_chosen_digests(ours, theirs):
+    count = min(len(ours), len(theirs))
+    a, b = digests_of(ours[:count]), digests_of(theirs[:count])
+    same = equal_digests(a, b)
+    assert same.tolist() == [int(x == y) for x, y in zip(ours, theirs, strict=False)]
+    which = np.flatnonzero(same)
+    assert take_digests(a, which) == take_digests(b, which) == digests_of(ours[i] for i in which)
 
 
 def test_digests_of_a_block(tmp_path):

@@ -21,7 +21,7 @@ SANS_IO = {
     "transport/codecs/choice.py",
     *(f"pipeline/{name}.py" for name in ("migration", "state", "convergence", "partition")),
     *(f"pipeline/{name}.py" for name in ("agreement", "pacing", "parameters", "__init__")),
-    *(f"pipeline/{name}.py" for name in ("planner", "narration", "trace_events")),
+    *(f"pipeline/{name}.py" for name in ("planner", "families", "narration", "trace_events")),
     "workers/trace_records.py",
     "pipeline/fleet_attempt.py",
     *(f"tools/report/{name}.py" for name in ("record", "charts", "style", "page", "__init__")),

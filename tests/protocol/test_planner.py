@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pageferry.pipeline.planner import (
+    ASKED_AHEAD,
     ENDED,
     LEAST_RATE,
     HostLimit,
@@ -34,6 +35,7 @@ def plans(draw):
             draw(st.integers(-1, 2)),
             draw(rates),
             draw(st.integers(0, 2)),
+            alike=draw(st.booleans()),
         )
         for number in range(count)
     ]
@@ -114,8 +116,9 @@ def check_max_min(planner):
         assert at_cap or held
 
 
-def check_nobody_waits_in_vain(planner):
-    """Who is pending could not run: there is no room for him."""
+def check_nobody_waits_in_vain(planner, families, arrived):
+    """Who is pending could not run: there is no room for him, or one of his family is under way
+    and none has arrived."""
     limits, tasks = planner.limits, planner.tasks
     running = [tasks[number] for number in planner.running]
 
@@ -125,9 +128,12 @@ def check_nobody_waits_in_vain(planner):
 
     if not room(limits.parallel, limits.max_rate, len(running)):
         return
+    led = {families.get(task.number) for task in running} - arrived
     for number, state in planner.states.items():
         if state is State.PENDING:
             task = tasks[number]
+            if families.get(number) is not None and families[number] in led:
+                continue
             assert not all(
                 room(
                     host_limit(limits, getattr(task, side), general),
@@ -141,18 +147,41 @@ def check_nobody_waits_in_vain(planner):
             )
 
 
+def answer(planner, families, random):
+    """Say whose some of those are that are asked for; who has a limit of its own is alone."""
+    for number in planner.asked[: random.randint(1, 20)]:
+        family = random.choice([None, "x", "y"])
+        planner.related(number, family)
+        if not planner.tasks[number].max_rate:
+            families[number] = family
+
+
+def check_families(planner, families, arrived):
+    """One at a time, until one has arrived; nobody runs of whom this is not known."""
+    leading = [families.get(number) for number in planner.running]
+    for family in {"x", "y"} - arrived:
+        assert leading.count(family) <= 1
+    assert all(number not in planner._unknown for number in planner.running)
+    assert len(planner.asked) <= ASKED_AHEAD
+
+
 @given(plans(), st.randoms(use_true_random=False))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_every_plan_keeps_its_limits_and_ends(plan, random):
     """Items end in any order, well or badly; at every moment the limits hold, nobody waits who
     could run, and in the end every item has ended."""
     planner, now, starts = Planner(*plan), 0.0, 0
+    families, arrived = {}, set()
     for _ in range(10_000):
         started = planner.start(now)
         starts += len(started)
         check_limits(planner)
         check_max_min(planner)
-        check_nobody_waits_in_vain(planner)
+        check_families(planner, families, arrived)
+        if planner.asked:
+            answer(planner, families, random)
+            continue
+        check_nobody_waits_in_vain(planner, families, arrived)
         if planner.over:
             break
         if planner.running and (planner.next_time() is None or random.random() < 0.8):
@@ -173,6 +202,7 @@ def test_every_plan_keeps_its_limits_and_ends(plan, random):
                     assert due is not None or planner.failures[number] == before + 1
                 case _:
                     planner.completed(number)
+                    arrived.add(families.get(number))
         else:
             due = planner.next_time()
             assert due is not None, "it would wait for ever"
@@ -277,6 +307,92 @@ def test_failures_of_before_count():
     planner = Planner([Task(0, "a", retries=2, failures=2)], Limits())
     planner.start(0.0)
     assert planner.failed(0, 0.0) is None
+
+
+def relatives(count, family, *, parallel=4, others=0):
+    """So many of one family, then `others` that are alone."""
+    tasks = [Task(n, f"clone{n}", retries=1, alike=True) for n in range(count)]
+    tasks += [Task(count + n, f"other{n}", alike=True) for n in range(others)]
+    planner = Planner(tasks, Limits(parallel=parallel))
+    while not planner.start(0.0):
+        for number in planner.asked:
+            planner.related(number, family if number < count else None)
+    return planner
+
+
+def test_of_relatives_the_first_goes_alone_then_all():
+    planner = relatives(6, "f")
+    assert planner.running == [0]
+    planner.completed(0)
+    assert planner.start(0.0) == [1, 2, 3, 4]
+    planner.failed(1, 0.0)
+    assert planner.start(0.0) == [5]  # one has arrived, whatever becomes of the others
+
+
+def test_others_go_while_relatives_wait():
+    planner = relatives(4, "f", others=2)
+    assert planner.running == [0, 4, 5]
+    planner.completed(4)
+    assert planner.start(0.0) == []
+    planner.completed(0)
+    assert planner.start(0.0) == [1, 2, 3]
+
+
+def test_if_the_first_fails_the_next_goes():
+    planner = relatives(3, "f")
+    due = planner.failed(0, 0.0)
+    assert planner.start(0.0) == [1]
+    assert planner.start(due) == []  # the first waits like all
+    planner.cancelled(1)
+    assert planner.start(due) == [0]
+    planner.completed(0)
+    assert planner.start(due) == [2]
+
+
+def test_one_family_at_two_destinations():
+    """What is there says nothing of what is elsewhere."""
+    tasks = [Task(n, f"x{n}", alike=True) for n in range(4)]
+    planner = Planner(tasks, Limits(parallel=4))
+    assert planner.start(0.0) == [] and planner.asked == [0, 1, 2, 3]
+    for number in range(4):
+        planner.related(number, (number % 2, "f"))
+    assert planner.start(0.0) == [0, 1]
+    planner.completed(1)
+    assert planner.start(0.0) == [3]
+
+
+def test_nobody_overtakes_one_that_is_asked_for():
+    """Neither the more urgent, nor any number of others; and few are asked for at a time."""
+    tasks = [Task(0, "low"), Task(1, "high", priority=1, alike=True)]
+    planner = Planner(tasks, Limits(parallel=1))
+    assert planner.start(0.0) == [] and planner.asked == [1]
+    planner.related(1, None)
+    assert planner.start(0.0) == [1]
+    planner = Planner([Task(n, str(n), alike=True) for n in range(99)], Limits(parallel=99))
+    planner.start(0.0)
+    assert planner.asked == list(range(ASKED_AHEAD))
+    planner.related(0, None)
+    assert planner.start(0.0) == [0]
+    assert planner.asked == list(range(1, ASKED_AHEAD + 1))
+
+
+def test_one_with_a_limit_of_its_own_leads_nobody():
+    tasks = [Task(0, "slow", max_rate=200_000, alike=True), Task(1, "a", alike=True)]
+    planner = Planner(tasks, Limits(parallel=2))
+    planner.start(0.0)
+    for number in planner.asked:
+        planner.related(number, "f")
+    assert planner.start(0.0) == [0, 1]
+
+
+def test_whose_it_is_can_be_said_once_and_after_a_cancel():
+    planner = Planner([Task(0, "a", alike=True)], Limits())
+    planner.start(0.0)
+    planner.cancel()
+    planner.related(0, "f")
+    assert planner.start(0.0) == [] and planner.over
+    with pytest.raises(ValueError, match="known"):
+        planner.related(0, None)
 
 
 def test_cancel_starts_nothing_more():

@@ -21,7 +21,9 @@ from . import (
     demo,
     drain,
     eta,
+    kills,
     links,
+    many,
     postcopy,
     scaling,
     sparse,
@@ -255,6 +257,10 @@ def startup_command(json_file: str | None, pageferry: str, reps: int) -> None:
 @_size_option("128M", "Of each image.")
 @click.option("--changed", type=click.IntRange(0), default=600, show_default=True,
               help="Pages of a clone that are its own.")  # fmt: skip
+@click.option("--parallel", type=click.IntRange(1), default=4, show_default=True,
+              help="Images of the batch at once.")  # fmt: skip
+@click.option("--together", is_flag=True,
+              help="Clones follow one another, instead of families taking turns.")  # fmt: skip
 @click.option("--directory", type=click.Path(file_okay=False, exists=True),
               default=tempfile.gettempdir(), show_default=True,
               help="Where the images are, and their copies.")  # fmt: skip
@@ -264,6 +270,46 @@ def clones_command(json_file: str | None, command: str, **options: Any) -> None:
     """Many images of few families: a batch, copies one by one, rsync."""
     plan = clones.Plan(**options)
     _run(lambda lab: clones.measure(lab, plan), json_file, command)
+
+
+@cli.command("kills")
+@click.option("--images", type=click.IntRange(1), default=50, show_default=True)
+@_size_option("128M", "Of each image.")
+@click.option("--clones", type=click.IntRange(0), default=9, show_default=True,
+              help="Of each image that is none.")  # fmt: skip
+@click.option("--changed", type=click.IntRange(0), default=600, show_default=True,
+              help="Pages of a clone that are its own.")  # fmt: skip
+@click.option("--kills", type=click.IntRange(0), default=20, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--parallel", type=click.IntRange(1), default=4, show_default=True, help="At once.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Of each. Default: pageferry's.")
+@click.option("--codec", default="none", show_default=True)
+@click.option("--rate", type=_rate, default="0", metavar="RATE", help="Limit of all together.")
+@click.option("--directory", type=click.Path(file_okay=False, exists=True),
+              default=tempfile.gettempdir(), show_default=True,
+              help="Where the images are, and their copies.")  # fmt: skip
+@click.option("--json", "json_file", metavar="FILE", help="The rows, as JSON.")
+@click.option("--pageferry", "command", default="", metavar="CMD", help="Another installation.")
+def kills_command(json_file: str | None, command: str, **options: Any) -> None:
+    """kill -9 of a batch at random moments, resumed each time: what arrives, what is sent twice."""
+    plan = kills.Plan(**options)
+    _run(lambda lab: kills.measure(lab, plan), json_file, command)
+
+
+@cli.command("many")
+@click.option("--images", type=click.IntRange(1), default=200, show_default=True)
+@_size_option("1M", "Of each image.")
+@click.option("--parallel", type=click.IntRange(1), default=4, show_default=True,
+              help="At once.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(0), default=0, help="Of each. Default: pageferry's.")
+@click.option("--directory", type=click.Path(file_okay=False, exists=True),
+              default="/dev/shm", show_default=True,
+              help="Where the images are, and their copies.")  # fmt: skip
+@_common_options(reps=3)
+def many_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """Many small images in a batch: what each costs beside its bytes."""
+    plan = many.Plan(**options)
+    _run(lambda lab: many.measure(lab, plan), json_file, pageferry)
 
 
 @cli.command("drain")

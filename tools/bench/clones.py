@@ -27,7 +27,8 @@ _COPY_SECONDS = 600.0
 
 @dataclass
 class Plan:
-    """What to measure. `size`: of an image, bytes; `changed`: pages of a clone that are its own."""
+    """What to measure. `size`: of an image, bytes; `changed`: pages of a clone that are its own;
+    `together`: clones follow one another by name, instead of families taking turns."""
 
     images: int
     families: int
@@ -35,6 +36,7 @@ class Plan:
     changed: int
     directory: str
     parallel: int = 4
+    together: bool = False
 
 
 @dataclass
@@ -86,14 +88,17 @@ def _make(directory: str, plan: Plan) -> None:
     os.mkdir(directory)
     draw = np.random.default_rng(7)
     pages = plan.size // _PAGE
+    number = 0
     for family in range(plan.families):
         base = np.frombuffer(bytearray(draw.bytes(pages * _PAGE)), np.uint8).reshape(-1, _PAGE)
         for i in range(family, plan.images, plan.families):
             image = base.copy()
             own = draw.choice(pages, min(plan.changed, pages), replace=False)
             image[own] = np.frombuffer(draw.bytes(len(own) * _PAGE), np.uint8).reshape(-1, _PAGE)
+            name = f"vm{number if plan.together else i:03}.mem"
+            number += 1
             try:
-                image.tofile(Path(directory, f"vm{i:03}.mem"))
+                image.tofile(Path(directory, name))
             except OSError as e:
                 raise BenchError(f"no space in {directory}: {e}") from e
 

@@ -71,24 +71,24 @@ def _half(index: int) -> bytes:
     return bytes(out)
 
 
-def _chunks(kind: str, size: int) -> Iterator[bytes]:
+def _chunks(kind: str, size: int, first: int = 0) -> Iterator[bytes]:
     for index in range(-(-size // _CHUNK)):
         match kind:
             case "random":
-                chunk = _random(index)
+                chunk = _random(first + index)
             case "text":
-                chunk = _text(index)
+                chunk = _text(first + index)
             case "half":
-                chunk = _half(index)
+                chunk = _half(first + index)
             case _:
                 chunk = bytes(_CHUNK)
         yield chunk[: size - index * _CHUNK]
 
 
-def make(path: str, kind: str, size: int) -> None:
-    """A new file of `size` bytes of content `kind`."""
+def make(path: str, kind: str, size: int, first: int = 0) -> None:
+    """A new file of `size` bytes of content `kind`. `first`: other content for another number."""
     with open(path, "wb") as f:
-        for chunk in _chunks(kind, size):
+        for chunk in _chunks(kind, size, first):
             f.write(chunk)
 
 

@@ -238,6 +238,16 @@ def _session_members(sessions: set[int]) -> dict[int, int]:
     return found
 
 
+def members(child: Child) -> list[int]:
+    """Processes of its session that still run."""
+    found = []
+    for pid in _session_members({child.pid}):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                found.append(pid)
+    return found
+
+
 def _own_memory(pid: int) -> int:
     """Anonymous memory of a process, bytes: guest memory in shared files is not its own."""
     try:

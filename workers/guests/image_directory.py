@@ -15,8 +15,14 @@ import numpy as np
 
 from ...transport.errors import DestinationError, PeerRefused
 from ...transport.messages import Hello
-from ...transport.pages import Bytes8, Pages
-from ..content import ContentIndex
+from ...transport.pages import PAGE_SIZE, Bytes8, Pages
+from ..content import (
+    MOST_PAGES,
+    ContentIndex,
+    equal_digests,
+    page_digests,
+    take_digests,
+)
 from ..digest import chunk_digests
 from ..ram import RamBlock, RamFile
 from .base import layout_size
@@ -60,8 +66,35 @@ class DirectoryDestination(ImageDestination):
             self.have = [chunk_digests(block) for block in self.blocks]
 
     def held(self, block: int, pages: Pages, digests: bytes) -> Bytes8:
+        """Where they are already (a chunk that came in part differs as a whole), or elsewhere."""
         self._contents.setdefault(block, []).append((pages, digests))
-        return self._index.fetch(self.blocks[block], pages, digests)
+        have = np.zeros(len(pages), np.uint8)
+        if not self.fresh[block]:
+            have = equal_digests(digests, page_digests(self.blocks[block], pages))
+        left = np.flatnonzero(have == 0)
+        wanted = take_digests(digests, left)
+        have[left] = self._index.fetch(self.blocks[block], pages[left], wanted)
+        return have
+
+    def load_state(self, kind: str, state: bytes, running: bool) -> None:
+        super().load_state(kind, state, running)
+        if kind == "image":  # a live guest stands still just now, and waits for this
+            for block in range(len(self.blocks)):
+                self._know_the_rest(block)
+
+    def _know_the_rest(self, index: int) -> None:
+        """What nobody asked for (it had arrived before, or the source did not ask) is of use to
+        others as well."""
+        block = self.blocks[index]
+        parts = self._contents.setdefault(index, [])
+        starts, counts = block.data_runs()
+        unknown = np.zeros(block.size // PAGE_SIZE, np.uint8)
+        for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
+            unknown[start : start + count] = 1
+        for pages, _ in parts:
+            unknown[pages] = 0
+        rest = np.flatnonzero(unknown)[:MOST_PAGES]
+        parts.append((rest, page_digests(block, rest)))
 
     def run(self) -> str:
         where = super().run()

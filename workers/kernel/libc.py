@@ -84,6 +84,13 @@ def keep_buffers() -> None:
         mallopt(_M_ARENA_MAX, 2)
 
 
+def trim_heap() -> None:
+    """Give the kernel what malloc keeps and nobody uses (malloc_trim(3))."""
+    trim = getattr(_libc, "malloc_trim", None)  # musl has none
+    if trim is not None:
+        trim(0)
+
+
 def syscall(number: int, *args: int) -> int:
     """A raw system call with integer arguments; OSError if it fails (syscall(2))."""
     return _check(_libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, args)), "syscall")
