@@ -43,8 +43,8 @@ from .batch_state import BatchState, Row
 from .blocking import to_its_end
 from .callbacks import tell
 from .destination import Destination
-from .fleet import Elsewhere, Fleet
 from .families import Families
+from .fleet import Elsewhere, Fleet
 from .journal import name_item
 from .manifest import Item, task
 from .parameters import Parameters, default_workers
