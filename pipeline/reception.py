@@ -14,6 +14,7 @@ from typing import Any
 from ..transport import messages
 from ..transport.errors import Cancelled, PageferryError, PeerRefused
 from ..transport.links import Endpoint
+from .callbacks import tell
 from .control import Control
 from .destination import Arrival, Destination, OpenGuest
 from .state import Status
@@ -98,5 +99,6 @@ class Reception(Destination):
             if arrival.guest is not None:
                 arrival.guest.close()
         self._failed += error is not None
+        tell(arrival.on_end, report, error)
         with contextlib.suppress(Exception):  # a display that breaks ends no migration
             self._on_end(report, error, arrival.hello.name)
