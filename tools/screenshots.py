@@ -1,4 +1,5 @@
-"""Takes the README's pictures of the live view: a real migration, seen by a headless Chromium.
+"""Takes the README's pictures of the live view: of a real migration and a real batch, by a headless
+Chromium.
 
 For whoever changes the page: `make picture`. Needs Chromium with its driver, selenium and Pillow.
 """
@@ -10,42 +11,59 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-COMMAND = [
+# A migration in its fourth round, and a batch half-way: where a page has much to say.
+MIGRATION = [
     "copy", "demo:?size=512M&content=text&rate=5500", "demo:", "--max-bandwidth", "45MB",
     "--downtime-limit", "100ms", "--codec", "none", "--web", "0",
 ]  # fmt: skip
-_ROUNDS = "return document.querySelectorAll('#part-rounds tbody tr').length"
-_ENOUGH = 4
-# name of the picture, width, height, dark
+BATCH = [
+    "batch", "guests/*.mem", "image:there/", "--parallel", "3", "--max-bandwidth", "30MB",
+    "--codec", "none", "--web", "0",
+]  # fmt: skip
+_GUESTS = 12
+_ROUND = "return document.getElementById('dirty-sync-count')?.value >= 4"
+_HALF = "return document.getElementById('completed')?.value >= 5"
+# name of the picture, what it shows, width, height, dark, when it is taken
 PICTURES = (
-    ("web-light.png", 980, 1180, False),
-    ("web-dark.png", 390, 844, True),
+    ("web-light.png", MIGRATION, 980, 1180, False, _ROUND),
+    ("web-dark.png", BATCH, 390, 1180, True, _HALF),
 )
 _COLORS = 128
 
 
 @contextmanager
-def migration(*command: str) -> Iterator[str]:
+def shown(command: list[str]) -> Iterator[str]:
     """One that runs, until the context is left; where it can be seen."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pageferry", *command], stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if match := re.match(r"web: (\S+)", line):
-                yield match[1]
-                return
-        raise RuntimeError("it has ended, and said no address")
-    finally:
-        process.terminate()
-        process.communicate()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("guests", "there"):
+            Path(folder, name).mkdir()
+        for i in range(_GUESTS if command is BATCH else 0):
+            content = os.urandom(1 << 20) * (16 + i * 7 % 24)
+            Path(folder, "guests", f"vm-{i + 1:02}.mem").write_bytes(content)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pageferry", *command], cwd=folder, text=True,
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            yield _address(process)
+        finally:
+            process.terminate()
+            process.communicate()
+
+
+def _address(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if match := re.match(r"web: (\S+)", line):
+            return match[1]
+    raise RuntimeError("it has ended, and said no address")
 
 
 @contextmanager
@@ -85,14 +103,15 @@ def save(png: bytes, path: Path) -> None:
 def main(folder: Path) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    with migration(*COMMAND) as url, ExitStack() as stack:
-        drivers = {}
-        for name, width, height, dark in PICTURES:
-            drivers[name] = stack.enter_context(browser(width, height, dark=dark))
-            drivers[name].get(url)
-        for name, driver in drivers.items():
-            WebDriverWait(driver, 120).until(lambda d: d.execute_script(_ROUNDS) >= _ENOUGH)
+    for name, command, width, height, dark, when in PICTURES:
+        with browser(width, height, dark=dark) as driver, shown(command) as url:
+            driver.get(url)
+            WebDriverWait(driver, 120).until(partial(_is_so, when))
             save(driver.get_screenshot_as_png(), folder / name)
+
+
+def _is_so(script: str, driver: Any) -> bool:
+    return bool(driver.execute_script(script))
 
 
 if __name__ == "__main__":

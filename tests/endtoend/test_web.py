@@ -219,6 +219,25 @@ def test_another_address_is_named_and_said():
     assert done.returncode == 0 and "anybody" not in done.stderr
 
 
+def test_on_ipv6():
+    with held("--web", "[::1]:0") as running:
+        assert running.url.startswith("http://[::1]:")
+        assert get(running.url)[0] == get(running.url, Host="localhost:1")[0] == 200
+        assert get(running.url, Host="[2001:db8::1]")[0] == 403
+        running.process.send_signal(signal.SIGINT)
+        assert running.finish()[0] == 130
+
+
+@pytest.mark.parametrize("library", ["aiohttp", "prometheus_client"])
+def test_without_its_libraries_it_says_what_to_install(tmp_path, library, monkeypatch):
+    (tmp_path / f"{library}.py").write_text(f"raise ImportError('no', name='{library}')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = run("copy", "demo:?size=1M", "demo:", "--web", "0")
+    assert done.returncode == 12 and library in done.stderr
+    assert "pip install 'pageferry[web]'" in done.stderr
+    assert run("copy", "demo:?size=1M", "demo:").returncode == 0  # and nobody else needs them
+
+
 # ---- receivers and batches -------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pageferry.tools.report import batch_page
 from pageferry.tools.report.arrivals import Arrivals
-from pageferry.tools.report.batch_recorder import LIVE_ROWS, MOST_ROWS, BatchRecorder
+from pageferry.tools.report.batch_recorder import LIVE_ATTEMPTS, LIVE_ROWS, MOST_ROWS, BatchRecorder
 from pageferry.tools.report.record import Attempt, BatchRecord, ItemRow, Phase, Record, Sample, Use
 from pageferry.tools.report.recorder import LIVE_POINTS, Recorder
 from pageferry.tools.report.style import LIVE_STYLE, STYLE
@@ -330,7 +330,7 @@ def test_a_batch_is_told_what_matters_first():
     looked = recorder.so_far()
     assert [item.name for item in looked.items] == ["c", "b", "d", "e", "f", "a"]
     moving = looked.items[0]
-    assert (moving.phase, moving.done, moving.took) == ("precopy, round 2", 3 << 28, 1.0)
+    assert (moving.phase, moving.done, moving.took) == ("round 2", 3 << 28, 1.0)
     assert looked.items[1].error == "no" and looked.items[-1].size == 77
     lanes = {(one.name, one.lane, one.begin, one.end, one.outcome) for one in looked.attempts}
     assert lanes == {
@@ -348,6 +348,8 @@ def test_a_page_of_very_many_is_bounded():
         recorder.on_item(told(str(i), "completed", event="completed"))
     looked = recorder.so_far()
     assert len(looked.items) == LIVE_ROWS and looked.items_left_out == MOST_ROWS + 500 - LIVE_ROWS
+    assert len(looked.attempts) == LIVE_ATTEMPTS
+    assert looked.attempts_left_out == MOST_ROWS + 200 - LIVE_ATTEMPTS
     record = recorder.record({})
     assert len(record.items) == MOST_ROWS
     assert len(record.attempts) + record.attempts_left_out == MOST_ROWS + 200

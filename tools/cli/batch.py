@@ -219,6 +219,7 @@ async def _recorded(
     batch.on_item, batch.on_progress = on_item, on_progress
     async with served(pages, subject, outcome, view):
         recorder.begin(batch.report()["items"])
+        recorder.on_progress(batch.query())
         with ending(outcome, write):
             yield outcome
 

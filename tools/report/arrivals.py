@@ -70,6 +70,7 @@ class Arrivals:
         self._count = 0
         self._reports: dict[str, dict[str, Any]] = {}  # of those that run, by their row's name
         self._progressed = clock()
+        self.all.on_progress(self.query())
 
     def arrived(self, arrival: Arriving) -> None:
         """Before it begins."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -112,26 +113,32 @@ def _milliseconds(value: float) -> str:
 def _time_line(record: BatchRecord, end: float) -> str:
     """What ran when: a lane for each that ran at the same time."""
     lanes: dict[int, list[Bar]] = {}
+    begins = [at for at in (number(one.begin) for one in record.attempts) if at is not None]
+    # where only the last are shown it begins with them
+    origin = math.floor(min(begins)) if begins and record.attempts_left_out else 0
     for one in record.attempts:
-        lanes.setdefault(one.lane, []).append(_bar(one))
+        lanes.setdefault(one.lane, []).append(_bar(one, origin))
     if not lanes:
         return ""
     rows = [lanes.get(i, []) for i in range(max(lanes) + 1)]
     height = _HIGH if len(rows) <= _HIGH_LANES else _LOW
-    drawn = timeline(rows, end, format_seconds, "items over time", height)
+    drawn = timeline(
+        rows, end - origin, lambda at: format_seconds(at + origin), "items over time", height
+    )
     legend = "".join(
         f'<i class="{kind}"></i>{kind} ' for kind in ("running", "completed", "failed", "cancelled")
         if any(one.outcome == kind for one in record.attempts)
     )  # fmt: skip
     left_out = ""
     if record.attempts_left_out:
-        left_out = f"<p>{escape(record.attempts_left_out)} in the middle are left out.</p>"
+        left_out = f"<p>{escape(record.attempts_left_out)} more are left out.</p>"
     return f'<p class="legend">{legend}</p>{drawn}{left_out}'
 
 
-def _bar(one: Attempt) -> Bar:
+def _bar(one: Attempt, origin: float) -> Bar:
     took = format_seconds(max(0.0, one.end - one.begin))
-    return Bar(one.begin, one.end, one.outcome, one.name, f"{one.name}: {one.outcome}, {took}")
+    title = f"{one.name}: {one.outcome}, {took}"
+    return Bar(one.begin - origin, one.end - origin, one.outcome, one.name, title)
 
 
 def _items(record: BatchRecord) -> str:

@@ -18,6 +18,7 @@ from .sections import phase
 
 # Rows of a page that is written at the end, and of one that is drawn anew twice a second.
 MOST_ROWS, LIVE_ROWS = 2000, 100
+LIVE_ATTEMPTS = 200
 # Of the attempts, so many of the first and of the last.
 _KEPT_ATTEMPTS = 1000
 _ENDED = ("completed", "failed", "cancelled")
@@ -110,7 +111,7 @@ class BatchRecorder:
 
     def so_far(self) -> BatchRecord:
         """How it is now; nothing is changed by it."""
-        return self._record(self._query, LIVE_ROWS, self._samples.few())
+        return self._record(self._query, LIVE_ROWS, self._samples.few(), LIVE_ATTEMPTS)
 
     def record(self, report: dict[str, Any] | None) -> BatchRecord:
         """All of it, when it is over; `report` is the final one."""
@@ -118,14 +119,21 @@ class BatchRecorder:
         return self._record(totals | (report or {}), MOST_ROWS, tuple(self._samples.kept))
 
     def _record(
-        self, report: dict[str, Any], most: int, samples: tuple[Sample, ...]
+        self,
+        report: dict[str, Any],
+        most: int,
+        samples: tuple[Sample, ...],
+        most_attempts: int = 2 * _KEPT_ATTEMPTS,
     ) -> BatchRecord:
         now = self._now()
+        attempts = self._attempts.items()
+        shown = attempts[-most_attempts:]
+        left_out = self._attempts.left_out + len(attempts) - len(shown)
         items = tuple(self._chosen(most))
         running = [replace(attempt, end=now) for attempt in self._running.values()]
         return BatchRecord(
             self.title, now, report, host_facts(), items, len(self._states) - len(items),
-            (*self._attempts.items(), *running), self._attempts.left_out, samples,
+            (*shown, *running), left_out, samples,
         )  # fmt: skip
 
 
@@ -142,6 +150,6 @@ def _moving(row: ItemRow, item: dict[str, Any]) -> ItemRow:
     ram = report["ram"]
     done = max(0, ram["total"] - ram["remaining"]) if ram["dirty-sync-count"] else 0
     return replace(
-        row, phase=phase(report), done=done, size=ram["total"] or row.size,
-        rate=_progress(item).get("rate"),
+        row, phase=phase(report).removeprefix("precopy, "), done=done,
+        size=ram["total"] or row.size, rate=_progress(item).get("rate"),
     )  # fmt: skip

@@ -27,6 +27,8 @@ dl{display:flex;flex-wrap:wrap;gap:.7rem;margin:0}
 dl div{flex:0 0 8.5rem}
 dt{color:var(--soft);font-size:.8rem}
 dd{margin:0;font-size:1.15rem;font-variant-numeric:tabular-nums}
+@media (max-width:30rem){main{padding:.6rem}h1{font-size:1.15rem}section,details{padding:.7rem}
+dl div{flex-basis:6.2rem}dt{font-size:.75rem}dd{font-size:1rem}}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.87rem;font-variant-numeric:tabular-nums}
 th{text-align:left;font-weight:600;color:var(--soft)}

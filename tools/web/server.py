@@ -139,7 +139,11 @@ class Server:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FAREWELL_SECONDS):
                     await self._gone.wait()
+        left = [h.transport for h in self._runner.server.connections] if self._runner.server else []
         await self._runner.cleanup()
+        for transport in left:  # whoever does not read would keep its connection for ever
+            if transport is not None and transport.get_write_buffer_size():
+                transport.abort()
         await self._server.wait_closed()
 
     # ---- who may come in -----------------------------------------------------------------
@@ -213,7 +217,11 @@ class Server:
         if len(self._listeners) >= MOST_LISTENERS:
             return _refusal(503, "too many look already")
         response = web.StreamResponse(
-            headers={**_HEADERS, "Content-Type": "text/event-stream; charset=utf-8"}
+            headers={
+                **_HEADERS,
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "X-Accel-Buffering": "no",  # nginx would keep it back
+            }
         )
         response.force_close()
         news, connection = asyncio.Event(), request.protocol
