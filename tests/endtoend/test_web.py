@@ -1,5 +1,6 @@
 """`--web`: what is served while a real migration runs, as a program sees it."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -11,11 +12,13 @@ import urllib.request
 from xml.etree import ElementTree
 
 import pytest
-from helpers import Running, ask, pattern, receiver, until
+from helpers import Running, ask, pattern, receiver, until, until_async
 from helpers import pageferry as run
 from prometheus_client.parser import text_string_to_metric_families
 
-from pageferry.tools.web import server
+from pageferry.tools.web import server, subjects
+from pageferry.tools.web.address import Address
+from pageferry.tools.web.subjects import Subject
 
 
 def get(url, **headers):
@@ -344,3 +347,118 @@ def test_a_page_must_not_write_over_what_a_batch_moves(tmp_path):
     done = run("batch", str(image), f"image:{tmp_path}/there/", "--report", str(image))
     assert done.returncode == 2 and "the memory that moves" in done.stderr
     assert sorted(os.listdir(tmp_path)) == ["a.mem", "there"]
+
+
+# ---- the server alone ------------------------------------------------------------------------
+
+
+class Big(Subject):
+    """Half a megabyte that is another each time."""
+
+    drawn = 0
+
+    def parts(self):
+        self.drawn += 1
+        return {"head": f"{self.drawn} " + "x" * 500_000, "title": "t" if self.over else "running"}
+
+    def metrics(self):
+        yield from ()
+
+
+class Standing(Big):
+    """A guest that stands still."""
+
+    now = "active"
+
+    def status(self):
+        return self.now
+
+
+async def listener(served):
+    reader, writer = await asyncio.open_connection(served.address.host, served.address.port)
+    writer.write(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    return reader, writer
+
+
+def test_a_browser_that_does_not_read_holds_up_nobody(monkeypatch):
+    """It is dropped, others see everything meanwhile, and the end comes all the same."""
+    monkeypatch.setattr(server, "TICK_SECONDS", 0.001)
+    monkeypatch.setattr(server, "_DRAW_SHARE", 0.5)
+    monkeypatch.setattr(server, "PATIENCE_SECONDS", 0.5)
+
+    async def go():
+        subject = Big()
+        served = server.Server(subject, Address("127.0.0.1", 0))
+        await served.open()
+        _, mute = await listener(served)
+        reader, writer = await listener(served)
+        await until_async(lambda: len(served._listeners) == 2, "both listen")
+        reading = asyncio.create_task(drain(reader))
+        at = subject.drawn
+        await until_async(lambda: len(served._listeners) == 1, "the mute one is dropped")
+        await until_async(lambda: subject.drawn > at + 5, "drawing goes on")
+        _, second = await listener(served)
+        await until_async(lambda: len(served._listeners) == 2, "another mute one")
+        await served.close({"status": "completed"})
+        seen = await reading
+        for end in (mute, writer, second):
+            end.transport.abort()
+            with contextlib.suppress(OSError):
+                await end.wait_closed()
+        return seen
+
+    seen = asyncio.run(go())
+    assert seen.count(b"event: parts\n") > 5
+    assert seen.rstrip().endswith(b"data: {}\n\n\r\n0") and b"event: over\n" in seen
+    assert b'"title": "t"' in seen  # the last state was the last thing
+
+
+async def drain(reader):
+    seen = bytearray()
+    while data := await reader.read(1 << 20):
+        seen += data.replace(b"x", b"")
+    return bytes(seen)
+
+
+def test_nothing_is_drawn_while_a_guest_stands_still(monkeypatch):
+    monkeypatch.setattr(server, "TICK_SECONDS", 0.001)
+    monkeypatch.setattr(server, "_DRAW_SHARE", 0.9)
+
+    async def go():
+        subject = Standing()
+        served = server.Server(subject, Address("127.0.0.1", 0))
+        await served.open()
+        reader, writer = await listener(served)
+        reading = asyncio.create_task(drain(reader))
+        await until_async(lambda: subject.drawn > 2, "it is drawn")
+        monkeypatch.setattr(subjects, "_STILL_SECONDS", 1e9)
+        subject.now, at = "device", subject.drawn
+        looks = 0
+
+        def looked():
+            nonlocal looks
+            served._look_again()
+            looks += 1
+            return looks > 50
+
+        await until_async(looked, "fifty looks")
+        assert subject.drawn == at
+        monkeypatch.setattr(subjects, "_STILL_SECONDS", 0.0)  # it takes too long
+        await until_async(lambda: subject.drawn > at + 2, "it is drawn again")
+        await served.close(None)
+        await reading
+        writer.close()
+        await writer.wait_closed()
+
+    asyncio.run(go())
+
+
+def test_nobody_looks_nothing_is_drawn():
+    async def go():
+        subject = Big()
+        served = server.Server(subject, Address("127.0.0.1", 0))
+        await served.open()
+        await served.close(None)
+        return subject.drawn
+
+    assert asyncio.run(go()) == 0
