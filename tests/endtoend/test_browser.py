@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -145,14 +146,25 @@ def test_the_live_page_of_a_running_migration(browser, tmp_path):
     assert complaints(browser) == []
 
 
-def test_a_page_that_has_lost_its_pageferry_says_so(browser, tmp_path):
-    with held(tmp_path) as migration:
-        browser.get(migration.url)
-        until(lambda: number(browser, "remaining"), "figures")
-        migration.running.process.kill()
+def receiving(where):
+    return Running("receive", "--listen", "tcp://127.0.0.1:0", "--web", where)
+
+
+def test_a_page_that_has_lost_its_pageferry_says_so_and_finds_it_again(browser):
+    with receiving("0") as first:
+        url = first.error_line("web: ").split()[1]
+        first.error_line("listening at")
+        browser.get(url)
+        until(lambda: "nothing arriving now" in text(browser, "verdict"), "the page")
+        first.kill()
         until(lambda: "No connection to pageferry since" in text(browser, "link"), "it is said")
-        assert number(browser, "remaining")  # and what was known stays
-        assert browser.execute_script("return document.body.dataset.over") is None
+        assert "nothing arriving now" in text(browser, "verdict")  # what was known stays
+    with receiving(url.removeprefix("http://").rstrip("/")) as second:
+        second.error_line("listening at")
+        until(lambda: text(browser, "link") == "", "it has found it again")
+        second.process.send_signal(signal.SIGINT)
+        until(lambda: browser.execute_script("return document.body.dataset.over"), "it is over")
+        assert second.finish()[0] == 130
 
 
 @pytest.mark.parametrize(
@@ -192,4 +204,25 @@ def test_the_report_of_a_copy(browser, tmp_path):
             screen(browser, width, dark=dark)
             assert too_wide(browser) <= 0
             assert (brightness(browser) < 60) is dark
+    assert complaints(browser) == []
+
+
+def test_a_batch_fits_a_telephone(browser, tmp_path):
+    """Long names, long errors, many columns."""
+    names = [f"{'a-very-long-name-of-a-guest-' * 3}{i}.mem" for i in range(2)]
+    for name in names:
+        (tmp_path / name).write_bytes(pattern(10))
+    (tmp_path / "m.json").write_text(json.dumps({"retries": 0, "items": [
+        {"source": f"image:{tmp_path}/{names[0]}", "destination": f"image:{tmp_path}/there.mem"},
+        {"source": f"image:{tmp_path}/{names[1]}", "destination": "tcp://127.0.0.1:1"},
+    ]}))  # fmt: skip
+    page = tmp_path / "page.html"
+    done = run("batch", str(tmp_path / "m.json"), "--report", str(page), "--json")
+    assert done.returncode == 15, done.stderr
+    browser.get(f"file://{page}")
+    assert number(browser, "failed") == number(browser, "completed") == 1
+    assert "cannot connect" in browser.find_element("css selector", ".items").text
+    for width in (1000, PHONE):
+        screen(browser, width)
+        assert too_wide(browser) <= 0
     assert complaints(browser) == []

@@ -390,6 +390,10 @@ def test_a_browser_that_does_not_read_holds_up_nobody(monkeypatch):
         subject = Big()
         served = server.Server(subject, Address("127.0.0.1", 0))
         await served.open()
+        _, visitor = await listener(served)
+        await until_async(lambda: len(served._listeners) == 1, "somebody looks")
+        visitor.transport.abort()
+        await until_async(lambda: not served._listeners, "and goes")
         _, mute = await listener(served)
         reader, writer = await listener(served)
         await until_async(lambda: len(served._listeners) == 2, "both listen")
@@ -401,7 +405,7 @@ def test_a_browser_that_does_not_read_holds_up_nobody(monkeypatch):
         await until_async(lambda: len(served._listeners) == 2, "another mute one")
         await served.close({"status": "completed"})
         seen = await reading
-        for end in (mute, writer, second):
+        for end in (visitor, mute, writer, second):
             end.transport.abort()
             with contextlib.suppress(OSError):
                 await end.wait_closed()

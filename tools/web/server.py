@@ -42,6 +42,7 @@ _MOST_A_SECOND = 64
 PATIENCE_SECONDS = 10.0
 _ALIVE_SECONDS = 5.0
 _METRICS_SECONDS = 0.25
+_MOST_FORMATS = 8
 # The last state is given to those who look, and not waited for longer.
 FAREWELL_SECONDS = 1.0
 _MOST_LINE = 4096
@@ -210,6 +211,8 @@ class Server:
         at, body = self._metrics.get(kind, (0.0, b""))
         if not body or (now - at >= _METRICS_SECONDS and not self.subject.still):
             body = encode(self.subject.metrics())
+            if len(self._metrics) >= _MOST_FORMATS:  # part of it is the client's choice
+                self._metrics.clear()
             self._metrics[kind] = now, body
         return web.Response(body=body, headers={"Content-Type": kind})
 
@@ -228,6 +231,7 @@ class Server:
         self._listeners.add(news)
         self._streams.add(connection)
         self._somebody.set()
+        self._gone.clear()
         try:
             await response.prepare(request)
             async with contextlib.aclosing(self._news(news)) as pieces:

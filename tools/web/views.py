@@ -93,7 +93,8 @@ def _now(text: str, done: float | None) -> str:
 def _progress(done: float | None) -> str:
     if done is None:
         return ""
-    return f'<progress id="progress" max="1" value="{done:.4f}">{done:.0%}</progress>'
+    value = f'max="1" value="{done:.4f}"'
+    return f'<progress id="progress" aria-label="done" {value}>{done:.0%}</progress>'
 
 
 def _title(done: float | None, names: str) -> str:
