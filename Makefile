@@ -24,8 +24,9 @@ bench: $(VENV)/.demo
 	@$(PYTHON) -m pageferry.tools.bench throughput
 
 picture: $(VENV)/.demo
-	@$(VENV)/bin/pip install --quiet pyte
+	@$(VENV)/bin/pip install --quiet pyte selenium pillow -e '.[web]'
 	@$(PYTHON) -m pageferry.tools.picture docs/demo.svg
+	@$(PYTHON) -m pageferry.tools.screenshots docs
 
 $(VENV)/bin/python:
 	@sh tools/make_venv $(VENV)

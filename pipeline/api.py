@@ -34,6 +34,7 @@ from ..workers.guests import (
 from ..workers.guests.shared_memory import path_of
 from ..workers.reserve import Reserve
 from .blocking import Blocking, to_its_end
+from .callbacks import tell
 from .destination import Destination
 from .monitor import Monitor, serve_monitor
 from .parameters import Parameters
@@ -116,12 +117,14 @@ async def receive(
     async with AsyncExitStack() as stack:
         await _attach_monitor(stack, monitor, destination)
         while True:
+            before = destination.query()
             try:
                 report: dict[str, Any] | None = await receive_one(destination)
                 error = None
             except asyncio.CancelledError:
-                if destination.query()["status"] == Status.COMPLETED.value:
-                    on_report(destination.query(), None)  # it arrived all the same
+                last = destination.query()
+                if last is not before and last["status"] == Status.COMPLETED.value:
+                    on_report(last, None)  # it arrived all the same
                 raise
             except PageferryError as e:
                 report, error = None, e
@@ -141,12 +144,21 @@ async def receive_many(destination: Reception, *, monitor: str | None = None) ->
 
 async def receive_one(destination: Destination) -> dict[str, Any]:
     """One migration; its guest is concluded (a demo guest is checked) and let go."""
+    report: dict[str, Any] | None = None
+    error: PageferryError | None = None
     try:
-        report = await destination.receive()
+        arrived = await destination.receive()
         assert destination.arrival is not None and destination.arrival.guest is not None
-        return report | await asyncio.to_thread(destination.arrival.guest.conclude)
+        report = arrived | await asyncio.to_thread(destination.arrival.guest.conclude)
+        return report
+    except PageferryError as e:
+        error = e
+        raise
     finally:
+        arrival = destination.arrival
         destination.forget()
+        if arrival is not None:
+            tell(arrival.on_end, report, error)
 
 
 def opener(

@@ -63,6 +63,7 @@ _MAX_HELLO = 8 << 20
 _log = logging.getLogger("pageferry")
 Progress = Callable[[dict[str, Any]], None]
 OpenGuest = Callable[[messages.Hello], DestinationGuest]
+OnEnd = Callable[[dict[str, Any] | None, PageferryError | None], None]
 
 
 class Arrival:
@@ -90,8 +91,10 @@ class Arrival:
         self.error: PageferryError | None = None
         self.finished = asyncio.get_running_loop().create_future()
         self._open_guest = open_guest
-        self._on_progress = on_progress
-        self._on_event = on_event
+        self.on_progress = on_progress
+        self.on_event = on_event
+        # with its report or its error, when its guest was let go; neither: it was stopped
+        self.on_end: OnEnd | None = None
         self._counters: Counters | None = None
         self._pool: Pool | None = None
         self._tokens: list[bytes] = []
@@ -107,6 +110,8 @@ class Arrival:
         self._setting_back: asyncio.Task[None] | None = None
         self._early: BaseException | None = None
         self.ended: messages.Ended | None = None
+        self._dirty_rate = 0  # bytes a second, as the source says
+        self._missing = 0  # pages that are to come after the guest runs
         self.slot = 0  # among those that arrive at the same time
 
     def __repr__(self) -> str:
@@ -118,8 +123,29 @@ class Arrival:
         if self._faults is not None and self._postcopy:
             report |= self._faults.report()
         guest_rate, wire_rate = self.statistics.rates()
-        report["progress"] = {"rate": round(guest_rate), "wire-rate": round(wire_rate), "eta": None}
+        report["progress"] = {
+            "rate": round(guest_rate),
+            "wire-rate": round(wire_rate),
+            "dirty-rate": self._dirty_rate,
+            "round-bytes": self.statistics.round_pages * PAGE_SIZE,
+            "eta": None,
+        }
         return report
+
+    def query_parameters(self) -> dict[str, Any]:
+        """What the source has said of them."""
+        return {
+            "multifd-channels": self.hello.workers,
+            "batch-pages": self.hello.batch_pages,
+            "capabilities": ", ".join(self.hello.capabilities),
+        }
+
+    def query_processes(self) -> list[dict[str, Any]]:
+        """What each process has cost so far, as `processes` of the result."""
+        return self.statistics.processes_now(*self._pools())
+
+    def _pools(self) -> tuple[Pool | None, Pool | None]:
+        return self._pool, self._faults.pool if self._faults is not None else None
 
     def _become(self, status: Status) -> None:
         self.status = advance(self.status, status)
@@ -127,7 +153,7 @@ class Arrival:
 
     def _emit(self) -> None:
         self.journal.became(self.status, str(self.error or ""))
-        tell(self._on_event, "MIGRATION", {"status": self.status.value})
+        tell(self.on_event, "MIGRATION", {"status": self.status.value})
 
     def fail(self, error: BaseException) -> None:
         """End it. Once Run has come only the guest itself can still fail: it may be running,
@@ -288,8 +314,8 @@ class Arrival:
                 self._faults.check()
             assert self.guest is not None
             self.guest.check()
-            if self._on_progress is not None:
-                tell(self._on_progress, self.query())
+            if self.on_progress is not None:
+                tell(self.on_progress, self.query())
             await asyncio.sleep(WATCH_SECONDS / 2)
 
     async def _watch_guest(self) -> None:
@@ -325,8 +351,10 @@ class Arrival:
         assert self.guest is not None
         match message:
             case messages.Round():
+                self._dirty_rate = message.dirty_rate
                 self.statistics.begin_round(message.number, message.pages)
                 self.journal.round_begins(message.number, message.pages)
+                tell(self.on_event, "MIGRATION_PASS", {"pass": message.number})
             case messages.Discard():
                 await self._discard(message)
                 await self.control.say(messages.Discarded())
@@ -433,6 +461,7 @@ class Arrival:
             self._postcopy = True
         await self._call(self._make_missing, block, runs)
         self._faults.received.expect(block, runs)
+        self._missing += int(runs[1].sum())
 
     def _make_missing(self, block: int, runs: Runs) -> None:
         assert self.guest is not None
@@ -450,6 +479,7 @@ class Arrival:
         assert self._pool is not None
         self.statistics.postcopy = True
         self.statistics.stopped = time.monotonic()
+        self.statistics.begin_round(self.statistics.rounds, self._missing)
         self._pool.say_all(jobs.Postcopy())
         for _ in self._pool.workers:
             await self._ready.get()
@@ -461,6 +491,7 @@ class Arrival:
         if missing := self._faults.received.missing():
             raise RemoteProtocolError(f"the source has sent all, and {missing} pages are missing")
         await self._faults.finish()
+        self.statistics.finish_round()
         assert self.guest is not None
         await self._call(self.guest.arrived)
         self.ended = messages.Ended(self._faults.latency(), self._faults.statistics())
@@ -617,8 +648,7 @@ class Arrival:
             await self._pool.close()
         if self._faults is not None:
             await self._faults.stop()
-        faults = self._faults.pool if self._faults is not None else None
-        self.statistics.remember_processes(self._pool, faults)
+        self.statistics.remember_processes(*self._pools())
 
 
 def _lost(error: BaseException) -> PostcopyFailed:
@@ -655,6 +685,8 @@ class Destination:
         self._expected_kind = expected_kind
         self.on_progress = on_progress
         self.on_event = on_event or (lambda name, data: None)
+        # told of each before it begins
+        self.on_arrival: Callable[[Arrival], None] | None = None
         self.arrival: Arrival | None = None
         self._last: dict[str, Any] = {"status": Status.NONE.value}
         # the last postcopy that is whole: its source may not have heard of it
@@ -668,6 +700,9 @@ class Destination:
 
     def query_parameters(self) -> dict[str, Any]:
         return {}
+
+    def query_processes(self) -> list[dict[str, Any]]:
+        return self.arrival.query_processes() if self.arrival is not None else []
 
     def set_parameters(self, arguments: dict[str, Any]) -> None:
         raise PeerRefused("parameters are the source's to set: ask its monitor")
@@ -769,10 +804,12 @@ class Destination:
             self._refuse(control, e)
             return None
         self._identity = identity
-        return Arrival(
+        arrival = Arrival(
             hello, control, self.endpoint, self._open_guest,
             self._progress, self._event, self._reserve,
         )  # fmt: skip
+        tell(self.on_arrival, arrival)
+        return arrival
 
     def _is_busy(self, hello: messages.Hello) -> bool:
         return self.arrival is not None

@@ -17,6 +17,7 @@ from ..transport.errors import Cancelled, PageferryError, PeerLost, PeerRefused
 from ..transport.links import Endpoint
 from ..workers.reserve import Reserve
 from .blocking import to_its_end
+from .callbacks import tell
 from .control import Control
 from .destination import Arrival, Destination, OpenGuest
 from .parameters import default_workers
@@ -119,5 +120,6 @@ class Reception(Destination):
             if arrival.guest is not None:
                 arrival.guest.close()
         self._failed += error is not None
+        tell(arrival.on_end, report, error)
         with contextlib.suppress(Exception):  # a display that breaks ends no migration
             self._on_end(report, error, arrival.hello.name)

@@ -159,6 +159,11 @@ class Restoring:
     def query_parameters(self) -> dict[str, Any]:
         return {}
 
+    def query_processes(self) -> list[dict[str, Any]]:
+        """What each process has cost so far, as `processes` of the result."""
+        faults = self._faults.pool if self._faults is not None else None
+        return self.statistics.processes_now(self._pool, faults)
+
     def set_parameters(self, arguments: dict[str, Any]) -> None:
         raise PeerRefused("parameters are the source's to set")
 

@@ -44,6 +44,7 @@ from ..workers.forking import context
 from ..workers.guests.base import TRACKING_HASH, SourceGuest
 from ..workers.latency import report as latency_report
 from ..workers.page_table import CLEAN, PageTable
+from ..workers.pool import Pool
 from ..workers.received import unpack
 from ..workers.reserve import Reserve
 from ..workers.segments import Segment
@@ -175,6 +176,16 @@ class Source:
 
     def query_parameters(self) -> dict[str, Any]:
         return self.parameters.qmp()
+
+    def query_processes(self) -> list[dict[str, Any]]:
+        """What each process has cost so far, as `processes` of the result."""
+        return self.statistics.processes_now(*self._pools())
+
+    def _pools(self) -> tuple[Pool | None, Pool | None]:
+        return (
+            self._crew.pool if self._crew is not None else None,
+            self._background.pool if self._background is not None else None,
+        )
 
     def set_parameters(self, arguments: dict[str, Any]) -> None:
         """migrate-set-parameters; takes effect with the next frame or decision."""
@@ -886,9 +897,7 @@ class Source:
             await self._crew.pool.close()
         if self._background is not None:
             await self._background.stop()
-        postcopy = self._background.pool if self._background is not None else None
-        crew = self._crew.pool if self._crew is not None else None
-        self.statistics.remember_processes(crew, postcopy)
+        self.statistics.remember_processes(*self._pools())
 
     async def _hang_up(self, finish: core.Finish) -> None:
         await self._drop_connection()

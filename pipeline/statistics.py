@@ -110,8 +110,12 @@ class Statistics:
 
     def remember_processes(self, *pools: Pool | None) -> None:
         """Keep what this process and the workers of closed pools cost."""
+        self.processes = self.processes_now(*pools)
+
+    def processes_now(self, *pools: Pool | None) -> list[dict[str, Any]]:
+        """What this process and the workers of `pools` have cost so far: milliseconds, bytes."""
         self._peak = max(self._peak, own_memory())
-        self.processes = [
+        found: list[dict[str, Any]] = [
             {
                 "name": f"{self.role} coordinator",
                 "pid": os.getpid(),
@@ -119,9 +123,8 @@ class Statistics:
                 "peak-memory": self._peak,
             }
         ]
-        costs = [cost for pool in pools if pool is not None for cost in pool.costs]
-        for name, pid, row in costs:
-            self.processes.append(
+        for name, pid, row in (row for pool in pools if pool is not None for row in pool.rows()):
+            found.append(
                 {
                     "name": name,
                     "pid": pid,
@@ -131,6 +134,7 @@ class Statistics:
                     "codec-time": row["codec_ns"] // 1_000_000,
                 }
             )
+        return found
 
     def ram(self, convergence: Convergence | None) -> dict[str, Any]:
         """The `ram` object of query-migrate."""

@@ -182,6 +182,12 @@ class Pool:
                     worker=worker.name,
                 )
 
+    def rows(self) -> list[tuple[str, int | None, dict[str, int]]]:
+        """Name, pid and numbers of each worker; once closed, the last ones."""
+        if not self.workers:
+            return self.costs
+        return [(w.name, w.process.pid, w.numbers()) for w in self.workers]
+
     def say_all(self, job: jobs.AnyJob) -> None:
         for worker in self.workers:
             worker.say(job)

@@ -1,5 +1,6 @@
 """`--report`: the page of a real migration says what --json says, however it ended."""
 
+import asyncio
 import json
 import logging
 import os
@@ -164,10 +165,14 @@ def test_a_page_that_cannot_be_written_afterwards_is_a_warning(tmp_path, caplog)
     folder.mkdir()
     guest = parse_guest("demo:")
     caplog.set_level(logging.WARNING, "pageferry")
-    with recorded(
-        f"{folder}/page.html", "demo:", "demo:", Parameters().checked(), View(), lambda m: None,
-        guest,
-    ) as recording:  # fmt: skip
-        recording.report = {"status": "completed"}
-        folder.rmdir()
+
+    async def migrate():
+        async with recorded(
+            {"report": f"{folder}/page.html"}, "copy", "demo:", "demo:", Parameters().checked(),
+            View(), lambda m: None, guest,
+        ) as recording:  # fmt: skip
+            recording.report = {"status": "completed"}
+            folder.rmdir()
+
+    asyncio.run(migrate())
     assert f"the report {folder}/page.html was not written" in caplog.text

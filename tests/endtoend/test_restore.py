@@ -7,7 +7,9 @@ import random
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from helpers import PAGE, Running, until
@@ -85,6 +87,19 @@ def test_from_an_image_here(snapshot, tmp_path, options):
         report = whole(restore, monitor)
     assert report["postcopy-requests"] > 0
     assert not path.exists()
+
+
+def test_its_pages(snapshot, tmp_path):
+    """`--web` while it restores, `--report` when it has."""
+    path, page = tmp_path / "u", tmp_path / "page.html"
+    with restoring(f"image:{snapshot}", path, "--web", "0", "--report", str(page)) as restore:
+        url = restore.error_line("web: ").split()[1]
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            assert f"the guest at {path}" in answer.read().decode()
+        with monitor_process(path, snapshot) as monitor:
+            report = whole(restore, monitor)
+    root = ElementTree.parse(page).getroot()
+    assert json.loads("".join(root.find(".//pre[@id='raw']").itertext())) == report
 
 
 def test_memory_given_back_meanwhile_reads_as_zero(snapshot, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import select
+import socket
 import subprocess
 import sys
 import time
@@ -95,6 +96,21 @@ def receiver(*arguments: str, listen: str = "tcp://127.0.0.1:0", within: tuple[s
     with Running("receive", "--listen", listen, "--json", *arguments, within=within) as running:
         running.endpoint = json.loads(running.line())["endpoint"]
         yield running
+
+
+def ask(monitor: str, command: str, **arguments):
+    """One QMP command to a monitor (unix:PATH); what it returns."""
+    with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rw") as talk:
+        sock.settimeout(GIVE_UP)
+        sock.connect(monitor.removeprefix("unix:"))
+        talk.readline()  # greeting
+        for execute, given in (("qmp_capabilities", {}), (command, arguments)):
+            talk.write(json.dumps({"execute": execute, "arguments": given}))
+            talk.flush()
+            answer = json.loads(talk.readline())
+            while "event" in answer:
+                answer = json.loads(talk.readline())
+        return answer["return"]
 
 
 def until(condition, what: str, limit: float = GIVE_UP) -> None:

@@ -24,7 +24,9 @@ SANS_IO = {
     *(f"pipeline/{name}.py" for name in ("planner", "families", "narration", "trace_events")),
     "workers/trace_records.py",
     "pipeline/fleet_attempt.py",
-    *(f"tools/report/{name}.py" for name in ("record", "charts", "style", "page", "__init__")),
+    *(f"tools/report/{name}.py" for name in ("record", "charts", "style", "sections", "__init__")),
+    *(f"tools/report/{name}.py" for name in ("page", "batch_page")),
+    *(f"tools/web/{name}.py" for name in ("address", "board", "views", "__init__")),
     "_version.py",
 }
 IO_MODULES = {
@@ -35,8 +37,8 @@ IO_MODULES = {
 # Who may import the socket module: links, and the handover of descriptors over a unix socket.
 SOCKET_MODULES = {"transport/links.py", "workers/guests/handover.py", "workers/guests/qmp.py"}
 OPENING = {"socket", "bind", "connect"}
-# The monitor's unix socket is a stream of asyncio's.
-STREAM_MODULES = {"pipeline/monitor.py"}
+# The monitor's unix socket is a stream of asyncio's; the live view is HTTP.
+STREAM_MODULES = {"pipeline/monitor.py", "tools/web/server.py"}
 STREAMS = {
     "start_server", "start_unix_server", "open_connection", "open_unix_connection",
     "create_server", "create_unix_server", "create_connection", "create_unix_connection",

@@ -31,6 +31,7 @@ from . import (
     throughput,
     trace,
     vm,
+    web,
 )
 from .content import KINDS
 from .lab import BenchError, Lab, isolate
@@ -249,6 +250,15 @@ def trace_command(json_file: str | None, pageferry: str, before: str, **options:
 def startup_command(json_file: str | None, pageferry: str, reps: int) -> None:
     """From the start of the command to the first page, and what an installation weighs."""
     _run(lambda lab: startup.measure(lab, reps), json_file, pageferry)
+
+
+@cli.command("web")
+@_size_option("1G", "Of the image, and of the guest.")
+@_common_options(reps=3)
+def web_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """What --web costs the migration that it shows, whoever looks."""
+    plan = web.Plan(**options)
+    _run(lambda lab: web.measure(lab, plan), json_file, pageferry)
 
 
 @cli.command("clones")

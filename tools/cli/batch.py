@@ -9,9 +9,9 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -25,9 +25,13 @@ from ...pipeline.tracing import recording
 from ...transport.errors import Cancelled, PageferryError, UsageError
 from ...workers.forking import warm_up
 from ...workers.guests import GuestUri, parse_guest
-from .batch_view import batch_summary, make_batch_view, status_table
-from .options import integer, memory_options, trace_option
+from .batch_view import BatchView, batch_summary, make_batch_view, status_table
+from .options import integer, memory_options, page_options, trace_option
+from .reporting import Outcome, check_report, ending, served, write_report
 from .running import Interrupts
+
+if TYPE_CHECKING:
+    from ..web.subjects import Subject
 
 # Threads for what blocks: each migration opens and closes things, and some peers do not answer.
 _THREADS_EACH = 3
@@ -75,6 +79,7 @@ def batch_command() -> None:
               "items name, such as tcp://192.0.2.1:8786.")  # fmt: skip
 @memory_options
 @trace_option
+@page_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 def run_command(
@@ -85,6 +90,8 @@ def run_command(
     fleet: str | None,
     as_json: bool,
     quiet: bool,
+    report: str | None,
+    web: str | None,
     **options: Any,
 ) -> None:
     """Move what MANIFEST says (TOML, YAML, JSON), or all images of a directory or a pattern to
@@ -100,7 +107,10 @@ def run_command(
     if state_path is None:
         is_file = os.path.isfile(what) and what.endswith((".toml", ".yaml", ".yml", ".json"))
         state_path = f"{what}.state" if is_file else "pageferry-batch.state"
-    _carry_out(BatchState(state_path, manifest), as_json, quiet, trace, fleet)
+    title = what if destination is None else f"{what} to {destination}"
+    pages = {"report": report, "web": web, "quiet": quiet}
+    check_report(report, *(item.guest for item in manifest.items))
+    _carry_out(BatchState(state_path, manifest), as_json, title, pages, trace, fleet)
 
 
 def _needs_fleet(items: Sequence[Item], fleet: str | None) -> bool:
@@ -140,6 +150,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
               "limit.")  # fmt: skip
 @trace_option
 @click.option("--fleet", metavar="ADDRESS", help="The dask scheduler, as it is now.")
+@page_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 def resume_command(
@@ -152,9 +163,12 @@ def resume_command(
     fleet: str | None,
     as_json: bool,
     quiet: bool,
+    report: str | None,
+    web: str | None,
 ) -> None:
     """Go on with a batch, whatever ended it. What is completed is not sent again."""
     warm_up()
+    check_report(report)
     state = BatchState(state_path, None)
     try:
         state.policy = changed(state.policy, integer("parallel", parallel), max_bandwidth)
@@ -167,14 +181,60 @@ def resume_command(
     except BaseException:
         state.close()
         raise
-    _carry_out(state, as_json, quiet, trace, fleet)
+    _carry_out(
+        state, as_json, state_path, {"report": report, "web": web, "quiet": quiet}, trace, fleet
+    )
+
+
+@contextlib.asynccontextmanager
+async def _recorded(
+    batch: Batch, title: str, pages: dict[str, Any], view: BatchView
+) -> AsyncIterator[Outcome]:
+    """Set `.report` in it; the pages of the batch are written and served as `recorded` does."""
+    outcome = Outcome()
+    if pages["report"] is None and pages["web"] is None:
+        yield outcome
+        return
+    from ..report.batch_page import render
+    from ..report.batch_recorder import BatchRecorder
+
+    recorder = BatchRecorder(title)
+
+    def on_item(event: dict[str, Any]) -> None:
+        recorder.on_item(event)
+        view.item(event)
+
+    def on_progress(query: dict[str, Any]) -> None:
+        recorder.on_progress(query)
+        view.progress(query)
+
+    def subject() -> Subject:
+        from ..web.subjects import BatchSubject
+
+        return BatchSubject(recorder, batch.query)
+
+    def write() -> None:
+        write_report(pages["report"], lambda: render(recorder.record(outcome.report)), view)
+
+    batch.on_item, batch.on_progress = on_item, on_progress
+    async with served(pages, subject, outcome, view):
+        recorder.begin(batch.report()["items"])
+        recorder.on_progress(batch.query())
+        with ending(outcome, write):
+            yield outcome
 
 
 def _carry_out(
-    state: BatchState, as_json: bool, quiet: bool, trace: str | None, fleet: str | None
+    state: BatchState,
+    as_json: bool,
+    title: str,
+    pages: dict[str, Any],
+    trace: str | None,
+    fleet: str | None,
 ) -> None:
     """Run the batch to its end, with a display and perhaps a trace; closes `state`. `fleet`: a
     scheduler's address, if there are items for it."""
+    quiet = pages["quiet"]
     view = make_batch_view(quiet)
 
     async def main() -> dict[str, Any]:
@@ -188,7 +248,9 @@ def _carry_out(
                 async with contextlib.AsyncExitStack() as stack:
                     if fleet is not None:
                         batch.use(await stack.enter_async_context(Fleet.connected(fleet)))
-                    return await batch.run()
+                    outcome = await stack.enter_async_context(_recorded(batch, title, pages, view))
+                    outcome.report = await batch.run()
+                    return outcome.report
             except asyncio.CancelledError:
                 raise Cancelled(
                     f"interrupted; `pageferry batch resume --state {state.path}` goes on",

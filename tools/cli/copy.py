@@ -30,8 +30,8 @@ def copy_command(source: str, destination: str, **options: Any) -> None:
     where, into = parse_guest(source), parse_guest(destination)
 
     async def start(view: View, interrupts: Interrupts) -> dict[str, Any]:
-        with recorded(
-            options["report"], source, destination, checked, view, interrupts.attach,
+        async with recorded(
+            options, "copy", source, destination, checked, view, interrupts.attach,
             where, into,
         ) as recording:  # fmt: skip
             recording.report = await api.copy(

@@ -20,9 +20,20 @@ trace_option = click.option("--trace", metavar="FILE", help="Write what every pr
 
 def migration_options(function: F) -> F:
     """What copy and send take."""
-    report = click.option("--report", metavar="FILE", help="Write a page (HTML) about the "
-                          "migration there, however it ends.")  # fmt: skip
-    return memory_options(report(output_options(function)))
+    return memory_options(page_options(output_options(function)))
+
+
+def page_options(function: F) -> F:
+    """What everything that moves memory takes."""
+    report = click.option("--report", metavar="FILE", help="Write a page (HTML) about it there, "
+                          "however it ends.")  # fmt: skip
+    return report(web_option(function))
+
+
+def web_option(function: F) -> F:
+    web = click.option("--web", metavar="[HOST:]PORT", help="Serve such a page, live, and metrics "
+                       "for Prometheus. Without HOST on loopback; port 0: any.")  # fmt: skip
+    return web(function)
 
 
 def memory_options(function: F) -> F:

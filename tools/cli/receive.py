@@ -16,7 +16,8 @@ from ...transport.quantities import format_bytes, format_seconds
 from ...workers.guests import GuestUri, is_directory, parse_guest
 from .copy import checked_oracle
 from .main import error_object
-from .options import integer, output_options
+from .options import integer, output_options, page_options
+from .reporting import received
 from .running import Interrupts, run, show
 from .view import View
 
@@ -32,6 +33,7 @@ from .view import View
 @click.option("--at-once", metavar="N", default="4", show_default=True, help="How many images may "
               "arrive at a time, with --into image:DIR/.")  # fmt: skip
 @click.option("--once", is_flag=True, help="End after one migration, with its exit code.")
+@page_options
 @output_options
 def receive_command(
     listen: str,
@@ -61,11 +63,12 @@ def receive_command(
         try:
             if once:
                 interrupts.attach(_OneArrival(destination, interrupts))
-            _say_listening(destination, view, as_json)
-            await api.receive(
-                destination, lambda report, error: _tell(report, error, view, once),
-                once=once, monitor=options["monitor"],
-            )  # fmt: skip
+            async with received(options, destination, guest, view):
+                _say_listening(destination, view, as_json)
+                await api.receive(
+                    destination, lambda report, error: _tell(report, error, view, once),
+                    once=once, monitor=options["monitor"],
+                )  # fmt: skip
         finally:
             destination.close()
 
@@ -108,8 +111,9 @@ def _receive_many(
 
         destination = Reception(endpoint, api.opener(into), ended, at_once=at_once)
         try:
-            _say_listening(destination, view, as_json)
-            await api.receive_many(destination, monitor=options["monitor"])
+            async with received(options, destination, into, view, many=True):
+                _say_listening(destination, view, as_json)
+                await api.receive_many(destination, monitor=options["monitor"])
         finally:
             destination.close()
 

@@ -10,7 +10,8 @@ from ...pipeline import api
 from ...pipeline.parameters import Parameters
 from ...transport.links import Endpoint, parse_endpoint
 from ...workers.guests import GuestUri, parse_guest
-from .options import output_options
+from .options import output_options, page_options
+from .reporting import recorded
 from .running import Interrupts, run
 from .view import View
 
@@ -19,6 +20,7 @@ from .view import View
 @click.argument("source")
 @click.option("--uffd-socket", required=True, metavar="PATH", help="Where the monitor connects and "
               "hands over its userfaultfd, as Firecracker does (backend_type Uffd).")  # fmt: skip
+@page_options
 @output_options
 def restore_command(source: str, uffd_socket: str, **options: Any) -> None:
     """Serve the page faults of a restored guest from SOURCE, until all of its memory is there.
@@ -36,10 +38,15 @@ def restore_command(source: str, uffd_socket: str, **options: Any) -> None:
     parameters = Parameters(postcopy="now").checked()
 
     async def start(view: View, interrupts: Interrupts) -> dict[str, Any]:
-        return await api.restore(
-            where, uffd_socket, parameters, on_progress=view,
-            on_started=interrupts.attach, monitor=options["monitor"],
-        )  # fmt: skip
+        async with recorded(
+            options, "restore", source, f"the guest at {uffd_socket}", parameters, view,
+            interrupts.attach, *([where] if isinstance(where, GuestUri) else []),
+        ) as recording:  # fmt: skip
+            recording.report = await api.restore(
+                where, uffd_socket, parameters, on_progress=recording.on_progress,
+                on_started=recording.on_started, monitor=options["monitor"],
+            )  # fmt: skip
+            return recording.report
 
     run(
         start, as_json=options["as_json"], quiet=options["quiet"],

@@ -30,8 +30,8 @@ def send_command(source: str, endpoint: str, name: str, **options: Any) -> None:
     where, there = parse_guest(source), parse_endpoint(endpoint)
 
     async def start(view: View, interrupts: Interrupts) -> dict[str, Any]:
-        with recorded(
-            options["report"], source, endpoint, checked, view, interrupts.attach,
+        async with recorded(
+            options, "send", source, endpoint, checked, view, interrupts.attach,
             where,
         ) as recording:  # fmt: skip
             recording.report = await api.send(

@@ -209,7 +209,8 @@ def _times(report: dict[str, Any]) -> str:
         text += f", of which setup {format_seconds(report['setup-time'] / 1000)}"
     if "downtime" in report:
         text += f", downtime {format_seconds(report['downtime'] / 1000)}"
-        text += f" (limit {format_seconds(report['downtime-limit'] / 1000)})"
+        if "downtime-limit" in report:  # only the source knows it
+            text += f" (limit {format_seconds(report['downtime-limit'] / 1000)})"
     return text
 
 

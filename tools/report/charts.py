@@ -76,10 +76,15 @@ def time_axis(seconds: float, y: float, say: Callable[[float], str]) -> str:
 
 
 def timeline(
-    lanes: Sequence[Sequence[Bar]], seconds: float, say: Callable[[float], str], label: str
+    lanes: Sequence[Sequence[Bar]],
+    seconds: float,
+    say: Callable[[float], str],
+    label: str,
+    lane_height: int = _LANE,
 ) -> str:
-    """Stretches of time under each other, and an axis."""
-    height = _LANE * len(lanes)
+    """Stretches of time under each other, and an axis. Low lanes have no letters in them."""
+    height = lane_height * len(lanes)
+    gap = min(2, lane_height // 6)
     parts = []
     for i, lane in enumerate(lanes):
         for bar in lane:
@@ -87,13 +92,19 @@ def timeline(
             x, width = min(x, 100 - _NARROWEST), max(width, _NARROWEST)
             parts.append(
                 f'<g><title>{escape(bar.title)}</title><rect class="{escape(bar.kind)}" '
-                f'x="{x:.2f}%" width="{width:.2f}%" y="{i * _LANE + 2}" height="{_LANE - 4}" '
-                f'rx="3"/>'
+                f'x="{x:.2f}%" width="{width:.2f}%" y="{i * lane_height + gap}" '
+                f'height="{lane_height - 2 * gap}" rx="{min(3, lane_height // 4)}"/>'
             )
-            if bar.text and width >= _NUMBER_WIDTH * max(1.0, len(bar.text) / 3):
+            if (
+                lane_height == _LANE
+                and bar.text
+                and width >= _NUMBER_WIDTH * max(1.0, len(bar.text) / 3)
+            ):
+                # a picture within the picture: on a narrow screen it cuts the letters off
                 parts.append(
-                    f'<text class="in" x="{x + width / 2:.2f}%" y="{i * _LANE + 20}" '
-                    f'text-anchor="middle">{escape(bar.text)}</text>'
+                    f'<svg x="{x:.2f}%" width="{width:.2f}%" y="{i * lane_height}" '
+                    f'height="{lane_height}"><text class="in" x="50%" y="20" '
+                    f'text-anchor="middle">{escape(bar.text)}</text></svg>'
                 )
             parts.append("</g>")
     parts.append(time_axis(seconds, height + 2, say))
@@ -118,13 +129,11 @@ def lines(
     """Values over time, axes with units. One point alone is a dot."""
     top = max([value for line in drawn for _, value in line.points] + [1.0]) * 1.05
     base = _ABOVE + _PLOT
-    parts = []
+    parts, labels = [], []
     for tick in ticks(top):
         y = base - _PLOT * tick / top
-        parts.append(
-            f'<line class="grid" x1="0%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="0%" y="{y - 4:.1f}">{escape(say_value(tick))}</text>'
-        )
+        parts.append(f'<line class="grid" x1="0%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
+        labels.append(f'<text x="0%" y="{y - 4:.1f}">{escape(say_value(tick))}</text>')
     parts.append(time_axis(seconds, base, say))
     for line in drawn:
         if len(line.points) == 1:
@@ -146,6 +155,7 @@ def lines(
             )
             parts.append(f'<polyline class="{escape(line.kind)}" points="{points}"/>')
     parts.append("</svg>")
+    parts += labels  # over the lines, or nobody could read them
     return _svg(base + _BELOW, label, parts)
 
 

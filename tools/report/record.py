@@ -42,8 +42,22 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Use:
+    """What a process does: shares of the last two seconds (None: it does no such thing), seconds of
+    processor in all, bytes."""
+
+    name: str
+    cpu: float | None
+    wait: float | None
+    codec: float | None
+    cpu_time: float
+    memory: int
+
+
+@dataclass(frozen=True)
 class Record:
-    """All of it. `report`: the final one, with `error` in it if there was one."""
+    """All of it. `report`: the final one, with `error` in it if there was one; while it runs the
+    last look, with `progress`. `uses`: while it runs."""
 
     source: str
     destination: str
@@ -54,3 +68,50 @@ class Record:
     phases: tuple[Phase, ...] = ()
     rounds: tuple[Round, ...] = ()
     rounds_left_out: int = 0
+    uses: tuple[Use, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An item of a batch that ran once. `lane`: the smallest that was free; `outcome`: completed,
+    failed, cancelled, or running."""
+
+    name: str
+    lane: int
+    begin: float
+    end: float
+    outcome: str
+
+
+@dataclass(frozen=True)
+class ItemRow:
+    """What a page says of an item. `done`, `size`: bytes; `rate`: bytes a second while it runs;
+    `took`: seconds of the last attempt; `phase`: while it runs."""
+
+    name: str
+    source: str
+    destination: str
+    state: str
+    attempts: int = 0
+    done: int | None = None
+    size: int = 0
+    rate: float | None = None
+    took: float | None = None
+    phase: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """A batch, so far or in the end. `report`: totals, as it tells them; `error` in it if there was
+    one. `items`: the most telling first."""
+
+    title: str
+    seconds: float
+    report: dict[str, Any] = field(default_factory=dict)
+    host: dict[str, str] = field(default_factory=dict)
+    items: tuple[ItemRow, ...] = ()
+    items_left_out: int = 0
+    attempts: tuple[Attempt, ...] = ()
+    attempts_left_out: int = 0
+    samples: tuple[Sample, ...] = ()
