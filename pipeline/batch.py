@@ -272,7 +272,8 @@ class Batch:
                 self._look_for_relatives()
                 if self._fatal is not None:
                     raise self._fatal
-                if self._planner.over:
+                # the planner knows the end of an item before the state's file does
+                if self._planner.over and not any(e.task for e in self._entries.values()):
                     break
                 due = self._planner.next_time()
                 self._wake.clear()

@@ -2,16 +2,18 @@
 fail among them."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 
 import psutil
 import pytest
-from helpers import PAGE, Running, pattern, receiver, same_file, sweep, until
+from helpers import PAGE, Running, pattern, receiver, same_file, sweep, until, until_async
 from helpers import pageferry as run
 
 from pageferry.pipeline.batch import Batch, worth_another_try
@@ -357,6 +359,36 @@ def test_killed_again_and_again(images, tmp_path):
     done = resume(path, "--quiet")
     assert (done.returncode, done.stdout) == (0, "")
     assert len(arrived(images)) == 6
+
+
+def test_it_does_not_end_before_the_last_outcome_is_written(images, tmp_path):
+    """Two end at about the same time, and the file is slow to take one of them."""
+    others_over = threading.Event()
+
+    class Slow(BatchState):
+        def ended(self, number, *what):
+            if number == 0:
+                assert others_over.wait(20)
+            super().ended(number, *what)
+
+    async def main():
+        wanted = manifest({"parallel": 2, "destination": f"image:{tmp_path}/out/", "items": [
+            {"source": f"image:{images}/vm{n}.mem"} for n in range(2)
+        ]}, str(tmp_path))  # fmt: skip
+        with contextlib.closing(Slow(str(tmp_path / "s"), wanted)) as state:
+            batch = Batch(state)
+            running = asyncio.create_task(batch.run())
+            await until_async(lambda: batch._entries[1].state is State.COMPLETED, "the second")
+            await until_async(lambda: batch._entries[1].task is None, "its task")
+            for _ in range(100):  # let the batch act on it, and begin what it does in a thread
+                await asyncio.sleep(0)
+                await asyncio.to_thread(os.getpid)
+            assert not running.done() and not batch._workers._closed
+            others_over.set()
+            await running
+            assert [row.state for row in state.rows()] == [State.COMPLETED] * 2
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
