@@ -108,7 +108,7 @@ async def receive(
     monitor: str | None = None,
 ) -> None:
     """Serve migrations at `destination` until cancelled; with `once` just one, whose error is
-    raised."""
+    raised. Trial runs (`pageferry tune`) do not count, and are not reported."""
     async with AsyncExitStack() as stack:
         await _attach_monitor(stack, monitor, destination)
         while True:
@@ -121,6 +121,8 @@ async def receive(
                 raise
             except PageferryError as e:
                 report, error = None, e
+            if (report or (error.data.get("report") if error else None) or {}).get("trial"):
+                continue  # a trial run: nothing arrived, and nothing was to
             on_report(report, error)
             if once and error is not None:
                 raise error
@@ -296,13 +298,19 @@ async def migrate_async(
     on_progress: Progress | None = None,
     on_started: Started | None = None,
     monitor: str | None = None,
+    profile: str | None = None,
     **parameters: Any,
 ) -> dict[str, Any]:
-    """Migrate `source` to `destination`; returns the report (query-migrate's names).
+    """Migrate `source` to `destination`; returns the report (query-migrate's names). `profile`: a
+    name or a path (profiles.py); what `parameters` say comes before what it says.
 
     `on_progress(report)` is called four times a second. Raises PageferryError's subclasses;
     an error's `data["report"]`, where it is there, has the figures up to then.
     """
+    if profile is not None:
+        from .profiles import parameters_of  # who uses none does not wait for it
+
+        parameters = parameters_of(profile, parameters)
     checked = Parameters(**parameters).checked()
     where = parse_guest(source)
     how = {"on_progress": on_progress, "on_started": on_started, "monitor": monitor}

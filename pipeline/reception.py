@@ -88,7 +88,7 @@ class Reception(Destination):
         error: PageferryError | None = None
         try:
             report = await arrival.run()
-            self._received += 1
+            self._received += not arrival.trial
         except asyncio.CancelledError:
             error = Cancelled("the receiver was stopped")
         except PageferryError as e:
@@ -97,6 +97,8 @@ class Reception(Destination):
             del self._arrivals[identity]
             if arrival.guest is not None:
                 arrival.guest.close()
+        if arrival.trial:
+            return
         self._failed += error is not None
         with contextlib.suppress(Exception):  # a display that breaks ends no migration
             self._on_end(report, error, arrival.hello.name)

@@ -55,7 +55,7 @@ from .convergence import Convergence
 from .crew import Crew, extents
 from .parameters import NEVER, Parameters, changed
 from .state import IN_POSTCOPY, Status
-from .statistics import Statistics
+from .statistics import RoundCost, Statistics
 
 HELLO_SECONDS = 5.0
 # A destination that has everything needs this long at the most to say that it runs.
@@ -347,6 +347,7 @@ class Source:
         self.statistics.running = time.monotonic()
         assert isinstance(running, messages.Running)
         self.statistics.extra["destination"] = running.detail
+        self.statistics.peer = running.statistics
         self._events.put_nowait(core.Confirmed())
 
     # ---- setup ---------------------------------------------------------------------------
@@ -422,7 +423,10 @@ class Source:
             messages.PROTOCOL, __version__, self.uuid, self.guest.kind,
             [block.spec for block in self.guest.blocks], self.parameters.workers,
             self.parameters.batch_pages, image_size=self.guest.image_size,
-            capabilities=self._background.capabilities if self._background is not None else [],
+            capabilities=[
+                *self.guest.capabilities,
+                *(self._background.capabilities if self._background is not None else ()),
+            ],
             name=self.name,
         )  # fmt: skip
         answer = await self._first_words(hello)
@@ -619,6 +623,7 @@ class Source:
         assert self._counters is not None
         begin, pages = time.monotonic(), self.core.remaining
         zero, wire = self._counters.total("duplicate"), self._counters.total("wire_bytes")
+        cpu, waited = self._crew.pool.cpu_seconds(), self._counters.total("wait_ns")
         self.statistics.begin_round(instruction.number, pages)
         self._emit("MIGRATION_PASS", {"pass": instruction.number})
         await self._control.say(
@@ -637,6 +642,11 @@ class Source:
             zero=self._counters.total("duplicate") - zero,
             wire=self._counters.total("wire_bytes") - wire,
         )  # fmt: skip
+        if instruction.number == 1:
+            self.statistics.first_round = RoundCost(
+                done.pages, done.wire, done.seconds, self._crew.pool.cpu_seconds() - cpu,
+                (self._counters.total("wait_ns") - waited) / 1e9,
+            )  # fmt: skip
         return done
 
     # ---- postcopy ------------------------------------------------------------------------

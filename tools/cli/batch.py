@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from ...pipeline.batch import Batch, verdict
 from ...pipeline.batch_state import BatchState, Row, look
@@ -21,12 +20,11 @@ from ...pipeline.planner import State
 from ...transport.errors import Cancelled, PageferryError
 from ...workers.forking import warm_up
 from .batch_view import batch_summary, make_batch_view, status_table
-from .options import integer, memory_options
+from .options import given_options, integer, memory_options
 from .running import Interrupts
 
 # Threads for what blocks: each migration opens and closes things, and some peers do not answer.
 _THREADS_EACH = 3
-_NUMBERS = {"workers", "level", "max_rounds", "batch_pages", "parallel", "retries"}
 _ORDER = (
     State.FAILED, State.RUNNING, State.WAITING, State.PENDING, State.CANCELLED, State.COMPLETED,
 )  # fmt: skip
@@ -81,26 +79,11 @@ def run_command(
     all items. --max-bandwidth is for all together. An item that fails never stops the others.
     """
     warm_up()
-    manifest = load(what, destination, _given(options))
+    manifest = load(what, destination, given_options(options))
     if state_path is None:
         is_file = os.path.isfile(what) and what.endswith((".toml", ".yaml", ".yml", ".json"))
         state_path = f"{what}.state" if is_file else "pageferry-batch.state"
     _carry_out(BatchState(state_path, manifest), as_json, quiet)
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """What was said on the command line, as a manifest says it."""
-    context = click.get_current_context()
-    given: dict[str, Any] = {}
-    for name, value in options.items():
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        shown = name.replace("_", "-")
-        if name == "no_preempt":
-            given["preempt"] = False
-        else:
-            given[shown] = integer(shown, value) if name in _NUMBERS else value
-    return given
 
 
 @batch_command.command("resume")

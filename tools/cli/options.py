@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from ...pipeline.parameters import Parameters
 from ...transport.codecs import CODECS
 from ...transport.errors import UsageError
 from ...transport.quantities import parse_duration, parse_rate
 
+_NUMBERS = {"workers", "level", "max_rounds", "batch_pages", "parallel", "retries"}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -26,6 +28,8 @@ def memory_options(function: F) -> F:
     """What is said of a migration itself."""
     for option in reversed(
         [
+            click.option("--profile", metavar="NAME", help="Settings that `pageferry tune` wrote: "
+                         "a name, or a path. What is said here as well comes before."),
             click.option("--workers", metavar="N", help="Channels, each with a process at both "
                          "ends (QEMU: multifd-channels). Default: one a CPU."),
             click.option("--codec", metavar="NAME", default="auto", show_default=True,
@@ -77,8 +81,30 @@ def output_options(function: F) -> F:
     return function
 
 
+def given_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What was said on the command line, as a manifest says it; with --profile, what that says and
+    the command line does not."""
+    context = click.get_current_context()
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        shown = name.replace("_", "-")
+        if name == "no_preempt":
+            given["preempt"] = False
+        elif name != "profile":
+            given[shown] = integer(shown, value) if name in _NUMBERS else value
+    if options.get("profile") is None:
+        return given
+    from ...pipeline.profiles import with_profile
+
+    return with_profile(options["profile"], given)
+
+
 def parameters(options: dict[str, Any]) -> Parameters:
     """The options as Parameters; UsageError that names the option."""
+    if options.get("profile") is not None:
+        options = _with_profile(options)
     return Parameters(
         workers=integer("workers", options["workers"]) or 0,
         codec=options["codec"],
@@ -95,6 +121,18 @@ def parameters(options: dict[str, Any]) -> Parameters:
         max_postcopy_bandwidth=parse_rate(options["max_postcopy_bandwidth"]),
         postcopy_latency_target=parse_duration(options["postcopy_latency_target"]),
     ).checked()
+
+
+def _with_profile(options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, the profile's in place of those that nobody gave."""
+    merged = dict(options)
+    for shown, value in given_options(options).items():
+        name = shown.replace("-", "_")
+        if name == "preempt":
+            merged["no_preempt"] = not value
+        elif name in merged:
+            merged[name] = value if isinstance(value, bool) else str(value)
+    return merged
 
 
 def integer(name: str, text: str | None) -> int | None:
