@@ -12,7 +12,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from .blocking import Blocking, to_its_end
 from .destination import Destination
 from .parameters import Parameters
 from .source import Source
-from .tuning import Measured, Setting, Trial, Tuner
+from .tuning import Measured, Search, Setting, Trial
 
 # A receiver that has just ended a trial lets go of it first; one that is at work is not waited for.
 _BUSY_SECONDS, _AGAIN_SECONDS = 10.0, 0.05
@@ -155,25 +155,13 @@ def measured(source: Source, trial: Trial) -> Measured:
     )  # fmt: skip
 
 
-async def tune(runs: TrialRuns, tuner: Tuner, on_trial: OnTrial | None = None) -> None:
-    """Make all trials that `tuner` wants."""
-    while (trial := tuner.next()) is not None:
+async def tune(runs: TrialRuns, search: Search, on_trial: OnTrial | None = None) -> None:
+    """Make all trials that `search` wants."""
+    while (trial := search.next()) is not None:
         found = await runs.run(trial)
-        tuner.learn(found)
+        search.learn(found)
         if on_trial is not None:
             on_trial(trial, found)
-
-
-async def try_all(
-    runs: TrialRuns, trials: Iterable[Trial], on_trial: OnTrial | None = None
-) -> list[Measured]:
-    """Make these trials, in this order."""
-    results = []
-    for trial in trials:
-        results.append(await runs.run(trial))
-        if on_trial is not None:
-            on_trial(trial, results[-1])
-    return results
 
 
 @contextlib.asynccontextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 
 # A trial is made so large that it takes this long: shorter ones show the start of the processes,
@@ -250,11 +250,8 @@ class Tuner:
         return self.done if self._trial is None else max(guess, self.done + 2)
 
     def best(self) -> dict[str, Setting]:
-        """What is named, by goal. Downtime only of what runs."""
-        named = {goal: self.book.best(goal) for goal in (FASTEST, LEAST_CPU)}
-        if self.book.downtime(named[FASTEST]) is not None:
-            named[LEAST_DOWNTIME] = self.book.best(LEAST_DOWNTIME)
-        return named
+        """What is named, by goal."""
+        return best_of(self.book)
 
     # ---- the search ----------------------------------------------------------------------
 
@@ -371,12 +368,50 @@ def share(book: Book, setting: Setting, size: int) -> float:
     return min(1.0, max(wanted, LEAST_BYTES) / size)
 
 
-def sweep(space: Space, size: int, repeats: int, book: Book) -> Generator[Trial, None, None]:
-    """Every setting, `repeats` times, in turns: what `Tuner` is compared with. `book`: is to be
-    given what each was like."""
-    for _ in range(repeats):
-        for setting in space.all():
-            yield Trial(setting, share(book, setting, size))
+class Sweep:
+    """Every setting of `space`, `repeats` times, in turns: asked as a Tuner is, and what that is
+    compared with."""
+
+    def __init__(self, space: Space, size: int, start: Setting, repeats: int) -> None:
+        self.space, self.size, self.book = space, size, Book()
+        self.done = 0
+        turns = [Trial(s, 1.0) for _ in range(repeats) for s in space.all()]
+        self._trials = [Trial(start, 1.0, counts=False), *turns]
+
+    def __repr__(self) -> str:
+        return f"<Sweep {self.done} of {len(self._trials)} trials>"
+
+    def next(self) -> Trial | None:
+        """The trial that is to be made now; None when it is over."""
+        if self.done == len(self._trials):
+            return None
+        trial = self._trials[self.done]
+        return replace(trial, share=share(self.book, trial.setting, self.size))
+
+    def learn(self, measured: Measured) -> None:
+        """What `next()` was like."""
+        if self._trials[self.done].counts:
+            self.book.add(measured)
+        self.done += 1
+
+    def expected(self) -> int:
+        """How many trials it will be in all."""
+        return len(self._trials)
+
+    def best(self) -> dict[str, Setting]:
+        """What is named, by goal."""
+        return best_of(self.book)
+
+
+Search = Tuner | Sweep
+
+
+def best_of(book: Book) -> dict[str, Setting]:
+    """The best by goal. Downtime only of what runs."""
+    named = {goal: book.best(goal) for goal in (FASTEST, LEAST_CPU)}
+    if book.downtime(named[FASTEST]) is not None:
+        named[LEAST_DOWNTIME] = book.best(LEAST_DOWNTIME)
+    return named
 
 
 def worker_choices(cpus: int) -> tuple[int, ...]:

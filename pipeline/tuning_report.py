@@ -13,7 +13,7 @@ from typing import Any
 
 from ..transport.quantities import format_rate
 from .bounds import bound_of
-from .tuning import FASTEST, LEAST_CPU, LEAST_DOWNTIME, Book, Setting, Tuner
+from .tuning import FASTEST, LEAST_CPU, LEAST_DOWNTIME, Book, Search, Setting
 
 # What each goal wants, for people.
 GOAL_WORDS = {
@@ -47,7 +47,7 @@ def row_of(book: Book, setting: Setting) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def report_of(tuner: Tuner, *, local: bool, cpus: int) -> dict[str, Any]:
+def report_of(tuner: Search, *, local: bool, cpus: int) -> dict[str, Any]:
     """Everything but what the caller knows better: source, sample, time."""
     book = tuner.book
     best = tuner.best()

@@ -17,7 +17,7 @@ from pageferry.pipeline.agreement import check_hello
 from pageferry.pipeline.batch_state import look
 from pageferry.pipeline.destination import Destination
 from pageferry.pipeline.profiles import read_profile
-from pageferry.pipeline.trials import TrialRuns, take_sample, trial_runs, try_all
+from pageferry.pipeline.trials import TrialRuns, take_sample, trial_runs
 from pageferry.pipeline.tuning import Setting, Trial
 from pageferry.tools.cli.tune import tune_command
 from pageferry.tools.report.tuning_curves import check_curves
@@ -182,7 +182,7 @@ def test_trials_here_measure_what_they_moved(image):
     async def main():
         async with trial_runs(parse_guest(f"image:{image}"), None, 8 << 20) as (sample, runs):
             trials = [Trial(Setting(n, "zstd", 1, 64), share) for n, share in ((1, 1.0), (2, 0.5))]
-            return sample.data, await try_all(runs, trials)
+            return sample.data, [await runs.run(trial) for trial in trials]
 
     data, (whole, half) = asyncio.run(main())
     assert (whole.size, half.size) == (data, data // 2)
@@ -364,6 +364,7 @@ def test_curves_without_matplotlib(monkeypatch, tmp_path):
         (("--codecs", "brotli"), "brotli"),
         (("--codecs", "zstd:fast"), "zstd:1"),
         (("--codecs", "auto:1"), "auto has no level"),
+        (("--repeats", "0"), "--repeats"),
         (("--curves", "c.pdf"), ".png or .svg"),
         (("--curves", "/no/such/c.png"), "cannot write into"),
         (("--profile", "a b"), "no name for a profile"),
@@ -374,6 +375,15 @@ def test_what_makes_no_sense(image, options, said):
     """Said before anything is measured."""
     with pytest.raises(UsageError, match=said):
         tune_command.main([f"image:{image}", *options], standalone_mode=False)
+
+
+def test_all_of_it(image):
+    """Each combination, as often as it was asked for."""
+    done = pageferry("tune", f"image:{image}", *FEW, "--exhaustive", "--repeats", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [row["trials"] for row in report["settings"]] == [2] * 4
+    assert report["trials"] == 9
 
 
 def test_an_image_has_no_downtime(image, tmp_path):

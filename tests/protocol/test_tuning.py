@@ -18,9 +18,9 @@ from pageferry.pipeline.tuning import (
     Measured,
     Setting,
     Space,
+    Sweep,
     Tuner,
     share,
-    sweep,
     worker_choices,
 )
 from pageferry.pipeline.tuning_report import comments, report_of
@@ -87,20 +87,18 @@ class Host:
         )  # fmt: skip
 
     def tune(self):
-        tuner, seconds = Tuner(SPACE, SIZE, SPACE.start(min(4, self.cpus), 256)), 0.0
-        while (trial := tuner.next()) is not None:
+        return self.run(Tuner(SPACE, SIZE, SPACE.start(min(4, self.cpus), 256)))
+
+    def run(self, search):
+        seconds = 0.0
+        while (trial := search.next()) is not None:
             found = self.measure(trial)
             seconds += found.seconds + SET_UP
-            tuner.learn(found)
-        return tuner, seconds
+            search.learn(found)
+        return search, seconds
 
     def try_all(self, repeats=3):
-        book, seconds = Book(), 0.0
-        for trial in sweep(SPACE, SIZE, repeats, book):
-            found = self.measure(trial)
-            book.add(found)
-            seconds += found.seconds + SET_UP
-        return book, seconds
+        return self.run(Sweep(SPACE, SIZE, SPACE.start(2, 256), repeats))
 
 
 def compared(seed):
@@ -109,10 +107,10 @@ def compared(seed):
     host = Host(seed)
     best = max(map(host.rate, SPACE.all()))
     tuner, seconds = host.tune()
-    book, all_seconds = host.try_all()
+    sweep, all_seconds = host.try_all()
     return (
         host.rate(tuner.best()[FASTEST]) / best,
-        host.rate(book.best(FASTEST)) / best,
+        host.rate(sweep.best()[FASTEST]) / best,
         seconds / all_seconds,
     )
 
@@ -209,6 +207,14 @@ def test_a_short_trial_does_not_count_where_there_is_a_long_one():
     book.add(long)
     assert book.good(setting) == [long]
     assert book.rate(setting) == pytest.approx(long.rate)
+
+
+def test_a_sweep_tries_everything_as_often_as_it_is_told():
+    """In turns, after one that warms up."""
+    sweep, _ = Host(2).try_all(repeats=2)
+    assert {len(runs) for runs in sweep.book.runs.values()} == {2}
+    assert list(sweep.book.runs) == SPACE.all()
+    assert sweep.done == sweep.expected() == 2 * len(SPACE.all()) + 1
 
 
 def test_numbers_of_workers():

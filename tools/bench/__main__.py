@@ -16,7 +16,7 @@ import click
 
 from ...transport.errors import UsageError
 from ...transport.quantities import parse_rate, parse_size
-from . import clones, demo, drain, links, postcopy, scaling, sparse, startup, throughput, vm
+from . import clones, demo, drain, links, postcopy, scaling, sparse, startup, throughput, tune, vm
 from .content import KINDS
 from .lab import BenchError, Lab, isolate
 from .pageferry import default_command
@@ -213,6 +213,23 @@ def qemu_command(json_file: str | None, pageferry: str, **options: Any) -> None:
 def startup_command(json_file: str | None, pageferry: str, reps: int) -> None:
     """From the start of the command to the first page, and what an installation weighs."""
     _run(lambda lab: startup.measure(lab, reps), json_file, pageferry)
+
+
+@cli.command("tune")
+@_size_option("1G", "Guest memory.")
+@_list_option("--contents", KINDS, ("text", "random"), "What the memory holds.")
+@click.option("--sample", type=_size, default="256M", show_default=True, metavar="SIZE",
+              help="How much of it trials move.")  # fmt: skip
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True,
+              help="How often the sweep tries each setting.")  # fmt: skip
+@click.option("--workers", default="", metavar="LIST", help="As `pageferry tune` takes it.")
+@click.option("--codecs", default="", metavar="LIST", help="The same.")
+@click.option("--batches", default="", metavar="LIST", help="The same.")
+@_common_options(reps=7)
+def tune_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """`pageferry tune` against trying everything: time, and how fast what it names is."""
+    plan = tune.Plan(**options)
+    _run(lambda lab: tune.measure(lab, plan), json_file, pageferry)
 
 
 @cli.command("clones")

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -20,7 +21,9 @@ from ...pipeline.tuning import (
     GOALS,
     LEAST_DOWNTIME,
     Measured,
+    Search,
     Space,
+    Sweep,
     Trial,
     Tuner,
     worker_choices,
@@ -34,6 +37,7 @@ from ...transport.quantities import parse_rate, parse_size
 from ...transport.wire import MAX_BATCH_PAGES
 from ...workers.guests import GuestUri, parse_guest
 from ..report.tuning_curves import check_curves, draw_curves
+from .options import integer
 from .running import Interrupts
 from .tune_view import TuneView, make_tune_view, tune_summary
 
@@ -41,6 +45,7 @@ _CODECS = "none,lz4,zstd:-1,zstd:1,zstd:3,zstd:6,auto"
 _BATCHES = "64,128,256,512,1024"
 _BATCH = 256  # what a migration has if nobody says otherwise
 _LEAST_SAMPLE = 4 << 20
+_MOST_REPEATS = 100
 _ADDRESSES = ("tcp://", "ipc://")
 
 
@@ -57,6 +62,9 @@ _ADDRESSES = ("tcp://", "ipc://")
               help="4 KiB pages in a frame to try.")  # fmt: skip
 @click.option("--max-bandwidth", metavar="RATE", default="0",
               help="Of each trial. Default: no limit.")  # fmt: skip
+@click.option("--exhaustive", is_flag=True, help="Try all combinations, to see what that finds.")
+@click.option("--repeats", metavar="N", default="3", show_default=True,
+              help="How often, with --exhaustive.")  # fmt: skip
 @click.option("--profile", metavar="NAME", help="Write the best setting there, for --profile of "
               "the other commands: a name, or a path.")  # fmt: skip
 @click.option("--goal", type=click.Choice(GOALS), default=FASTEST, show_default=True,
@@ -85,12 +93,18 @@ def tune_command(source: str, destination: str | None, **options: Any) -> None:
         check_curves(options["curves"])
     if options["profile"] is not None:
         path_of_profile(options["profile"])
+    start = space.start(len(os.sched_getaffinity(0)), _BATCH)
+    repeats = _repeats(options)
+
+    def search(data: int) -> Search:
+        return Sweep(space, data, start, repeats) if repeats else Tuner(space, data, start)
+
     view = make_tune_view(options["quiet"])
 
     async def main() -> dict[str, Any]:
         with Interrupts().installed():
             try:
-                return await _tune(where, endpoint, size, space, common, view)
+                return await _tune(where, endpoint, size, search, common, view)
             except asyncio.CancelledError:
                 raise Cancelled("interrupted; the source is as it was") from None
 
@@ -102,6 +116,14 @@ def tune_command(source: str, destination: str | None, **options: Any) -> None:
         print(json.dumps(report), flush=True)
     elif not options["quiet"]:
         print(tune_summary(report, fancy=sys.stdout.isatty()), flush=True)
+
+
+def _repeats(options: dict[str, Any]) -> int:
+    """How often all is tried; 0 if it is to be searched."""
+    repeats = integer("repeats", options["repeats"]) or 0
+    if not 1 <= repeats <= _MOST_REPEATS:
+        raise UsageError(f"--repeats must be from 1 to {_MOST_REPEATS}")
+    return repeats if options["exhaustive"] else 0
 
 
 def _endpoint(destination: str | None) -> Endpoint | None:
@@ -146,14 +168,14 @@ def _codec_list(text: str) -> tuple[tuple[str, int | None], ...]:
 
 
 async def _tune(
-    where: GuestUri, endpoint: Endpoint | None, size: int, space: Space, common: Parameters,
-    view: TuneView,
+    where: GuestUri, endpoint: Endpoint | None, size: int, make: Callable[[int], Search],
+    common: Parameters, view: TuneView,
 ) -> dict[str, Any]:  # fmt: skip
     begin = time.monotonic()
     cpus = len(os.sched_getaffinity(0))
     view.say("reading a sample")
     async with trial_runs(where, endpoint, size, common) as (sample, runs):
-        tuner = Tuner(space, sample.data, space.start(cpus, _BATCH))
+        tuner = make(sample.data)
         view.begin(sample)
 
         def on_trial(trial: Trial, found: Measured) -> None:

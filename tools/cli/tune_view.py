@@ -9,7 +9,7 @@ import textwrap
 from types import TracebackType
 from typing import Any, Self
 
-from ...pipeline.tuning import FASTEST, Measured, Trial, Tuner
+from ...pipeline.tuning import FASTEST, Measured, Search, Trial
 from ...pipeline.tuning_report import GOAL_WORDS
 from ...transport.quantities import format_bytes, format_rate, format_seconds
 from ...workers.guests.sample import Sample
@@ -38,7 +38,7 @@ class TuneView:
     def begin(self, sample: Sample) -> None:
         """The sample was taken."""
 
-    def trial(self, trial: Trial, found: Measured, tuner: Tuner, eta: float) -> None:
+    def trial(self, trial: Trial, found: Measured, tuner: Search, eta: float) -> None:
         """A trial is over; the others take `eta` seconds."""
 
     def say(self, text: str) -> None:
@@ -51,7 +51,7 @@ class PlainTuneView(TuneView):
     def begin(self, sample: Sample) -> None:
         self.say(sample_line(sample))
 
-    def trial(self, trial: Trial, found: Measured, tuner: Tuner, eta: float) -> None:
+    def trial(self, trial: Trial, found: Measured, tuner: Search, eta: float) -> None:
         self.say(trial_line(trial, found, tuner, eta))
 
     def say(self, text: str) -> None:
@@ -75,7 +75,7 @@ class LiveTuneView(PlainTuneView):
     def __exit__(self, *rest: Any) -> None:
         self._live.stop()
 
-    def trial(self, trial: Trial, found: Measured, tuner: Tuner, eta: float) -> None:
+    def trial(self, trial: Trial, found: Measured, tuner: Search, eta: float) -> None:
         from rich.text import Text
 
         done = round(_BAR * tuner.done / tuner.expected())
@@ -106,7 +106,7 @@ def sample_line(sample: Sample) -> str:
     )
 
 
-def trial_line(trial: Trial, found: Measured, tuner: Tuner, eta: float) -> str:
+def trial_line(trial: Trial, found: Measured, tuner: Search, eta: float) -> str:
     line = f"trial {tuner.done} of about {tuner.expected()}: {trial.setting}: "
     line += format_rate(found.rate) if trial.counts else "warm"
     if tuner.next() is None:
