@@ -61,9 +61,11 @@ async def send(
     monitor: str | None = None,
     identity: bytes | None = None,
     name: str = "",
+    receiver_cpu: Callable[[], float | None] = lambda: None,
 ) -> dict[str, Any]:
     """Migrate `source` to the receiver at `endpoint`. Returns the report, raises the error. `name`:
-    what it is to be called in a receiver's directory; by default as its file here."""
+    what it is to be called in a receiver's directory; by default as its file here. `receiver_cpu`:
+    processor seconds of the receivers, where that is known."""
     parameters = parameters.checked()
     warm_up()
     opening = Blocking()
@@ -78,6 +80,7 @@ async def send(
             guest, endpoint, parameters, on_progress, identity=identity,
             name=name or _name_of(source),
         )  # fmt: skip
+        migration.receiver_cpu = receiver_cpu
         async with AsyncExitStack() as stack:
             await _attach_monitor(stack, monitor, migration)
             if on_started is not None:
@@ -197,12 +200,17 @@ async def copy(
     endpoint = Endpoint("ipc", path=f"@pageferry-{os.getpid()}-{secrets.token_hex(8)}")
     identity = secrets.token_bytes(16)
     listening = Destination(endpoint, opener(destination), only=identity)
+
+    def receiver_cpu() -> float | None:
+        return listening.arrival.receiver_cpu() if listening.arrival is not None else None
+
     try:
         arriving = asyncio.ensure_future(receive_one(listening))
         try:
             report = await send(
                 source, endpoint, parameters, on_progress=on_progress, on_started=on_started,
                 monitor=monitor, identity=identity, name=name,
+                receiver_cpu=receiver_cpu,
             )  # fmt: skip
             return _merge(report, await arriving)
         except BaseException:

@@ -370,6 +370,10 @@ class Arrival:
         await self._set_back()
         self._complete()
 
+    def receiver_cpu(self) -> float | None:
+        """Processor seconds of its receivers so far; None if there are none."""
+        return self._pool.cpu_seconds() if self._pool is not None else None
+
     def _cost(self) -> dict[str, int]:
         """What a trial run cost here: microseconds of the receivers; what a MiB that is touched
         for the first time costs more, in nanoseconds; processors."""

@@ -65,6 +65,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     postcopy_latency_target: Duration | None = None
     postcopy_link: str | None = None
     quit_source: bool | None = None
+    goal: str | None = None
 
 
 class _Item(Settings, frozen=True, kw_only=True):

@@ -53,9 +53,11 @@ from .callbacks import tell
 from .control import Control
 from .convergence import Convergence
 from .crew import Crew, extents
+from .goals import Seeker
 from .parameters import NEVER, Parameters, changed
 from .state import IN_POSTCOPY, Status
 from .statistics import RoundCost, Statistics
+from .steering import Steering
 
 HELLO_SECONDS = 5.0
 # A destination that has everything needs this long at the most to say that it runs.
@@ -115,6 +117,9 @@ class Source:
         self._scan_seconds = 0.0  # what the last scan of all memory took
         self._crew: Crew | None = None
         self._background: Background | None = None
+        self._steering: Steering | None = None
+        # processor seconds of the receivers, for whoever runs both ends
+        self.receiver_cpu: Callable[[], float | None] = lambda: None
         self._cut = asyncio.Event()  # hand out no more of this round
         self._connections = 0
         self._opened = False
@@ -136,6 +141,8 @@ class Source:
         report = self.statistics.report(self.core.status, self.convergence)
         if self.guest.can_stop:
             report["downtime-limit"] = round(self.parameters.downtime_limit * 1000)
+        if self._steering is not None:
+            report |= self._steering.report()
         guest_rate, wire_rate = self.statistics.rates()
         report["progress"] = {
             "rate": round(guest_rate),
@@ -404,6 +411,7 @@ class Source:
         if self.guest.last_look_by_content:
             self.statistics.extra["last-look"] = TRACKING_HASH
         self.statistics.extra["codec"] = p.codec
+        self._start_steering()
 
     async def _start_senders(self) -> None:
         assert self._table and self._counters and self._bandwidth
@@ -417,6 +425,16 @@ class Source:
             await self._background.start()
         self._crew = Crew(self._counters, self._failed)
         await self._crew.start(job, p.workers)
+
+    def _start_steering(self) -> None:
+        """Workers and codec are chosen while it runs, if there is a goal."""
+        p = self.parameters
+        if p.goal:
+            assert self._counters is not None
+            only = None if p.codec == "auto" else (p.codec, p.level)
+            self._steering = Steering(
+                Seeker(p.goal, p.workers, only), self._counters, self.receiver_cpu
+            )
 
     async def _greet(self) -> messages.Welcome:
         hello = messages.Hello(
@@ -623,7 +641,7 @@ class Source:
         assert self._counters is not None
         begin, pages = time.monotonic(), self.core.remaining
         zero, wire = self._counters.total("duplicate"), self._counters.total("wire_bytes")
-        cpu, waited = self._crew.pool.cpu_seconds(), self._counters.total("wait_ns")
+        cpu, waited = self._crew.pool.cpu_seconds(), self._waited()
         self.statistics.begin_round(instruction.number, pages)
         self._emit("MIGRATION_PASS", {"pass": instruction.number})
         await self._control.say(
@@ -634,7 +652,11 @@ class Source:
             jobs.Extent(s.block, s.first, s.count, instruction.live) for s in spans
         )
         self._cut.clear()
-        await self._crew.distribute(todo, jobs.ExtentDone, lambda reply: None, self._cut)
+        steering = self._steer(begin_round=True)
+        if steering is not None:
+            todo = steering.pieces(todo, self._host_pages)
+        await self._crew.distribute(todo, jobs.ExtentDone, lambda reply: None, self._cut, steering)
+        self._steer(begin_round=False)
         await self._crew.all(jobs.Barrier(instruction.number), jobs.BarrierDone)
         lost = self._remaining()
         done = core.RoundDone(
@@ -645,9 +667,35 @@ class Source:
         if instruction.number == 1:
             self.statistics.first_round = RoundCost(
                 done.pages, done.wire, done.seconds, self._crew.pool.cpu_seconds() - cpu,
-                (self._counters.total("wait_ns") - waited) / 1e9,
+                self._waited() - waited,
             )  # fmt: skip
         return done
+
+    def _waited(self) -> float:
+        """Seconds that senders waited for link, receivers or max-bandwidth, all together."""
+        assert self._counters is not None
+        return (self._counters.total("wait_ns") + self._counters.total("paced_ns")) / 1e9
+
+    def _steer(self, *, begin_round: bool) -> Steering | None:
+        """The steering, told that a round begins or ends. While the guest stands still nothing is
+        tried."""
+        steering, found = self._steering, self.convergence
+        if steering is None or self._crew is None:
+            return None
+        if begin_round:
+            if steering.seeker.too_slow(found.rate, found.dirty_rate):
+                steering.hurry()
+            steering.begin_round(
+                self._crew.pool,
+                self._remaining(),
+                learning=not (self.core.live and self.core.stopped),
+            )
+        else:
+            steering.end_round()
+        return steering
+
+    def _host_pages(self, block: int) -> int:
+        return self.guest.blocks[block].spec.page_size // PAGE_SIZE
 
     # ---- postcopy ------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ SANS_IO = {
     *(f"pipeline/{name}.py" for name in ("migration", "state", "convergence", "partition")),
     *(f"pipeline/{name}.py" for name in ("agreement", "pacing", "parameters", "__init__")),
     "pipeline/planner.py",
-    *(f"pipeline/{name}.py" for name in ("tuning", "tuning_report", "bounds")),
+    *(f"pipeline/{name}.py" for name in ("tuning", "tuning_report", "bounds", "goals")),
     *(f"tools/report/{name}.py" for name in ("record", "charts", "style", "page", "__init__")),
     "_version.py",
 }

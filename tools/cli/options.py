@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from ...pipeline.goals import GOALS
 from ...pipeline.parameters import Parameters
 from ...transport.codecs import CODECS
 from ...transport.errors import UsageError
@@ -35,6 +36,9 @@ def memory_options(function: F) -> F:
             click.option("--codec", metavar="NAME", default="auto", show_default=True,
                          help=f"auto, {', '.join(CODECS)}. auto takes what moves most."),
             click.option("--level", metavar="N", help="The codec's level."),
+            click.option("--goal", metavar="GOAL", default="",
+                         help=f"{', '.join(GOALS)}: choose workers (up to --workers) and codec "
+                         "while it runs."),
             click.option("--max-bandwidth", metavar="RATE", default="0",
                          help="Such as 10Gbit or 500MB. Default: no limit."),
             click.option("--downtime-limit", metavar="TIME", default="300ms", show_default=True,
@@ -109,6 +113,7 @@ def parameters(options: dict[str, Any]) -> Parameters:
         workers=integer("workers", options["workers"]) or 0,
         codec=options["codec"],
         level=integer("level", options["level"]),
+        goal=options["goal"],
         max_bandwidth=parse_rate(options["max_bandwidth"]),
         downtime_limit=parse_duration(options["downtime_limit"]),
         max_rounds=integer("max-rounds", options["max_rounds"]) or 0,
