@@ -7,10 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import GIVE_UP, PAGE, Running, pageferry, pattern, receiver, same_file, sweep, until
+from qemu_vm import Vm, require_qemu
+from shared_writer import SharedWriter
 
 from pageferry.pipeline import api
 from pageferry.pipeline.agreement import check_hello
@@ -123,15 +126,16 @@ def test_a_source_that_is_all_holes_is_refused(tmp_path):
         sample_of(path, 1 << 20)
 
 
-def test_a_sparse_sample_stays_within_what_receivers_take(tmp_path):
+@pytest.mark.parametrize("size", [PAGE, 1 << 20, 2 << 20, (6 << 20) + PAGE])
+def test_a_sparse_sample_stays_within_what_receivers_take(tmp_path, size):
     """Holes beyond that are left out."""
     path = tmp_path / "huge.mem"
     with open(path, "wb") as file:
-        file.write(os.urandom(2 << 20))
+        file.write(os.urandom(size))
         file.truncate(64 << 30)
     sample = sample_of(path, 8 << 20)
     try:
-        assert sample.data == 2 << 20
+        assert sample.data == size
         assert MAX_SAMPLE // 2 < sample.size <= MAX_SAMPLE
     finally:
         sample.close()
@@ -416,3 +420,49 @@ def test_a_kill_leaves_no_sample(image):
             until(gone, "the sample's name is removed")
         finally:
             sweep(pid)
+
+
+# ---- of what runs ----------------------------------------------------------------------------
+
+
+def tried_once(uri):
+    """One trial of a sample of what runs."""
+
+    async def main():
+        async with trial_runs(parse_guest(uri), None, 4 << 20) as (sample, runs):
+            assert sample.live
+            return await runs.run(Trial(Setting(1, "none", None, 256), 1.0))
+
+    return asyncio.run(main())
+
+
+def test_a_process_does_not_notice(tmp_path):
+    """It is not stopped, and its sample is its memory."""
+    path = f"/dev/shm/test-pf-{os.getpid()}-tune"
+    try:
+        with open(path, "wb") as file:
+            file.write(pattern(1024))
+        with SharedWriter("obey", path, 1024) as writer:
+            writer.tell("map", 0, 0, 1024)
+            assert tried_once(f"pid:{writer.pid}?mapping={path}").size == 4 << 20
+            assert writer.state() in "SR"
+            assert "TracerPid:\t0" in Path(f"/proc/{writer.pid}/status").read_text()
+            userfaultfds = [os.readlink(f"/proc/{writer.pid}/fd/{fd}")
+                            for fd in os.listdir(f"/proc/{writer.pid}/fd")]  # fmt: skip
+            assert not any("userfaultfd" in name for name in userfaultfds)
+    finally:
+        os.unlink(path)
+
+
+@pytest.mark.qemu
+def test_a_vm_does_not_notice():
+    """It runs on, nothing of it is set otherwise, and its monitor is free again."""
+    require_qemu()
+    with Vm("tune", memory=64 << 20) as vm:
+        before = vm.qmp("query-migrate-capabilities"), vm.qmp("query-migrate-parameters")
+        for _ in range(2):
+            assert tried_once(f"qemu:{vm.qmp_path}").size > 0
+        assert vm.qmp("query-status")["running"]
+        after = vm.qmp("query-migrate-capabilities"), vm.qmp("query-migrate-parameters")
+        assert after == before
+        assert vm.qmp("query-migrate") == {}

@@ -86,8 +86,9 @@ class Sample:
         pieces = spread(data_pages, max(1, min(limit, MAX_SAMPLE) // PAGE_SIZE))
         kept = sum(piece.pages for piece in pieces)
         # holes behind each piece, in the proportion that the source has them
-        room = MAX_SAMPLE // PAGE_SIZE // kept - 1
-        self._hole = round(PIECE_PAGES * min((all_pages - data_pages) / data_pages, max(room, 0)))
+        room = MAX_SAMPLE // PAGE_SIZE // len(pieces) - PIECE_PAGES
+        share = (all_pages - data_pages) / data_pages
+        self._hole = max(0, min(round(PIECE_PAGES * share), room))
         self._stride = PIECE_PAGES + self._hole
         self.pieces = len(pieces)
         self.size = self.pieces * self._stride * PAGE_SIZE
