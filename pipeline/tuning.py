@@ -32,15 +32,19 @@ _PRIOR_SPREAD, _PRIOR_WEIGHT = 0.04, 4
 # So many standard errors are "clear".
 _CLEAR = 2.0
 # By how much more a single trial must be worse to be believed.
-_ONCE = math.log(1.25)
+_ONCE = math.log(2)
 # What differs by less than this is the same to whoever asks.
 _SAME = 0.02
 # A codec this much slower than the best is not tried with other workers.
 _FAR = math.log(1.3)
 # Trials of one setting, at the most: in a walk, at the end.
 _REPEATS, _LAST_REPEATS = 2, 4
+# After so many trials two that are the same are not told apart any more.
+_SETTLED = 3
+# So many codecs that were close are tried again where the walks led.
+_AGAIN = 3
 # So many of the best are told apart at the end.
-_LAST = 6
+_LAST = 5
 # What a guest has left to send when it is stopped, for the estimate of its downtime.
 LEFT_BYTES = 16 << 20
 
@@ -278,7 +282,7 @@ class Tuner:
             yield from self._walk_from(setting, goal)
         # all that were close, where this led; and if another one wins, it is walked as well
         found = self.book.best(goal)
-        again = [self._with_codec(found, (s.codec, s.level)) for s in close]
+        again = [self._with_codec(found, (s.codec, s.level)) for s in close[:_AGAIN]]
         yield from self._race([found, *again], goal, _REPEATS)
         now = self.book.best(goal)
         if (now.codec, now.level) not in walked:
@@ -322,8 +326,7 @@ class Tuner:
         while len(field) > 1:
             best = self.book.best(goal, field)
             field = [s for s in field if s == best or not self.book.clearly(best, s, goal)]
-            tired = [s for s in field if self._enough(s, most) or (
-                most < _LAST_REPEATS and self._settled(s, best, goal))]  # fmt: skip
+            tired = [s for s in field if self._enough(s, most) or self._settled(s, best, goal)]
             if len(field) < 2 or len(tired) == len(field):
                 return
             fewest = min(len(self.book.good(s)) for s in field if s not in tired)
@@ -336,9 +339,9 @@ class Tuner:
         return len(runs) >= most and not runs[-1].short
 
     def _settled(self, setting: Setting, best: Setting, goal: str) -> bool:
-        """It was looked at twice, and is as good as the best: more would not tell them apart."""
+        """Both were looked at more than once, and are as good: more would not tell them apart."""
         same = self.book.cost(setting, goal) - self.book.cost(best, goal) < _SAME
-        return same and self._enough(setting, 2) and self._enough(best, 2)
+        return same and self._enough(setting, _SETTLED) and self._enough(best, _SETTLED)
 
     def _measure(self, setting: Setting) -> Steps:
         yield Trial(setting, self._share(setting))

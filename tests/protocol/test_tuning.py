@@ -118,14 +118,24 @@ def compared(seed):
 def test_it_finds_what_a_sweep_finds_in_a_fifth_of_its_time():
     """Over many hosts, with noise of 4 % and worse: within 5 % of the best where a sweep of
     everything with three repeats is, but for some; never far off."""
-    found = [compared(seed) for seed in range(60)]
+    found = [compared(seed) for seed in range(150)]
     ours, theirs, times = zip(*found, strict=True)
     assert sum(q >= 0.95 for q in ours) >= 0.94 * len(ours)
-    assert sum(q >= 0.95 for q in ours) >= sum(q >= 0.95 for q in theirs) - 3
+    assert sum(q >= 0.95 for q in ours) >= sum(q >= 0.95 for q in theirs) - 8
     assert min(ours) > 0.85
     assert max(times) < 0.25
     assert sum(t < 0.2 for t in times) >= 0.95 * len(times)
     assert sum(times) / len(times) < 0.17
+
+
+def test_where_all_codecs_are_the_same_it_still_ends_in_a_fifth():
+    """Memory that cannot be compressed: each travels raw, and none is clearly worse."""
+    for seed in range(10):
+        host = Host(seed)
+        host.rate = lambda s: 1.5e9 * (1 - 0.02 * abs(s.workers - 2)) * (1 - 1e-5 * s.batch_pages)
+        _, seconds = host.tune()
+        _, all_seconds = host.try_all()
+        assert seconds < 0.22 * all_seconds
 
 
 def test_without_noise_it_is_exact_or_nearly():
