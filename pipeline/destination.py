@@ -656,6 +656,7 @@ class Destination:
             self._context.term()
             raise
         self._socket: Any = sock
+        self._incoming: asyncio.Future[list[bytes]] | None = None  # a message that is awaited
         self._open_guest = open_guest
         self._expected_kind = expected_kind
         self.on_progress = on_progress
@@ -742,7 +743,12 @@ class Destination:
 
     async def _next_message(self) -> tuple[bytes, bytes]:
         while True:
-            parts = await self._socket.recv_multipart()
+            if self._incoming is None:
+                self._incoming = asyncio.ensure_future(self._socket.recv_multipart())
+            # Whoever waits may be cancelled when it has come already: then it is the next one's. It
+            # may be the Hello of a source that knocked as the last migration ended.
+            parts = await asyncio.shield(self._incoming)
+            self._incoming = None
             if len(parts) == 2 and self._only in (None, parts[0][:16]):
                 return parts[0], parts[1]
 
@@ -837,6 +843,9 @@ class Destination:
         """Stop listening. Idempotent."""
         if self._socket is not None:
             self.forget()
+            if self._incoming is not None:
+                self._incoming.cancel()
+                self._incoming = None
             unbind(self._socket, self.endpoint)
             self._context.term()
             self._socket = None
