@@ -13,9 +13,11 @@ from ..transport.messages import (
     DIRECT,
     MAX_BLOCK_SIZE,
     MAX_BLOCKS,
+    MAX_SAMPLE,
     MAX_WORKERS,
     POSTCOPY,
     PROTOCOL,
+    SAMPLE,
     Block,
     Hello,
 )
@@ -23,7 +25,7 @@ from ..transport.pages import PAGE_SIZE
 from ..transport.urgent import MAX_HOST_PAGES
 from ..transport.wire import MAX_BATCH_PAGES
 
-CAPABILITIES = {POSTCOPY, DIRECT}
+CAPABILITIES = {POSTCOPY, DIRECT, SAMPLE}
 # Host pages that can exist: 4 KiB to 1 GiB.
 _LARGEST_HOST_PAGE = 1 << 30
 
@@ -34,7 +36,8 @@ def check_hello(hello: Hello, expected_kind: str | None) -> None:
         raise _refusal("protocol", hello.protocol, f"{PROTOCOL} (pageferry {__version__})")
     if not _is_uuid(hello.uuid):
         raise _refusal("uuid", repr(hello.uuid[:64]), "a uuid")
-    if expected_kind is not None and hello.kind != expected_kind:
+    trial = hello.kind == SAMPLE
+    if expected_kind is not None and hello.kind != expected_kind and not trial:
         raise _refusal("kind", hello.kind, expected_kind)
     if not 1 <= hello.workers <= MAX_WORKERS:
         raise _refusal("workers", hello.workers, f"1 to {MAX_WORKERS}")
@@ -43,10 +46,21 @@ def check_hello(hello: Hello, expected_kind: str | None) -> None:
     if unknown := sorted(set(hello.capabilities) - CAPABILITIES):
         raise _refusal("capabilities", ", ".join(unknown)[:200], ", ".join(sorted(CAPABILITIES)))
     _check_blocks(hello.blocks)
+    if trial or SAMPLE in hello.capabilities:
+        _check_trial(hello)
     if POSTCOPY in hello.capabilities:
         _check_postcopy(hello.blocks)
     if not 0 <= hello.image_size <= MAX_BLOCK_SIZE:
         raise _refusal("image-size", hello.image_size, f"up to {MAX_BLOCK_SIZE}")
+
+
+def _check_trial(hello: Hello) -> None:
+    """A trial run is one altogether, and of no great size: it is memory of this host."""
+    if hello.kind != SAMPLE or hello.capabilities != [SAMPLE]:
+        raise _refusal("kind", hello.kind, f"{SAMPLE} with the capability {SAMPLE} alone")
+    end = max([hello.image_size, *(block.offset + block.size for block in hello.blocks)])
+    if end > MAX_SAMPLE:
+        raise _refusal("image-size", end, f"up to {MAX_SAMPLE} in a trial run")
 
 
 def _check_postcopy(blocks: list[Block]) -> None:

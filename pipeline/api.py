@@ -65,10 +65,12 @@ async def send(
     identity: bytes | None = None,
     name: str = "",
     reserve: Reserve | None = None,
+    receiver_cpu: Callable[[], float | None] = lambda: None,
 ) -> dict[str, Any]:
     """Migrate `source` to the receiver at `endpoint`. Returns the report, raises the error. `name`:
     what it is to be called in a receiver's directory; by default as its file here. `reserve`: where
-    worker processes come from, if they are not to be its own."""
+    worker processes come from, if they are not to be its own. `receiver_cpu`: processor seconds of
+    the receivers, where that is known."""
     parameters = parameters.checked()
     warm_up()
     opening = Blocking()
@@ -83,6 +85,7 @@ async def send(
             guest, endpoint, parameters, on_progress, identity=identity,
             name=name or _name_of(source), reserve=reserve,
         )  # fmt: skip
+        migration.receiver_cpu = receiver_cpu
         async with AsyncExitStack() as stack:
             await _attach_monitor(stack, monitor, migration)
             if on_started is not None:
@@ -113,7 +116,7 @@ async def receive(
     monitor: str | None = None,
 ) -> None:
     """Serve migrations at `destination` until cancelled; with `once` just one, whose error is
-    raised."""
+    raised. Trial runs (`pageferry tune`) do not count, and are not reported."""
     async with AsyncExitStack() as stack:
         await _attach_monitor(stack, monitor, destination)
         while True:
@@ -128,6 +131,8 @@ async def receive(
                 raise
             except PageferryError as e:
                 report, error = None, e
+            if (report or (error.data.get("report") if error else None) or {}).get("trial"):
+                continue  # a trial run: nothing arrived, and nothing was to
             on_report(report, error)
             if once and error is not None:
                 raise error
@@ -216,12 +221,17 @@ async def copy(
     listening = Destination(
         endpoint, opener(destination, index=index), only=identity, reserve=reserve
     )
+
+    def receiver_cpu() -> float | None:
+        return listening.arrival.receiver_cpu() if listening.arrival is not None else None
+
     try:
         arriving = asyncio.ensure_future(receive_one(listening))
         try:
             report = await send(
                 source, endpoint, parameters, on_progress=on_progress, on_started=on_started,
                 monitor=monitor, identity=identity, name=name, reserve=reserve,
+                receiver_cpu=receiver_cpu,
             )  # fmt: skip
             return _merge(report, await arriving)
         except BaseException:
@@ -318,14 +328,20 @@ async def migrate_async(
     on_started: Started | None = None,
     monitor: str | None = None,
     trace: str | None = None,
+    profile: str | None = None,
     **parameters: Any,
 ) -> dict[str, Any]:
-    """Migrate `source` to `destination`; returns the report (query-migrate's names). `trace`: the
-    file that trace events are written to.
+    """Migrate `source` to `destination`; returns the report (query-migrate's names). `profile`: a
+    name or a path (profiles.py); what `parameters` say comes before what it says. `trace`: the file
+    that trace events are written to.
 
     `on_progress(report)` is called four times a second. Raises PageferryError's subclasses;
     an error's `data["report"]`, where it is there, has the figures up to then.
     """
+    if profile is not None:
+        from .profiles import parameters_of  # who uses none does not wait for it
+
+        parameters = parameters_of(profile, parameters)
     checked = Parameters(**parameters).checked()
     where = parse_guest(source)
     how = {"on_progress": on_progress, "on_started": on_started, "monitor": monitor}

@@ -18,6 +18,7 @@ from ..workers.pool import Pool, Worker
 from ..workers.ram import RamBlock
 from ..workers.reserve import Reserve
 from .partition import Span, cut, extent_target
+from .steering import Steering
 
 # Extents a sender has at a time: one under way, one waiting, so that it never idles.
 _AHEAD = 2
@@ -74,23 +75,33 @@ class Crew:
         answer: type[jobs.AnyJob],
         on_answer: Callable[[Any], None],
         stop: asyncio.Event | None = None,
+        steering: Steering | None = None,
     ) -> None:
         """Give jobs to the workers as they get free; return when all are answered. Once `stop` is
-        set no more are given."""
-        busy = 0
+        set no more are given. `steering`: says who gets any."""
+        has = {worker.index: 0 for worker in self.pool.workers}
 
-        def give(worker: Worker) -> int:
-            job = None if stop is not None and stop.is_set() else next(todo, None)
-            if job is None:
-                return 0
-            worker.say(job)
-            return 1
+        def give(worker: Worker) -> None:
+            parked = steering is not None and not steering.may_work(worker.index)
+            if parked or has[worker.index] >= _AHEAD or (stop is not None and stop.is_set()):
+                return
+            if (job := next(todo, None)) is not None:
+                worker.say(job if steering is None else steering.give(worker.index, job))
+                has[worker.index] += 1
 
-        for _ in range(_AHEAD):
-            busy += sum(give(worker) for worker in self.pool.workers)
-        while busy:
+        def give_all() -> None:
+            for _ in range(_AHEAD):
+                for worker in self.pool.workers:
+                    give(worker)
+
+        give_all()
+        while any(has.values()):
             worker, reply = await self._replies.get()
             if not isinstance(reply, answer):
                 raise LocalProtocolError(f"{worker!r} answered {reply!r}")
             on_answer(reply)
-            busy += give(worker) - 1
+            has[worker.index] -= 1
+            if steering is not None and steering.answered(worker.index):
+                give_all()  # somebody may have been parked
+            else:
+                give(worker)

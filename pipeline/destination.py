@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ from ..transport.errors import (
     as_ours,
 )
 from ..transport.links import Endpoint, bind, unbind
-from ..transport.messages import DIRECT, MAX_WORKERS, POSTCOPY
+from ..transport.messages import DIRECT, MAX_WORKERS, POSTCOPY, SAMPLE
 from ..transport.pages import PAGE_SIZE, Runs
 from ..transport.session import Role
 from ..workers import jobs, receiver
@@ -45,6 +46,7 @@ from ..workers.counters import Counters
 from ..workers.digest import block_digest, part_count
 from ..workers.forking import context
 from ..workers.guests.base import DestinationGuest
+from ..workers.guests.sample import SampleDestination, first_touch
 from ..workers.pool import Pool, Worker
 from ..workers.reserve import Reserve
 from . import narration
@@ -113,6 +115,8 @@ class Arrival:
         self._dirty_rate = 0  # bytes a second, as the source says
         self._missing = 0  # pages that are to come after the guest runs
         self.slot = 0  # among those that arrive at the same time
+        self.trial = hello.kind == SAMPLE
+        self._cpu_at_start = 0.0  # of receivers
 
     def __repr__(self) -> str:
         return f"<Arrival {self.hello.uuid} {self.status.value}>"
@@ -122,6 +126,8 @@ class Arrival:
         report = self.statistics.report(self.status, None)
         if self._faults is not None and self._postcopy:
             report |= self._faults.report()
+        if self.trial:
+            report["trial"] = True
         guest_rate, wire_rate = self.statistics.rates()
         report["progress"] = {
             "rate": round(guest_rate),
@@ -223,7 +229,8 @@ class Arrival:
         await self.control.say(messages.Ping(0))
         self._task(self.control.keep_alive())
         try:
-            self.guest = self._open_guest(self.hello)
+            # a trial run never meets what is to arrive here
+            self.guest = SampleDestination() if self.trial else self._open_guest(self.hello)
             await self.journal.during("lay out", self._call, self.guest.lay_out, self.hello)
         except PageferryError as e:
             await self.control.say(messages.refusal(e))
@@ -233,6 +240,8 @@ class Arrival:
         self._counters = self.statistics.counters = Counters(self.hello.workers, self.journal.lane)
         endpoints = await self._start_receivers(installing=False)
         self.statistics.set_up = time.monotonic()
+        assert self._pool is not None
+        self._cpu_at_start = self._pool.cpu_seconds()
         self._become(Status.ACTIVE)
         await self.control.say(
             messages.Welcome(
@@ -392,7 +401,7 @@ class Arrival:
             return
         # Said only now: the guest is whole here, whatever happens to this message.
         with contextlib.suppress(PageferryError, zmq.ZMQError):
-            await self.control.say(messages.Running(detail))
+            await self.control.say(messages.Running(detail, self._cost()))
         self.statistics.extra["destination"] = detail
         if self._postcopy:
             self.statistics.running = time.monotonic()
@@ -403,6 +412,21 @@ class Arrival:
             return
         await self._set_back()
         self._complete()
+
+    def receiver_cpu(self) -> float | None:
+        """Processor seconds of its receivers so far; None if there are none."""
+        return self._pool.cpu_seconds() if self._pool is not None else None
+
+    def _cost(self) -> dict[str, int]:
+        """What a trial run cost here: microseconds of the receivers; what a MiB that is touched
+        for the first time costs more, in nanoseconds; processors."""
+        if not self.trial or self._pool is None:
+            return {}
+        return {
+            "receivers-cpu-us": round((self._pool.cpu_seconds() - self._cpu_at_start) * 1e6),
+            "first-touch-ns": round(first_touch() * (1 << 20) * 1e9),
+            "processors": len(os.sched_getaffinity(0)),
+        }
 
     async def _set_back(self) -> None:
         assert self.guest is not None
@@ -681,6 +705,7 @@ class Destination:
             self._context.term()
             raise
         self._socket: Any = sock
+        self._incoming: asyncio.Future[list[bytes]] | None = None  # a message that is awaited
         self._open_guest = open_guest
         self._expected_kind = expected_kind
         self.on_progress = on_progress
@@ -762,7 +787,8 @@ class Destination:
     def forget(self) -> None:
         """Done with the last arrival: the next Hello is welcome. Closes its guest."""
         if self.arrival is not None:
-            self._last = self.arrival.query()
+            if not self.arrival.trial:
+                self._last = self.arrival.query()
             if self.arrival.ended is not None:
                 self._ended = (self.arrival.hello.uuid, self._identity[:16], self.arrival.ended)
             if self.arrival.guest is not None:
@@ -771,7 +797,12 @@ class Destination:
 
     async def _next_message(self) -> tuple[bytes, bytes]:
         while True:
-            parts = await self._socket.recv_multipart()
+            if self._incoming is None:
+                self._incoming = asyncio.ensure_future(self._socket.recv_multipart())
+            # Whoever waits may be cancelled when it has come already: then it is the next one's. It
+            # may be the Hello of a source that knocked as the last migration ended.
+            parts = await asyncio.shield(self._incoming)
+            self._incoming = None
             if len(parts) == 2 and self._only in (None, parts[0][:16]):
                 return parts[0], parts[1]
 
@@ -870,6 +901,9 @@ class Destination:
         """Stop listening. Idempotent."""
         if self._socket is not None:
             self.forget()
+            if self._incoming is not None:
+                self._incoming.cancel()
+                self._incoming = None
             unbind(self._socket, self.endpoint)
             self._context.term()
             self._socket = None

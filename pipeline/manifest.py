@@ -68,6 +68,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     postcopy_latency_target: Duration | None = None
     postcopy_link: str | None = None
     quit_source: bool | None = None
+    goal: str | None = None
 
 
 class _Defaults(Settings, frozen=True, kw_only=True):
@@ -156,19 +157,7 @@ class Item(msgspec.Struct, frozen=True):
 
     def parameters(self) -> Parameters:
         """Of its migration; UsageError that names the parameter."""
-        said = {
-            name: value
-            for name in Settings.__struct_fields__
-            if (value := getattr(self.settings, name)) is not None
-        }
-        for name in ("downtime_limit", "postcopy_latency_target"):
-            if name in said:
-                said[name] = _read(name, parse_duration, said[name])
-        if "max_postcopy_bandwidth" in said:
-            said["max_postcopy_bandwidth"] = _read(
-                "max_postcopy_bandwidth", parse_rate, said["max_postcopy_bandwidth"]
-            )
-        return Parameters(max_bandwidth=self.max_bandwidth, **said)
+        return _parameters(self.settings, self.max_bandwidth)
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -202,6 +191,34 @@ def task(number: int, item: Item, failures: int = 0) -> Task:
         number, item.name, item.source_host, item.host, item.priority, item.max_bandwidth,
         item.retries, failures, item.alike,
     )  # fmt: skip
+
+
+def _parameters(settings: Settings, max_bandwidth: int) -> Parameters:
+    said = {
+        name: value
+        for name in Settings.__struct_fields__
+        if (value := getattr(settings, name)) is not None
+    }
+    for name in ("downtime_limit", "postcopy_latency_target"):
+        if name in said:
+            said[name] = _read(name, parse_duration, said[name])
+    if "max_postcopy_bandwidth" in said:
+        said["max_postcopy_bandwidth"] = _read(
+            "max_postcopy_bandwidth", parse_rate, said["max_postcopy_bandwidth"]
+        )
+    return Parameters(max_bandwidth=max_bandwidth, **said)
+
+
+def settings_of(data: Any, where: str) -> Settings:
+    """Plain data as settings; UsageError that begins with `where` and names the field."""
+    found: Settings = _decode(data, Settings, where)
+    return found
+
+
+def told(settings: Settings, where: str) -> Parameters:
+    """Settings alone as parameters; UsageError that begins with `where`."""
+    found: Parameters = _at(where, "", lambda: _parameters(settings, 0).checked())
+    return found
 
 
 # ---- from files ------------------------------------------------------------------------------

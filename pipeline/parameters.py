@@ -16,6 +16,7 @@ from ..transport.errors import UsageError
 from ..transport.messages import MAX_WORKERS
 from ..transport.quantities import parse_duration, parse_rate
 from ..transport.wire import MAX_BATCH_PAGES
+from .goals import GOALS
 
 # More senders than this have not paid anywhere; each costs a process at both ends.
 _MOST_DEFAULT_WORKERS = 8
@@ -37,7 +38,8 @@ class Parameters:
     codec's own default; `postcopy`: never, manual, now, auto or after=ROUNDS; `preempt`:
     requested pages on a channel of their own (QEMU: postcopy-preempt); `postcopy_link`: what that
     channel is, zmq or direct (a connection of its own); `quit_source`: a VM that has moved is
-    ended here."""
+    ended here; `goal`: workers and codec are chosen while it runs (goals.py), up to so many workers
+    and only this codec, unless that is auto; "" for none."""
 
     workers: int = 0
     codec: str = "auto"
@@ -53,6 +55,7 @@ class Parameters:
     postcopy_latency_target: float = 0.0001
     postcopy_link: str = "zmq"
     quit_source: bool = False
+    goal: str = ""
 
     def checked(self) -> Parameters:
         """With defaults filled in, or UsageError that names the parameter."""
@@ -75,6 +78,8 @@ class Parameters:
                 "verify compares memory before the guest runs, and postcopy moves it afterwards: "
                 "leave one of them out"
             )
+        if p.goal not in ("", *GOALS):
+            raise UsageError(f"goal is {', '.join(GOALS)}, not {p.goal!r}")
         if p.codec != "auto":
             make_codec(p.codec, p.level)
         elif p.level is not None:
@@ -106,6 +111,7 @@ class Parameters:
             "postcopy-preempt": self.preempt,
             "max-postcopy-bandwidth": self.max_postcopy_bandwidth,
             "postcopy-latency-target": round(self.postcopy_latency_target * 1e6),
+            **({"goal": self.goal} if self.goal else {}),
         }
 
 

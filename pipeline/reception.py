@@ -110,7 +110,7 @@ class Reception(Destination):
         try:
             await self._replace(arrival)
             report = await arrival.run()
-            self._received += 1
+            self._received += not arrival.trial
         except asyncio.CancelledError:
             error = Cancelled("the receiver was stopped")
         except PageferryError as e:
@@ -119,6 +119,8 @@ class Reception(Destination):
             del self._arrivals[identity], self._tasks[arrival]
             if arrival.guest is not None:
                 arrival.guest.close()
+        if arrival.trial:
+            return
         self._failed += error is not None
         tell(arrival.on_end, report, error)
         with contextlib.suppress(Exception):  # a display that breaks ends no migration

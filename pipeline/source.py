@@ -57,9 +57,11 @@ from .control import Control
 from .convergence import Convergence
 from .crew import Crew, extents
 from .journal import Journal
+from .goals import Seeker
 from .parameters import NEVER, Parameters, changed
 from .state import IN_POSTCOPY, Status
-from .statistics import Statistics
+from .statistics import RoundCost, Statistics
+from .steering import Steering
 
 HELLO_SECONDS = 5.0
 # A destination that has everything needs this long at the most to say that it runs.
@@ -126,6 +128,9 @@ class Source:
         self._scan_seconds = 0.0  # what the last scan of all memory took
         self._crew: Crew | None = None
         self._background: Background | None = None
+        self._steering: Steering | None = None
+        # processor seconds of the receivers, for whoever runs both ends
+        self.receiver_cpu: Callable[[], float | None] = lambda: None
         self._cut = asyncio.Event()  # hand out no more of this round
         self._connections = 0
         self._opened = False
@@ -150,6 +155,8 @@ class Source:
         report = self.statistics.report(self.core.status, self.convergence)
         if self.guest.can_stop:
             report["downtime-limit"] = round(self.parameters.downtime_limit * 1000)
+        if self._steering is not None:
+            report |= self._steering.report()
         guest_rate, wire_rate = self.statistics.rates()
         report["progress"] = {
             "rate": round(guest_rate),
@@ -389,6 +396,7 @@ class Source:
         self.statistics.running = time.monotonic()
         assert isinstance(running, messages.Running)
         self.statistics.extra["destination"] = running.detail
+        self.statistics.peer = running.statistics
         self._events.put_nowait(core.Confirmed())
 
     # ---- setup ---------------------------------------------------------------------------
@@ -448,6 +456,7 @@ class Source:
         if self.guest.last_look_by_content:
             self.statistics.extra["last-look"] = TRACKING_HASH
         self.statistics.extra["codec"] = p.codec
+        self._start_steering()
 
     async def _start_senders(self) -> None:
         assert self._table and self._counters and self._bandwidth
@@ -464,12 +473,25 @@ class Source:
         self._crew = Crew(self._counters, self._failed, reserve)
         await self._crew.start(job, p.workers)
 
+    def _start_steering(self) -> None:
+        """Workers and codec are chosen while it runs, if there is a goal."""
+        p = self.parameters
+        if p.goal:
+            assert self._counters is not None
+            only = None if p.codec == "auto" else (p.codec, p.level)
+            self._steering = Steering(
+                Seeker(p.goal, p.workers, only), self._counters, self.receiver_cpu
+            )
+
     async def _greet(self) -> messages.Welcome:
         hello = messages.Hello(
             messages.PROTOCOL, __version__, self.uuid, self.guest.kind,
             [block.spec for block in self.guest.blocks], self.parameters.workers,
             self.parameters.batch_pages, image_size=self.guest.image_size,
-            capabilities=self._background.capabilities if self._background is not None else [],
+            capabilities=[
+                *self.guest.capabilities,
+                *(self._background.capabilities if self._background is not None else ()),
+            ],
             name=self.name,
         )  # fmt: skip
         answer = await self._first_words(hello)
@@ -684,6 +706,7 @@ class Source:
         assert self._counters is not None
         begin, pages = time.monotonic(), self.core.remaining
         zero, wire = self._counters.total("duplicate"), self._counters.total("wire_bytes")
+        cpu, waited = self._crew.pool.cpu_seconds(), self._waited()
         self.statistics.begin_round(instruction.number, pages)
         self.journal.round_begins(instruction.number, pages)
         self._emit("MIGRATION_PASS", {"pass": instruction.number})
@@ -696,8 +719,14 @@ class Source:
         )
         self._cut.clear()
         self._written, self._sending = (0, 0.0), instruction.live
+        steering = self._steer(begin_round=True)
+        if steering is not None:
+            todo = steering.pieces(todo, self._host_pages)
         try:
-            await self._crew.distribute(todo, jobs.ExtentDone, lambda reply: None, self._cut)
+            await self._crew.distribute(
+                todo, jobs.ExtentDone, lambda reply: None, self._cut, steering
+            )
+            self._steer(begin_round=False)
             await self._crew.all(jobs.Barrier(instruction.number), jobs.BarrierDone)
         finally:
             self._sending = False
@@ -708,7 +737,38 @@ class Source:
             wire=self._counters.total("wire_bytes") - wire,
         )  # fmt: skip
         self.journal.round_ends(pages=pages, lost=lost, zero=done.zero, wire=done.wire)
+        if instruction.number == 1:
+            self.statistics.first_round = RoundCost(
+                done.pages, done.wire, done.seconds, self._crew.pool.cpu_seconds() - cpu,
+                self._waited() - waited,
+            )  # fmt: skip
         return done
+
+    def _waited(self) -> float:
+        """Seconds that senders waited for link, receivers or max-bandwidth, all together."""
+        assert self._counters is not None
+        return (self._counters.total("wait_ns") + self._counters.total("paced_ns")) / 1e9
+
+    def _steer(self, *, begin_round: bool) -> Steering | None:
+        """The steering, told that a round begins or ends. While the guest stands still nothing is
+        tried."""
+        steering, found = self._steering, self.convergence
+        if steering is None or self._crew is None:
+            return None
+        if begin_round:
+            if steering.seeker.too_slow(found.rate, found.dirty_rate):
+                steering.hurry()
+            steering.begin_round(
+                self._crew.pool,
+                self._remaining(),
+                learning=not (self.core.live and self.core.stopped),
+            )
+        else:
+            steering.end_round()
+        return steering
+
+    def _host_pages(self, block: int) -> int:
+        return self.guest.blocks[block].spec.page_size // PAGE_SIZE
 
     # ---- postcopy ------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from ..transport.pages import PAGE_SIZE
@@ -22,6 +23,18 @@ CODEC_FIELDS = {"none": "raw_pages", "lz4": "lz4_pages", "zstd": "zstd_pages", "
 _WINDOW_SECONDS = 2.0
 # What is to come is judged by the last half of what was: looks for that, at most so many.
 _STEADY_LOOKS = 128
+
+
+@dataclass(frozen=True)
+class RoundCost:
+    """What a round was: pages (zero pages are in it), bytes on the wire, seconds; and processor
+    time and waiting (for link or receivers) of all senders together, seconds."""
+
+    pages: int
+    wire: int
+    seconds: float
+    sender_cpu: float
+    waited: float
 
 
 class Statistics:
@@ -44,6 +57,9 @@ class Statistics:
         self.counters: Counters | FrozenCounters | None = None
         # of the process that serves faults: one row
         self.urgent: Counters | FrozenCounters | None = None
+        # what round 1 cost, and what the peer says of its end: of trial runs (trials.py)
+        self.first_round: RoundCost | None = None
+        self.peer: dict[str, int] = {}
         self.postcopy = False  # the guest was started before its memory was there
         self.processes: list[dict[str, Any]] = []
         self._peak = 0

@@ -25,6 +25,10 @@ MAX_BLOCK_SIZE = 1 << 46
 # Capabilities in a Hello: the guest may start before its memory has arrived; the urgent channel
 # is a connection of its own, not ZeroMQ's.
 POSTCOPY, DIRECT = "postcopy-ram", "postcopy-direct"
+# A kind, and a capability, so that a receiver that does not know it refuses it: a trial run, which
+# goes into memory that is thrown away. No more than this, holes included.
+SAMPLE = "sample"
+MAX_SAMPLE = 1 << 30
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
@@ -155,10 +159,11 @@ class Run(Message, frozen=True, tag="run"):
     """Source: run. After this the source never resumes on its own."""
 
 
-class Running(Message, frozen=True, tag="running"):
-    """Destination: it runs here; `detail` says where."""
+class Running(Message, frozen=True, tag="running", omit_defaults=True):
+    """Destination: it runs here; `detail` says where. `statistics`: what a trial run cost here."""
 
     detail: str = ""
+    statistics: dict[str, int] = {}
 
 
 class PostcopyEnd(Message, frozen=True, tag="postcopy-end"):

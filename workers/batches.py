@@ -91,16 +91,25 @@ class BatchMaker:
 
     def __init__(self, codec: str, level: int | None, row: Row) -> None:
         self.choice = CodecChoice() if codec == "auto" else None
-        self._codecs: dict[str, Codec] = {}
-        self._name, self._level = codec, level
+        self._codecs: dict[tuple[str, int | None], Codec] = {}
+        self._first = self._name, self._level = codec, level
         self._row = row
         if codec != "auto":
             self._codec(codec)
 
+    def use(self, codec: str, level: int | None) -> None:
+        """From the next batch on; "" is what it was made with."""
+        self._name, self._level = (codec, level) if codec else self._first
+        if self._name != "auto":
+            self.choice = None
+        elif self.choice is None:
+            self.choice = CodecChoice()
+
     def _codec(self, name: str) -> Codec:
-        if name not in self._codecs:
-            self._codecs[name] = make_codec(name, self._level if name == self._name else None)
-        return self._codecs[name]
+        key = name, self._level if name == self._name else None
+        if key not in self._codecs:
+            self._codecs[key] = make_codec(*key)
+        return self._codecs[key]
 
     def make(self, pages: Pages, content: npt.NDArray[np.uint64]) -> Batch:
         """The batch of `pages` (ascending) whose content has shape (n, 512)."""

@@ -33,13 +33,16 @@ class Listen(Job, frozen=True, tag="listen"):
 class Extent(Job, frozen=True, tag="extent"):
     """Coordinator to sender: send the dirty pages of [first, first + count) of a block.
 
-    `live`: the guest may be writing; copy a batch before anything else looks at it.
+    `live`: the guest may be writing; copy a batch before anything else looks at it. `codec`,
+    `level`: for this extent; "" for what the sender was started with.
     """
 
     block: int
     first: int
     count: int
     live: bool
+    codec: str = ""
+    level: int | None = None
 
 
 class Barrier(Job, frozen=True, tag="barrier"):

@@ -20,6 +20,7 @@ from . import jobs
 from .counters import Counters
 from .forking import cause_of_death, start_process
 from .reserve import Hand, Reserve
+from .usage import cpu_ns_of
 
 # Silence of a worker for this long is a stall; workers beat every quarter of a second.
 STALL_SECONDS = 4.0
@@ -167,6 +168,10 @@ class Pool:
         return bool(self.workers) and all(
             not w.cause and w.process.is_alive() for w in self.workers
         )
+
+    def cpu_seconds(self) -> float:
+        """Processor time of its workers that are there, now."""
+        return sum(cpu_ns_of(worker.process.pid or 0) for worker in self.workers) / 1e9
 
     def check(self) -> None:
         """Raise WorkerDied if a worker has been silent for too long."""

@@ -245,6 +245,7 @@ class Sender:
         """Send all dirty pages of an extent. Its answer goes out when the last one is settled,
         which may be while the next extent is under way: the channel never runs dry between."""
         extent = _Extent()
+        self.maker.use(job.codec, job.level)
         table = self._table(job.block)
         dirty = np.flatnonzero(table[job.first : job.first + job.count] == DIRTY) + job.first
         for at in range(0, len(dirty), _WINDOW):
@@ -279,6 +280,7 @@ class Sender:
         """Send what is still nobody's of an extent, claiming a little at a time: more at once
         only while it is all zeros."""
         extent, table = _Extent(), self.job.table
+        self.maker.use(job.codec, job.level)
         host = self.job.blocks[job.block].spec.page_size // PAGE_SIZE
         at, end, ahead = job.first, job.first + job.count, 1
         while at < end:

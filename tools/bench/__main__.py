@@ -30,6 +30,7 @@ from . import (
     startup,
     throughput,
     trace,
+    tune,
     vm,
     web,
 )
@@ -259,6 +260,23 @@ def web_command(json_file: str | None, pageferry: str, **options: Any) -> None:
     """What --web costs the migration that it shows, whoever looks."""
     plan = web.Plan(**options)
     _run(lambda lab: web.measure(lab, plan), json_file, pageferry)
+
+
+@cli.command("tune")
+@_size_option("1G", "Guest memory.")
+@_list_option("--contents", KINDS, ("text", "random"), "What the memory holds.")
+@click.option("--sample", type=_size, default="256M", show_default=True, metavar="SIZE",
+              help="How much of it trials move.")  # fmt: skip
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True,
+              help="How often the sweep tries each setting.")  # fmt: skip
+@click.option("--workers", default="", metavar="LIST", help="As `pageferry tune` takes it.")
+@click.option("--codecs", default="", metavar="LIST", help="The same.")
+@click.option("--batches", default="", metavar="LIST", help="The same.")
+@_common_options(reps=7)
+def tune_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """`pageferry tune` against trying everything: time, and how fast what it names is."""
+    plan = tune.Plan(**options)
+    _run(lambda lab: tune.measure(lab, plan), json_file, pageferry)
 
 
 @cli.command("clones")

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from ...pipeline.batch import Batch, no_fleet, verdict
 from ...pipeline.batch_state import BatchState, Row, look
@@ -26,7 +25,7 @@ from ...transport.errors import Cancelled, PageferryError, UsageError
 from ...workers.forking import warm_up
 from ...workers.guests import GuestUri, parse_guest
 from .batch_view import BatchView, batch_summary, make_batch_view, status_table
-from .options import integer, memory_options, page_options, trace_option
+from .options import given_options, integer, memory_options, page_options, trace_option
 from .reporting import Outcome, check_report, ending, served, write_report
 from .running import Interrupts
 
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 # Threads for what blocks: each migration opens and closes things, and some peers do not answer.
 _THREADS_EACH = 3
 _VERBOSE = ("-v", "-vv", "--verbose")
-_NUMBERS = {"workers", "level", "max_rounds", "batch_pages", "parallel", "retries"}
 _ORDER = (
     State.FAILED, State.RUNNING, State.WAITING, State.PENDING, State.CANCELLED, State.COMPLETED,
 )  # fmt: skip
@@ -101,7 +99,7 @@ def run_command(
     all items. --max-bandwidth is for all together. An item that fails never stops the others.
     """
     warm_up()
-    manifest = load(what, destination, _given(options))
+    manifest = load(what, destination, given_options(options))
     if not _needs_fleet(manifest.items, fleet) and fleet is not None:
         raise UsageError("--fleet is for items that name the `host` of their source, and none does")
     if state_path is None:
@@ -122,21 +120,6 @@ def _needs_fleet(items: Sequence[Item], fleet: str | None) -> bool:
         raise no_fleet(first)
     check_dask()
     return True
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """What was said on the command line, as a manifest says it."""
-    context = click.get_current_context()
-    given: dict[str, Any] = {}
-    for name, value in options.items():
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        shown = name.replace("_", "-")
-        if name == "no_preempt":
-            given["preempt"] = False
-        else:
-            given[shown] = integer(shown, value) if name in _NUMBERS else value
-    return given
 
 
 @batch_command.command("resume")

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "receive": ("receive", True, "Wait for guests and receive them."),
     "batch": ("batch", False, "Move many guests, some at a time; resume, status."),
     "fleet-worker": ("fleet", False, "Let batches elsewhere move what is on this host."),
+    "tune": ("tune", True, "Find the settings with which a guest moves best."),
     "status": ("control", False, "Show a running migration."),
     "set": ("control", False, "Change a running migration's parameters."),
     "cancel": ("control", False, "Cancel a running migration."),

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
+from ...pipeline.goals import GOALS
 from ...pipeline.parameters import Parameters
 from ...transport.codecs import CODECS
 from ...transport.errors import UsageError
 from ...transport.quantities import parse_duration, parse_rate
 
+_NUMBERS = {"workers", "level", "max_rounds", "batch_pages", "parallel", "retries"}
 F = TypeVar("F", bound=Callable[..., Any])
 trace_option = click.option("--trace", metavar="FILE", help="Write what every process does there, "
                             "for ui.perfetto.dev; compressed if it ends in .gz.")  # fmt: skip
@@ -40,11 +43,16 @@ def memory_options(function: F) -> F:
     """What is said of a migration itself."""
     for option in reversed(
         [
+            click.option("--profile", metavar="NAME", help="Settings that `pageferry tune` wrote: "
+                         "a name, or a path. What is said here as well comes before."),
             click.option("--workers", metavar="N", help="Channels, each with a process at both "
                          "ends (QEMU: multifd-channels). Default: one a CPU."),
             click.option("--codec", metavar="NAME", default="auto", show_default=True,
                          help=f"auto, {', '.join(CODECS)}. auto takes what moves most."),
             click.option("--level", metavar="N", help="The codec's level."),
+            click.option("--goal", metavar="GOAL", default="",
+                         help=f"{', '.join(GOALS)}: choose workers (up to --workers) and codec "
+                         "while it runs."),
             click.option("--max-bandwidth", metavar="RATE", default="0",
                          help="Such as 10Gbit or 500MB. Default: no limit."),
             click.option("--downtime-limit", metavar="TIME", default="300ms", show_default=True,
@@ -92,15 +100,38 @@ def output_options(function: F) -> F:
     return function
 
 
+def given_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What was said on the command line, as a manifest says it; with --profile, what that says and
+    the command line does not."""
+    context = click.get_current_context()
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        shown = name.replace("_", "-")
+        if name == "no_preempt":
+            given["preempt"] = False
+        elif name != "profile":
+            given[shown] = integer(shown, value) if name in _NUMBERS else value
+    if options.get("profile") is None:
+        return given
+    from ...pipeline.profiles import with_profile
+
+    return with_profile(options["profile"], given)
+
+
 def parameters(options: dict[str, Any]) -> Parameters:
     """The options as Parameters; UsageError that names the option."""
     report, trace = options.get("report"), options.get("trace")
     if report and trace and os.path.realpath(report) == os.path.realpath(trace):
         raise UsageError("--report and --trace name the same file: each needs one of its own")
+    if options.get("profile") is not None:
+        options = _with_profile(options)
     return Parameters(
         workers=integer("workers", options["workers"]) or 0,
         codec=options["codec"],
         level=integer("level", options["level"]),
+        goal=options["goal"],
         max_bandwidth=parse_rate(options["max_bandwidth"]),
         downtime_limit=parse_duration(options["downtime_limit"]),
         max_rounds=integer("max-rounds", options["max_rounds"]) or 0,
@@ -113,6 +144,18 @@ def parameters(options: dict[str, Any]) -> Parameters:
         max_postcopy_bandwidth=parse_rate(options["max_postcopy_bandwidth"]),
         postcopy_latency_target=parse_duration(options["postcopy_latency_target"]),
     ).checked()
+
+
+def _with_profile(options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, the profile's in place of those that nobody gave."""
+    merged = dict(options)
+    for shown, value in given_options(options).items():
+        name = shown.replace("-", "_")
+        if name == "preempt":
+            merged["no_preempt"] = not value
+        elif name in merged:
+            merged[name] = value if isinstance(value, bool) else str(value)
+    return merged
 
 
 def integer(name: str, text: str | None) -> int | None:

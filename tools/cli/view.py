@@ -183,12 +183,23 @@ def summary(report: dict[str, Any]) -> str:
         *_postcopy(report),
         ("processes", _processes(report)),
     ]  # fmt: skip
+    if "goal" in report:
+        rows.insert(4, ("goal", _goal(report)))
     if report.get("dirty-tracking", "none") != "none":
         rows.insert(3, ("tracking", str(report["dirty-tracking"])))
     for name in ("destination", "source-process"):
         if report.get(name):
             rows.append((name, str(report[name])))
     return "\n".join(f"{name:<15}{text}" for name, text in rows)
+
+
+def _goal(report: dict[str, Any]) -> str:
+    level = f" {report['level']}" if "level" in report else ""
+    tried = len(report["goal-choices"])
+    return (
+        f"{report['goal']}: {report['workers-active']} of {report['workers']} workers, "
+        f"{report['codec']}{level}, after {tried} slices with another one"
+    )
 
 
 def _verdict(report: dict[str, Any]) -> str:

@@ -93,6 +93,8 @@ class SourceGuest(ABC):
     can_quit: bool = False
     running: bool = False
     image_size: int = 0
+    # What a destination must know beyond the usual (transport/messages.py).
+    capabilities: tuple[str, ...] = ()
     # When it was told to stop (CLOCK_MONOTONIC, seconds), if `stop` does more before; else 0.
     stopped_at: float = 0.0
 
