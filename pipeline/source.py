@@ -56,8 +56,8 @@ from .callbacks import tell
 from .control import Control
 from .convergence import Convergence
 from .crew import Crew, extents
-from .journal import Journal
 from .goals import Seeker
+from .journal import Journal
 from .parameters import NEVER, Parameters, changed
 from .state import IN_POSTCOPY, Status
 from .statistics import RoundCost, Statistics
