@@ -19,6 +19,8 @@ _MEASURABLE_PAGES = 1024
 FIXED_SECONDS = 0.03
 # Nothing but zeros was moved so far: what a slow link carries.
 _UNKNOWN_RATE = 5e7
+# The dirty rate of the last round weighs as much as so many seconds of this one.
+_KNOWN_SECONDS = 2.0
 # A guest that writes at this share of the rate leaves nothing to predict from.
 _HOPELESS = 0.95
 
@@ -79,6 +81,14 @@ class Convergence:
         if self.rounds >= self.max_rounds:
             return Decision.GIVE_UP
         return Decision.NEXT_ROUND
+
+    def dirty_rate_now(self, written: int, since: float) -> float:
+        """The dirty rate when in this round `written` pages were written in `since` seconds. Where
+        that is short it says little, and the rounds before count too."""
+        known = _KNOWN_SECONDS if self.dirty_rate else 0.0
+        if since + known <= 0:
+            return 0.0
+        return (written * PAGE_SIZE + known * self.dirty_rate) / (since + known)
 
     @property
     def hopeless(self) -> bool:

@@ -175,9 +175,7 @@ class Source:
         if not self.core.live or self.core.stopped:
             return round(left * PAGE_SIZE / rate, 1)
         written, since = self._written
-        dirty_rate = self.convergence.dirty_rate
-        if since:
-            dirty_rate = written * PAGE_SIZE / since
+        dirty_rate = self.convergence.dirty_rate_now(written, since)
         eta = self.convergence.eta(left, rate, written, dirty_rate, self.statistics.total_pages)
         return None if eta is None else round(eta, 1)
 

@@ -177,6 +177,19 @@ def test_the_time_that_is_left_is_what_it_takes(total, share, limit, begun, rate
     assert eta == pytest.approx(end - now, rel=0.02, abs=limit + 2 * FIXED_SECONDS)
 
 
+def test_the_dirty_rate_now_is_that_of_this_round_as_far_as_it_says_something():
+    """The first round has none before it; a look just after a round began says next to nothing."""
+    convergence = Convergence(0.3, 30)
+    assert convergence.dirty_rate_now(0, 0.0) == 0
+    assert convergence.dirty_rate_now(PAGES_IN_A_MIB, 0.5) == 2 * MIB
+    convergence.dirty_taken(100 * PAGES_IN_A_MIB, 1.0, 0.0)
+    assert convergence.dirty_rate_now(0, 0.0) == 100 * MIB
+    assert convergence.dirty_rate_now(0, 0.02) == pytest.approx(100 * MIB, rel=0.02)
+    assert convergence.dirty_rate_now(5000 * PAGES_IN_A_MIB, 100.0) == pytest.approx(
+        50 * MIB, rel=0.03
+    )
+
+
 def test_hopeless_is_a_guest_that_writes_as_fast_as_we_send():
     """Then one round more leaves no less."""
     convergence = measured()
