@@ -32,7 +32,7 @@ from typing import Any
 
 from ..transport.errors import WorkerDied
 from ..transport.links import let_go_of_sent
-from .forking import cause_of_death, start_process
+from .forking import cause_of_death, let_the_server_end, start_process
 from .kernel.libc import die_with_parent, set_process_name, trim_heap
 from .usage import count_from_here
 
@@ -217,6 +217,7 @@ def _serve(leash: Connection) -> None:
     """One job after the other, until nobody gives any more, or one left something behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator alone acts on it
     die_with_parent(os.getppid())
+    let_the_server_end()
     gc.collect()
     gc.freeze()  # what is there now is no job's: a collection after one is quick
     set_process_name(_NAME)
