@@ -81,23 +81,29 @@ def _hidden_main() -> Iterator[None]:
             sys.modules["__main__"] = main
 
 
-def warm_up() -> None:
-    """Start the fork server, without waiting for it: it imports while we do."""
+@contextlib.contextmanager
+def _numpy_with_one_thread() -> Iterator[None]:
+    """numpy's linear algebra is not used; its threads would be there at every fork."""
     before = os.environ.get("OPENBLAS_NUM_THREADS")
-    # numpy's linear algebra is not used; its threads would be there at every fork
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     try:
-        with _hidden_main():
-            context().set_forkserver_preload(_PRELOAD)
-            resource_tracker.ensure_running()
-            forkserver.ensure_running()
-    except OSError as e:
-        raise HostLacks(f"cannot start worker processes ({e}): is TMPDIR usable?") from e
+        yield
     finally:
         if before is None:
             del os.environ["OPENBLAS_NUM_THREADS"]
         else:
             os.environ["OPENBLAS_NUM_THREADS"] = before
+
+
+def warm_up() -> None:
+    """Start the fork server, without waiting for it: it imports while we do. Any thread may."""
+    try:
+        with _hidden_main(), _numpy_with_one_thread():  # both under the one lock
+            context().set_forkserver_preload(_PRELOAD)
+            resource_tracker.ensure_running()
+            forkserver.ensure_running()
+    except OSError as e:
+        raise HostLacks(f"cannot start worker processes ({e}): is TMPDIR usable?") from e
 
 
 def let_the_server_end() -> None:

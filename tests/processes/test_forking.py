@@ -4,9 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import psutil
 from helpers import until
+
+from pageferry.workers import forking
 
 # A coordinator with a worker at work, one that waits, and what they share.
 _COORDINATOR = """
@@ -93,3 +96,20 @@ def test_a_lock_whose_owner_is_killed_as_soon_as_it_has_a_name_leaves_none():
     assert "leaked semaphore" in killed.stderr  # the tracker has ended: it has that open
     assert killed.stdout.startswith("/mp-")
     assert not os.path.exists(f"/dev/shm/sem.{killed.stdout.strip()[1:]}")
+
+
+def test_two_threads_that_warm_up_leave_the_environment_as_it_was(monkeypatch):
+    """The second changes nothing before the first has put back what it changed."""
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    second = threading.Thread(target=forking.warm_up)
+
+    def waits():
+        frame = sys._current_frames().get(second.ident)
+        return frame is not None and frame.f_code.co_name == "_hidden_main"
+
+    with forking._hidden_main():
+        second.start()
+        until(waits, "it waits for its turn")
+        assert "OPENBLAS_NUM_THREADS" not in os.environ
+    second.join()
+    assert "OPENBLAS_NUM_THREADS" not in os.environ
