@@ -22,6 +22,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker, synchronize
+from multiprocessing import process as process_module
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -125,6 +126,10 @@ def start_process(target: Callable[..., object], args: tuple[Any, ...], name: st
     process = context().Process(target=target, args=args, name=name, daemon=True)
     with _hidden_main():
         process.start()
+        # Who starts a process asks all in here whether they have ended, in any thread, and the
+        # exit code can be read once: whoever owns the process would find 255. It needs nobody to
+        # end it when we exit, since the fork server does (`let_the_server_end`).
+        process_module._children.discard(process)  # type: ignore[attr-defined]
     return process
 
 

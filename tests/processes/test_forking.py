@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from multiprocessing import active_children
 
 import psutil
 from helpers import until
@@ -113,3 +114,19 @@ def test_two_threads_that_warm_up_leave_the_environment_as_it_was(monkeypatch):
         assert "OPENBLAS_NUM_THREADS" not in os.environ
     second.join()
     assert "OPENBLAS_NUM_THREADS" not in os.environ
+
+
+def test_nobody_else_reads_what_a_process_died_of():
+    """multiprocessing asks all children that it knows whenever one is started, and an exit code can
+    be read once."""
+    process = forking.start_process(signal.pause, (), "test")
+    try:
+        assert process not in active_children()
+        assert process.is_alive()
+    finally:
+        process.kill()
+        process.join()
+        assert process not in active_children()
+        code = process.exitcode
+        process.close()
+    assert "SIGKILL" in forking.cause_of_death(code)
