@@ -40,7 +40,7 @@ from ..workers.reserve import Reserve
 from ..workers.sampling import sample
 from . import api
 from .batch_state import BatchState, Row
-from .blocking import to_its_end
+from .blocking import MayHang, to_its_end
 from .callbacks import tell
 from .destination import Destination
 from .families import Families
@@ -63,7 +63,7 @@ _FINAL = (
     PostcopyFailed,
 )  # fmt: skip
 _PROGRESS_SECONDS = 0.25
-# A look at an image that takes longer says nothing of it.
+# A look at an image that takes longer says nothing of it, nor is another looked at meanwhile.
 _SAMPLE_SECONDS = 5.0
 
 _log = logging.getLogger("pageferry.batch")
@@ -156,6 +156,7 @@ class Batch:
         self._workers = Reserve(self._most_workers())
         self._contents: dict[str, ContentIndex] = {}  # of directories here
         self._families = Families()
+        self._look = MayHang(_SAMPLE_SECONDS)
         self._sampling: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._fatal: BaseException | None = None
@@ -339,8 +340,7 @@ class Batch:
             item = self._entries[number].item
             marks: list[tuple[int, int]] = []
             with contextlib.suppress(TimeoutError):  # its migration will say more of it
-                looking = asyncio.to_thread(sample, item.guest.rest)
-                marks = await asyncio.wait_for(looking, _SAMPLE_SECONDS)
+                marks = await self._look(sample, item.guest.rest)
             family = self._families.of(marks)
             self._planner.related(number, None if family is None else (item.destination, family))
             self._wake.set()

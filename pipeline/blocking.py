@@ -1,5 +1,5 @@
-"""Two things asyncio does not promise: that a blocking call is not abandoned, and that an end is
-reached.
+"""Three things asyncio does not promise: that a blocking call is not abandoned, that one that hangs
+holds up nobody, and that an end is reached.
 
 A thread cannot be cancelled. A task that waits for one can, and then the call goes on alone:
 a guest is stopped behind the back of whoever has just resumed it. So blocking calls on one
@@ -9,6 +9,8 @@ guest come one after the other, and who cleans up waits for the last one first.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -35,6 +37,37 @@ class Blocking:
             return None
         await asyncio.wait([running])
         return None if running.exception() else running.result()
+
+
+class MayHang:
+    """Calls that nobody depends on, and that may never return (a read from storage that is gone):
+    not in the threads that all others need, and not waited for at the end.
+
+    After one that took longer than `seconds` there is no other until it is back, so that no more
+    than one thread hangs.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._last: concurrent.futures.Future[Any] | None = None
+
+    async def __call__(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What `function` returns or raises; TimeoutError if it takes too long, or at once while
+        the one before is not back."""
+        if self._last is not None and not self._last.done():
+            raise TimeoutError
+        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+        answer.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                answer.set_result(function(*arguments))
+            except BaseException as e:
+                answer.set_exception(e)
+
+        self._last = answer
+        threading.Thread(target=run, name="pageferry-may-hang", daemon=True).start()
+        return await asyncio.wait_for(asyncio.wrap_future(answer), self.seconds)
 
 
 async def to_its_end(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -1,8 +1,9 @@
 """Which images are clones of one another, by samples of their pages. Pure: knows no files.
 
 An image belongs to the family whose first member has at least half of its marks (a mark: a page's
-number and digest) or the other way round; else it founds one. A guess, and nothing depends on it
-but what travels first: relatives that travel together have nothing of each other.
+number and digest), and a few of them, or the other way round; else it founds one. A guess, and
+nothing depends on it but what travels first: relatives that travel together have nothing of each
+other.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterable
 
 # Marks of a family take about 10 KiB. Who is forgotten founds his family anew.
 MOST_FAMILIES = 1024
+# Strangers share a boot sector and an empty file system's first pages; fewer say nothing.
+LEAST_SHARED = 4
 
 Mark = tuple[int, int]
 
@@ -32,16 +35,16 @@ class Families:
         return len(self._founders)
 
     def of(self, sample: Iterable[Mark]) -> int | None:
-        """The number of an image's family; None if its sample is empty, and it is alike to all and
-        none."""
+        """The number of an image's family; None if its sample says too little: it is alike to all
+        and none."""
         marks = frozenset(sample)
-        if not marks:
+        if len(marks) < LEAST_SHARED:
             return None
         shared = Counter(family for mark in marks for family in self._known.get(mark, ()))
         alike = [
             family
             for family, count in shared.items()
-            if 2 * count >= min(len(marks), len(self._founders[family]))
+            if count >= LEAST_SHARED and 2 * count >= min(len(marks), len(self._founders[family]))
         ]
         if not alike:
             return self._found(marks)

@@ -4,7 +4,9 @@ One process imports what workers need and holds no socket, thread or guest memor
 is forked off it in about 10 ms. Spawning each from scratch costs 180 ms of CPU a worker
 (numpy, pyzmq), which on two cores delays the first page by half a second. Workers die with
 the fork server (PR_SET_PDEATHSIG), and that ends when the coordinator's side of its pipe
-closes, however the coordinator ends.
+closes, however the coordinator ends: no worker holds it (`let_the_server_end`). The resource
+tracker outlives them all: it ends, and removes what is left in /dev/shm, when nobody has its pipe
+any more, and coordinator and workers do until they are gone.
 
 Imports little but the standard library: the command line starts the fork server before it
 imports the rest, so that both import at the same time.
@@ -13,14 +15,14 @@ imports the rest, so that both import at the same time.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, synchronize
+from multiprocessing import process as process_module
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -31,9 +33,37 @@ _PRELOAD = ["pageferry.workers.preload"]
 _main_lock = threading.Lock()
 
 
+class _Lock(synchronize.Lock):
+    """A lock whose name in /dev/shm goes whenever its owner is killed: the resource tracker knows
+    of it before it is there, not afterwards. (glibc makes it under another name first, for some
+    microseconds, and tells nobody which.)"""
+
+    def __init__(self, *, ctx: Any) -> None:
+        self._tracked = ""
+        try:
+            super().__init__(ctx=ctx)
+        except BaseException:
+            if self._tracked:
+                resource_tracker.unregister(self._tracked, "semaphore")
+            raise
+
+    def _make_name(self) -> str:
+        self._tracked = synchronize.SemLock._make_name()  # type: ignore[attr-defined]
+        resource_tracker.register(self._tracked, "semaphore")
+        return self._tracked
+
+
+class _Context(ForkServerContext):
+    def Lock(self) -> synchronize.Lock:  # noqa: N802  its base's name
+        return _Lock(ctx=self.get_context())
+
+
+_context = _Context()
+
+
 def context() -> ForkServerContext:
-    """The one way in which pageferry starts processes."""
-    return multiprocessing.get_context("forkserver")
+    """The one way in which pageferry starts processes and makes locks for them."""
+    return _context
 
 
 @contextlib.contextmanager
@@ -52,18 +82,13 @@ def _hidden_main() -> Iterator[None]:
             sys.modules["__main__"] = main
 
 
-def warm_up() -> None:
-    """Start the fork server, without waiting for it: it imports while we do."""
+@contextlib.contextmanager
+def _numpy_with_one_thread() -> Iterator[None]:
+    """numpy's linear algebra is not used; its threads would be there at every fork."""
     before = os.environ.get("OPENBLAS_NUM_THREADS")
-    # numpy's linear algebra is not used; its threads would be there at every fork
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     try:
-        with _hidden_main():
-            context().set_forkserver_preload(_PRELOAD)
-            resource_tracker.ensure_running()
-            forkserver.ensure_running()
-    except OSError as e:
-        raise HostLacks(f"cannot start worker processes ({e}): is TMPDIR usable?") from e
+        yield
     finally:
         if before is None:
             del os.environ["OPENBLAS_NUM_THREADS"]
@@ -71,11 +96,23 @@ def warm_up() -> None:
             os.environ["OPENBLAS_NUM_THREADS"] = before
 
 
-def let_the_server_end() -> None:
-    """In a process that may sleep for ever: do not keep the fork server alive.
+def warm_up() -> None:
+    """Start the fork server, without waiting for it: it imports while we do. Any thread may."""
+    try:
+        with _hidden_main(), _numpy_with_one_thread():  # both under the one lock
+            context().set_forkserver_preload(_PRELOAD)
+            resource_tracker.ensure_running()
+            forkserver.ensure_running()
+    except OSError as e:
+        raise HostLacks(f"cannot start worker processes ({e}): is TMPDIR usable?") from e
 
-    Each child inherits the pipe by whose end the server sees that nobody needs it. A guest that
-    sleeps on a page which nobody sends any more would hold it, and never be killed with the server.
+
+def let_the_server_end() -> None:
+    """In every process that is started: do not keep the fork server alive.
+
+    Each child inherits the pipe by whose end the server sees that nobody needs it. One that is
+    stopped (SIGSTOP), or sleeps on a page which nobody sends any more, would hold it, and never be
+    killed with the server. Idempotent.
     """
     server: Any = forkserver._forkserver
     alive, server._forkserver_alive_fd = server._forkserver_alive_fd, None
@@ -89,6 +126,10 @@ def start_process(target: Callable[..., object], args: tuple[Any, ...], name: st
     process = context().Process(target=target, args=args, name=name, daemon=True)
     with _hidden_main():
         process.start()
+        # Who starts a process asks all in here whether they have ended, in any thread, and the
+        # exit code can be read once: whoever owns the process would find 255. It needs nobody to
+        # end it when we exit, since the fork server does (`let_the_server_end`).
+        process_module._children.discard(process)  # type: ignore[attr-defined]
     return process
 
 

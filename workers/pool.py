@@ -26,6 +26,7 @@ from .usage import cpu_ns_of
 STALL_SECONDS = 4.0
 # A worker told to stop has this long before it is killed.
 STOP_SECONDS = 2.0
+# From its own start on: those before it may have taken long, where the host is busy.
 START_SECONDS = 20.0
 _log = logging.getLogger("pageferry.workers")
 
@@ -48,6 +49,7 @@ class Worker:
         self.process = process
         self.pipe = pipe
         self.hand = hand
+        self.began = time.monotonic()
         self.cause = ""
         self.free = False  # of its job: the process waits for another
 
@@ -98,7 +100,6 @@ class Pool:
         # name, pid and last numbers of each worker, once closed
         self.costs: list[tuple[str, int | None, dict[str, int]]] = []
         self._starting: asyncio.Future[None] | None = None
-        self._started = time.monotonic()
 
     def __repr__(self) -> str:
         return f"<Pool {self.role} {self.workers}>"
@@ -106,7 +107,6 @@ class Pool:
     async def start(self, target: Callable[..., object], payloads: list[Any]) -> None:
         """Start one process a payload; each says Ready through `on_job`."""
         loop = asyncio.get_running_loop()
-        self._started = time.monotonic()
         for index, payload in enumerate(payloads):
             self.counters.row(index).set("heartbeat_ns", 0)  # of a process before this one
             # Not to be cancelled half-way: `close` waits for it and ends what it started.
@@ -179,7 +179,7 @@ class Pool:
         for worker in self.workers:
             beat, limit = worker.numbers()["heartbeat_ns"], STALL_SECONDS
             if beat == 0:
-                beat, limit = int(self._started * 1e9), START_SECONDS
+                beat, limit = int(worker.began * 1e9), START_SECONDS
             if now - beat > limit * 1e9 and worker.process.is_alive():
                 raise WorkerDied(
                     f"{worker.name} (process {worker.process.pid}) has not answered for "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from . import jobs
 from .counters import Counters, Row
+from .forking import let_the_server_end
 from .kernel.libc import die_with_parent, keep_buffers, set_process_name
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def run_worker(
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(os.getppid())
+    let_the_server_end()
     set_process_name(name)
     keep_buffers()
     desk = Desk(pipe, counters.row(index), counters.ring(index))

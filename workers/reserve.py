@@ -16,70 +16,31 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import io
 import os
-import pickle
 import signal
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import Pipe, reduction
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import set_spawning_popen
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from ..transport.errors import WorkerDied
 from ..transport.links import let_go_of_sent
-from .forking import cause_of_death, start_process
+from .forking import cause_of_death, let_the_server_end, start_process
 from .kernel.libc import die_with_parent, set_process_name, trim_heap
+from .kernel.task_facts import stat_of
+from .leash import DONE, TAKEN, Leash, Parcel, hears, new_leash, take_job
 from .usage import count_from_here
 
 # A process that is told to end has this long before it is killed.
 _END_SECONDS = 2.0
 # What a thread that has ended needs to be gone.
 _LEAVING_SECONDS = 0.1
-# A job names blocks, some hundred bytes each; there may be 65535.
-_MOST_JOB = 64 << 20
 # One that waits takes a job in microseconds, a new one in milliseconds; not on a host that is busy.
 _TAKE_SECONDS, _BEGIN_SECONDS = 2.0, 20.0
-_TAKEN, _DONE = b"took", b"done"
 _NAME = "pf-idle"
-
-# Of the job that is being taken, in the order in which they came.
-_given: list[int] = []
-
-
-class _Given:
-    """A descriptor that travels beside a job."""
-
-    def __init__(self, place: int) -> None:
-        self.place = place
-
-    def detach(self) -> int:
-        return _given[self.place]
-
-
-class _Parcel:
-    """A job as bytes and descriptors. Stands where multiprocessing has the process that it starts:
-    what can be given to a new process (locks, descriptors) can be given to one that is there."""
-
-    DupFd = _Given
-
-    def __init__(self, target: Callable[..., object], args: tuple[Any, ...]) -> None:
-        self.descriptors: list[int] = []
-        buffer = io.BytesIO()
-        set_spawning_popen(self)  # type: ignore[arg-type]  # this thread's alone
-        try:
-            reduction.dump((target, args), buffer)
-        finally:
-            set_spawning_popen(None)
-        self.data = buffer.getbuffer()
-
-    def duplicate_for_child(self, fd: int) -> int:
-        self.descriptors.append(fd)
-        return len(self.descriptors) - 1
 
 
 class Hand:
@@ -87,7 +48,8 @@ class Hand:
 
     def __init__(self) -> None:
         self.exitcode: int | None = None  # once it has ended
-        self._leash, theirs = Pipe()
+        self.late = False  # it was given a job and said nothing, though it had not ended
+        self._leash, theirs = new_leash()
         try:
             self.process: BaseProcess = start_process(_serve, (theirs,), "pageferry-worker")
         except BaseException:
@@ -100,37 +62,41 @@ class Hand:
         return f"<Hand pid={self.process.pid}>"
 
     def give(self, target: Callable[..., object], args: tuple[Any, ...], seconds: float) -> bool:
-        """Let it run `target(*args)`; False if it does not take that: it was killed or stopped."""
-        parcel = _Parcel(target, args)
-        try:
-            self._leash.send_bytes(len(parcel.descriptors).to_bytes(4, "little"))
-            for fd in parcel.descriptors:
-                reduction.send_handle(self._leash, fd, self.process.pid or 0)
-            self._leash.send_bytes(parcel.data)
-        except OSError:
-            return False
-        return self._says(_TAKEN, seconds)
+        """Let it run `target(*args)`; False if it does not take that in time (`late`) or has ended,
+        and is of no use any more."""
+        parcel = Parcel(target, args)
+        until = time.monotonic() + seconds
+        taken = False
+        with contextlib.suppress(OSError):
+            parcel.send(self._leash, until)
+            taken = self._says(TAKEN, until)
+        self.late = not taken and time.monotonic() >= until
+        return taken
 
     def done(self, seconds: float) -> bool:
         """Wait until its job is over; False if it has died of it, or takes longer."""
-        return self._says(_DONE, seconds)
+        return self._says(DONE, time.monotonic() + seconds)
 
-    def _says(self, word: bytes, seconds: float) -> bool:
-        wait([self._leash, self.process.sentinel], seconds)
-        try:
-            return self._leash.poll(0) and self._leash.recv_bytes(len(word)) == word
-        except (EOFError, OSError):
-            return False
+    def _says(self, word: bytes, until: float) -> bool:
+        wait([self._leash, self.process.sentinel], max(0.0, until - time.monotonic()))
+        return hears(self._leash, word)
+
+    @property
+    def stopped(self) -> bool:
+        """Somebody has stopped it (SIGSTOP, a debugger): it does nothing until he lets it go on."""
+        return stat_of(f"/proc/{self.process.pid}")[0] in "Tt"
 
     def release(self) -> None:
         """Nobody needs it any more: it ends by itself, if it can."""
         self._leash.close()
 
-    def end(self) -> None:
-        """Until it is gone. Idempotent."""
+    def end(self, until: float | None = None) -> None:
+        """Until it is gone: by itself, if it can before `until` (monotonic). Idempotent."""
         self.release()
         with contextlib.suppress(ValueError):  # closed already
-            self.process.join(_END_SECONDS)
+            if not self.late and not self.stopped:
+                until = time.monotonic() + _END_SECONDS if until is None else until
+                self.process.join(max(0.0, until - time.monotonic()))
             if self.process.is_alive():
                 self.process.kill()
                 self.process.join()
@@ -165,7 +131,9 @@ class Reserve:
         with self._lock:
             self.started += 1
         if not self._gave(hand, target, args, _BEGIN_SECONDS):
-            raise WorkerDied(f"a worker process {cause_of_death(hand.exitcode)} before it began")
+            died = f"{cause_of_death(hand.exitcode)} before it began"
+            late = f"did not begin within {_BEGIN_SECONDS:.0f} s"
+            raise WorkerDied(f"a worker process {late if hand.late else died}")
         return hand
 
     def _gave(
@@ -183,8 +151,15 @@ class Reserve:
         return given
 
     def _take(self) -> Hand | None:
-        with self._lock:
-            return self._idle.pop() if self._idle else None
+        """One that waits, and can take a job. Whoever is stopped is not waited for."""
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                hand = self._idle.pop()
+            if not hand.stopped:
+                return hand
+            hand.end()
 
     def give_back(self, hand: Hand) -> None:
         """One whose job is `done`. Blocks if it is one too many."""
@@ -206,25 +181,27 @@ class Reserve:
             idle, self._idle = self._idle, []
         for hand in idle:
             hand.release()
+        until = time.monotonic() + _END_SECONDS
         for hand in idle:
-            hand.end()
+            hand.end(until)
 
 
 # ---- in the process --------------------------------------------------------------------------
 
 
-def _serve(leash: Connection) -> None:
+def _serve(leash: Leash) -> None:
     """One job after the other, until nobody gives any more, or one left something behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator alone acts on it
     die_with_parent(os.getppid())
+    let_the_server_end()
     gc.collect()
     gc.freeze()  # what is there now is no job's: a collection after one is quick
     set_process_name(_NAME)
     before = belongings()
     while True:
         try:
-            target, args = _take_job(leash)
-            leash.send_bytes(_TAKEN)
+            target, args = take_job(leash)
+            leash.sendall(TAKEN)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
         clean = target(*args)
@@ -235,21 +212,11 @@ def _serve(leash: Connection) -> None:
         gc.collect()
         if clean is not True or not _has_again(before):
             return
-        trim_heap()  # no byte of one guest in what the next job allocates, and nothing to pay for
+        trim_heap()  # most of what is free: it may wait for long, and other jobs need it
         try:
-            leash.send_bytes(_DONE)
+            leash.sendall(DONE)
         except (BrokenPipeError, ConnectionResetError):
             return
-
-
-def _take_job(leash: Connection) -> tuple[Callable[..., object], tuple[Any, ...]]:
-    count = int.from_bytes(leash.recv_bytes(4), "little")
-    _given[:] = [reduction.recv_handle(leash) for _ in range(count)]
-    try:
-        target, args = pickle.loads(leash.recv_bytes(_MOST_JOB))
-    finally:
-        _given.clear()
-    return target, args
 
 
 def _has_again(before: tuple[list[str], list[str], int]) -> bool:

@@ -9,7 +9,6 @@ Python 3.13 an attach registers once more, which in one tracker changes nothing
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import sys
@@ -78,15 +77,26 @@ class Segment:
         return np.frombuffer(self._shm.buf, dtype, count, offset)
 
     def close(self) -> None:
-        """Unmap; the owner also unlinks. Idempotent. Drop every view first."""
+        """Unmap; the owner also unlinks. Idempotent. Where somebody still has a view, the mapping
+        goes with the last one."""
         if self._shm is None:
             return
         shm, self._shm = self._shm, None
         if self._owner:
             shm.unlink()
-        # where somebody still looks at it, the mapping goes with the last view
-        with contextlib.suppress(BufferError):
+        try:
             shm.close()
+        except BufferError:
+            _leave_to_its_views(shm)
+
+
+def _leave_to_its_views(shm: Any) -> None:
+    """Take from a segment what it would try to close once more, and complain, when it is collected:
+    each view holds the mapping, and that unmaps itself."""
+    fd, shm._fd = shm._fd, -1
+    shm._buf = shm._mmap = None
+    if fd >= 0:
+        os.close(fd)
 
 
 def _attach_segment(name: str, size: int) -> Segment:

@@ -4,7 +4,9 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import threading
+import time
 
 import numpy as np
 import psutil
@@ -21,11 +23,12 @@ from pageferry.workers import jobs, receiver, sender
 from pageferry.workers.bandwidth import Bandwidth
 from pageferry.workers.counters import Counters
 from pageferry.workers.forking import context
+from pageferry.workers.leash import Parcel
 from pageferry.workers.page_table import PageTable
-from pageferry.workers.pool import Pool
+from pageferry.workers.pool import START_SECONDS, Pool
 from pageferry.workers.process import run_worker
 from pageferry.workers.ram import RamBlock, RamFile
-from pageferry.workers.reserve import Reserve
+from pageferry.workers.reserve import Hand, Reserve
 
 PAGES = 300
 
@@ -309,5 +312,141 @@ def test_no_more_wait_than_may(tmp_path):
             assert not reserve.idle
         finally:
             reserve.close()
+
+    asyncio.run(main())
+
+
+def _idle(reserve, count):
+    """So many that wait."""
+    hands = [reserve.hire(bool, (1,)) for _ in range(count)]
+    for hand in hands:
+        assert hand.done(20)
+        reserve.give_back(hand)
+    return hands
+
+
+def _stop(hand):
+    os.kill(hand.process.pid, signal.SIGSTOP)
+    until(lambda: hand.stopped, "it stands still")
+
+
+def test_nobody_waits_for_one_that_is_stopped(monkeypatch):
+    """Neither the next job nor the end: it is killed."""
+    monkeypatch.setattr("pageferry.workers.reserve._TAKE_SECONDS", 1e6)
+    monkeypatch.setattr("pageferry.workers.reserve._END_SECONDS", 1e6)
+    reserve = Reserve(4)
+    try:
+        stopped = _idle(reserve, 3)
+        for hand in stopped:
+            _stop(hand)
+        new = reserve.hire(bool, (1,))
+        assert new not in stopped and not reserve.idle
+        assert {hand.exitcode for hand in stopped} == {-signal.SIGKILL}
+        assert new.done(20)
+        reserve.give_back(new)
+        _stop(new)
+    finally:
+        reserve.close()
+    assert new.exitcode == -signal.SIGKILL
+
+
+def test_a_large_job_for_one_that_reads_nothing():
+    """More than a socket holds; the time is one for all of it."""
+    hand = Hand()
+    try:
+        assert hand.give(bool, (1,), 20) and hand.done(20)
+        _stop(hand)
+        assert not hand.give(bool, (bytes(8 << 20),), 0.05)
+        assert hand.late
+    finally:
+        hand.end()
+
+
+def test_a_large_job_with_many_descriptors():
+    """More of them than one message takes."""
+    hand, pairs = Hand(), [socket.socketpair() for _ in range(150)]
+    try:
+        assert hand.give(_says_hello, (pairs, bytes(8 << 20)), 20)
+        for ours, _ in pairs:
+            assert ours.recv(5) == b"hello"
+        assert hand.done(20)
+    finally:
+        hand.end()
+        for pair in pairs:
+            for end in pair:
+                end.close()
+
+
+def _says_hello(pairs, data):
+    assert data == bytes(8 << 20)
+    for ours, theirs in pairs:
+        theirs.sendall(b"hello")
+        ours.close()
+        theirs.close()
+    return True
+
+
+@pytest.mark.parametrize("size", [0, 5, 12, 13])
+def test_a_job_that_breaks_off(size):
+    """Its coordinator has been killed: the process ends, and says nothing of it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        Parcel(bool, (1,)).send(ours, time.monotonic() + 20)
+        job = theirs.recv(1000)
+    assert len(job) > size
+    hand = Hand()
+    hand._leash.sendall(job[:size])
+    hand.end()
+    assert hand.exitcode == 0
+
+
+class _Unpickled:
+    """Does something where it arrives."""
+
+    def __init__(self, *what):
+        self.what = what
+
+    def __reduce__(self):
+        return self.what[0], self.what[1:]
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [((signal.pause,), "did not begin within 0 s"), ((os._exit, 3), "status 3 before it began")],
+)  # fmt: skip
+def test_one_that_does_not_begin_is_not_said_to_have_been_killed(monkeypatch, what, why):
+    if what[0] is signal.pause:
+        monkeypatch.setattr("pageferry.workers.reserve._BEGIN_SECONDS", 0.1)
+    reserve = Reserve(1)
+    with pytest.raises(WorkerDied, match=why):
+        reserve.hire(bool, (_Unpickled(*what),))
+    reserve.close()
+
+
+def _never_beats(pipe, index, job):
+    job.close()
+    signal.pause()
+
+
+def test_each_has_its_own_time_to_begin():
+    """Where a host is busy, those that were started before it may have taken long."""
+
+    async def main():
+        counters = Counters(2)
+        pool = Pool("test", counters, lambda w, job: None, lambda error: None)
+        try:
+            await pool.start(_never_beats, [counters] * 2)
+            pool.check()
+            pool.workers[1].began -= START_SECONDS
+            with pytest.raises(WorkerDied, match=r"test-1 .* has not answered for 20 s"):
+                pool.check()
+            pool.workers[0].began -= START_SECONDS
+            with pytest.raises(WorkerDied, match="test-0 "):
+                pool.check()
+        finally:
+            for worker in pool.workers:
+                worker.process.kill()
+            await pool.close()
+            counters.close()
 
     asyncio.run(main())

@@ -36,7 +36,10 @@ IO_MODULES = {
 }  # fmt: skip
 
 # Who may import the socket module: links, and the handover of descriptors over a unix socket.
-SOCKET_MODULES = {"transport/links.py", "workers/guests/handover.py", "workers/guests/qmp.py"}
+SOCKET_MODULES = {
+    "transport/links.py", "workers/guests/handover.py", "workers/guests/qmp.py",
+    "workers/leash.py",
+}  # fmt: skip
 OPENING = {"socket", "bind", "connect"}
 # The monitor's unix socket is a stream of asyncio's; the live view is HTTP.
 STREAM_MODULES = {"pipeline/monitor.py", "tools/web/server.py"}

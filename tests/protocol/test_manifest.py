@@ -121,6 +121,24 @@ def test_all_forms_say_the_same(text, form):
     assert task(3, first, 1).destination_host == "192.0.2.7"
 
 
+@pytest.mark.parametrize(
+    ("item", "looked_at"),
+    [
+        ({"source": "image:a", "destination": TO}, True),
+        ({"source": "image:a", "destination": "image:copies/"}, True),
+        ({"source": "image:a", "destination": "image:copy"}, False),
+        ({"source": "ram:a", "destination": TO}, False),
+        ({"source": "image:/a", "destination": TO, "host": "kvm1"}, False),
+        ({"source": "image:/a", "destination": "image:/copies/", "host": ["kvm1", "kvm2"]}, False),
+    ],
+)
+def test_images_that_are_here_are_looked_at_for_relatives(item, looked_at):
+    """What is at another host cannot be, whatever lies at its path here."""
+    (got,) = parse(json.dumps({"items": [item]}).encode(), "JSON", "/m").items
+    assert got.alike is looked_at
+    assert task(0, got, 0).alike is looked_at
+
+
 def test_the_example_of_the_documentation():
     """docs/batch.md has one full example, and it is one."""
     text = (Path(__file__).resolve().parents[2] / "docs/batch.md").read_text()

@@ -1,0 +1,73 @@
+"""Calls that block, beside an event loop."""
+
+import asyncio
+import concurrent.futures
+import threading
+
+import pytest
+
+from pageferry.pipeline.blocking import MayHang
+
+
+def ours():
+    return [thread for thread in threading.enumerate() if thread.name == "pageferry-may-hang"]
+
+
+@pytest.fixture
+def release():
+    """Lets whoever hangs go on; at the end all have ended."""
+    event = threading.Event()
+    yield event
+    event.set()
+    for thread in ours():
+        thread.join()
+
+
+def test_a_call_that_hangs_takes_one_thread_until_it_is_back(release):
+    called = []
+
+    def hangs():
+        called.append("hangs")
+        release.wait()
+
+    def returns():
+        called.append("returns")
+        return 7
+
+    async def main():
+        calls = MayHang(60.0)
+        assert await calls(returns) == 7
+        calls.seconds = 0.01
+        with pytest.raises(TimeoutError):
+            await calls(hangs)
+        calls.seconds = 60.0
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await calls(returns)
+        assert called == ["returns", "hangs"]
+        release.set()
+        await asyncio.wrap_future(calls._last)
+        assert await calls(returns) == 7
+
+    asyncio.run(main())
+
+
+def test_neither_others_nor_the_end_wait_for_one_that_hangs(release):
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(1))
+        with pytest.raises(TimeoutError):
+            await MayHang(0.01)(release.wait)
+        assert await asyncio.to_thread(lambda: 7) == 7
+
+    asyncio.run(main())  # this waits for the threads of the executor
+    (thread,) = ours()
+    assert thread.daemon  # nor does the interpreter
+
+
+def test_what_it_raises_is_raised(release):
+    async def main():
+        with pytest.raises(ZeroDivisionError):
+            await MayHang(60.0)(lambda: 1 // 0)
+
+    asyncio.run(main())
