@@ -126,15 +126,26 @@ class Seeker:
         self._trying = self._before = self._last = None
 
     def hurry(self) -> bool:
-        """The guest writes too fast for this goal: from now on the fastest; True if that is new."""
+        """The guest writes too fast for this goal: from now on the fastest, with all senders; True
+        if that is new."""
         if self.goal == FASTEST:
             return False
         self.goal = FASTEST
-        self._restart()
+        # Rounds may be too short for a slice from now on, and then nothing is found any more: what
+        # compresses goes on doing so until something is seen to be faster.
+        codec = (self.kept.codec, self.kept.level)
+        if self._only is None and codec not in _FOR_SPEED:
+            codec = _FOR_SPEED[-1]  # one for the wire: what is nearest to it
+        self._restart(Choice(self.most, *codec))
         return True
 
-    def too_slow(self, rate: float, dirty_rate: float) -> bool:
-        """Is `rate` (bytes a second) not enough for a guest that writes so much?"""
+    def too_slow(self, rate: float, dirty_rate: float, *, rounds: int, still: bool) -> bool:
+        """Is `rate` (bytes a second) not enough for a guest that writes so much? Nobody knows
+        before the second of `rounds`: the rate of the first is the link's, as if nothing were
+        compressed. And when the guest stands `still`, what is left fits the downtime with what is
+        used now."""
+        if still or rounds < 2:
+            return False
         return self.goal != FASTEST and dirty_rate > _TOO_SLOW * rate
 
     def enough(self, so_far: Slice) -> bool:

@@ -754,13 +754,12 @@ class Source:
         if steering is None or self._crew is None:
             return None
         if begin_round:
-            if steering.seeker.too_slow(found.rate, found.dirty_rate):
+            still = self.core.live and self.core.stopped
+            if steering.seeker.too_slow(
+                found.rate, found.dirty_rate, rounds=found.rounds, still=still
+            ):
                 steering.hurry()
-            steering.begin_round(
-                self._crew.pool,
-                self._remaining(),
-                learning=not (self.core.live and self.core.stopped),
-            )
+            steering.begin_round(self._crew.pool, self._remaining(), learning=not still)
         else:
             steering.end_round()
         return steering

@@ -184,13 +184,48 @@ def test_what_was_tried_when_a_round_ended_is_tried_again():
 
 def test_a_guest_that_writes_too_fast_for_its_goal():
     """Then the fastest: else it would never converge."""
-    seeker = Seeker(LEAST_WIRE, 4)
-    assert seeker.too_slow(100e6, 60e6)
-    assert not seeker.too_slow(100e6, 40e6)
+    seeker = Seeker(LEAST_CPU, 4)
+    assert seeker.choice == Choice(1, "none")
+    assert seeker.too_slow(100e6, 60e6, rounds=2, still=False)
+    assert not seeker.too_slow(100e6, 40e6, rounds=2, still=False)
     assert seeker.hurry()
     assert (seeker.goal, seeker.choice) == (FASTEST, Choice(4, "none"))
     assert not seeker.hurry()
-    assert not seeker.too_slow(1.0, 1e9)
+    assert not seeker.too_slow(1.0, 1e9, rounds=2, still=False)
+
+
+def test_nobody_hurries_while_the_guest_stands_still_or_before_a_rate_is_known():
+    """The switchover was decided with the codec in use; round 1 counts as if none were."""
+    seeker = Seeker(LEAST_WIRE, 4)
+    assert not seeker.too_slow(1.0, 1e9, rounds=5, still=True)
+    assert not seeker.too_slow(1.0, 1e9, rounds=0, still=False)
+    assert not seeker.too_slow(1.0, 1e9, rounds=1, still=False)
+    assert seeker.too_slow(1.0, 1e9, rounds=2, still=False)
+
+
+def test_who_hurries_goes_on_with_the_codec_in_use():
+    """Rounds may be too short to find it again; one that is for the wire gives way to the next."""
+    seeker = Seeker(LEAST_WIRE, 4)
+    seeker.kept = Choice(2, "zstd", 9)
+    assert seeker.hurry()
+    assert seeker.choice == Choice(4, "zstd", 3)
+    seeker = Seeker(LEAST_CPU, 4)
+    seeker.kept = Choice(1, "lz4")
+    assert seeker.hurry()
+    assert seeker.choice == Choice(4, "lz4")
+    seeker = Seeker(LEAST_WIRE, 4, ("zlib", 9))
+    assert seeker.hurry()
+    assert seeker.choice == Choice(4, "zlib", 9)
+
+
+def test_who_hurried_finds_a_lighter_codec_where_rounds_are_long_enough():
+    world = World(5, noise=0.02)
+    world.link, world.compresses = 1e12, 1.0
+    seeker = Seeker(LEAST_WIRE, 4)
+    assert seeker.hurry()
+    assert seeker.choice == Choice(4, "zstd", 3)
+    world.migrate(seeker)
+    assert seeker.kept.codec == "none"
 
 
 def test_how_long_a_slice_is():
