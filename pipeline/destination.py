@@ -839,7 +839,8 @@ class Destination:
             hello, control, self.endpoint, self._open_guest,
             self._progress, self._event, self._reserve,
         )  # fmt: skip
-        tell(self.on_arrival, arrival)
+        if not arrival.trial:  # nothing arrives, and nothing is told of its end
+            tell(self.on_arrival, arrival)
         return arrival
 
     def _is_busy(self, hello: messages.Hello) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from ..transport import messages
 from ..transport.errors import Cancelled, PageferryError, PeerLost, PeerRefused
 from ..transport.links import Endpoint
+from ..transport.messages import SAMPLE
 from ..workers.reserve import Reserve
 from .blocking import to_its_end
 from .callbacks import tell
@@ -62,8 +63,11 @@ class Reception(Destination):
             arrival.fail(Cancelled("cancelled at the destination"))
 
     def _is_busy(self, hello: messages.Hello) -> bool:
-        if any(arrival.hello.name == hello.name for arrival in self._arrivals.values()):
-            return False  # it may take that one's place
+        if hello.kind != SAMPLE and any(
+            arrival.hello.name == hello.name and not arrival.trial
+            for arrival in self._arrivals.values()
+        ):
+            return False  # it may take that one's place, or finds the file locked
         return len(self._arrivals) >= self._at_once
 
     def _resume(self, identity: bytes, message: messages.Resume, control: Control) -> None:
@@ -96,9 +100,11 @@ class Reception(Destination):
         """A source that was killed may be back before its silence has shown. Whoever has no
         connection any more makes room for one that sends the same; one that has keeps its place,
         and the newcomer finds the file locked."""
+        if arrival.trial:
+            return  # it sends nothing that anybody else does
         await arrival.control.say(messages.Ping(0))  # somebody is here
         for other, task in list(self._tasks.items()):
-            if other is arrival or other.hello.name != arrival.hello.name:
+            if other is arrival or other.trial or other.hello.name != arrival.hello.name:
                 continue
             if not await other.control.reaches():
                 other.fail(PeerLost("the source was gone, and one that sends the same has come"))

@@ -4,13 +4,17 @@ what is written, and how it ends."""
 import asyncio
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
+import uuid
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zmq.asyncio
 from helpers import GIVE_UP, PAGE, Running, pageferry, pattern, receiver, same_file, sweep, until
 from qemu_vm import Vm, require_qemu
 from shared_writer import SharedWriter
@@ -18,15 +22,27 @@ from shared_writer import SharedWriter
 from pageferry.pipeline import api
 from pageferry.pipeline.agreement import check_hello
 from pageferry.pipeline.batch_state import look
+from pageferry.pipeline.control import Control
 from pageferry.pipeline.destination import Destination
 from pageferry.pipeline.profiles import read_profile
+from pageferry.pipeline.reception import Reception
 from pageferry.pipeline.trials import TrialRuns, take_sample, trial_runs
 from pageferry.pipeline.tuning import Setting, Trial
 from pageferry.tools.cli.tune import tune_command
+from pageferry.tools.report.arrivals import Arrivals
 from pageferry.tools.report.tuning_curves import check_curves
 from pageferry.transport.errors import HostLacks, PeerRefused, SourceError, UsageError
-from pageferry.transport.links import parse_endpoint
-from pageferry.transport.messages import MAX_SAMPLE, PROTOCOL, SAMPLE, Block, Hello
+from pageferry.transport.links import connect, parse_endpoint
+from pageferry.transport.messages import (
+    MAX_SAMPLE,
+    PROTOCOL,
+    SAMPLE,
+    Block,
+    Hello,
+    Refused,
+    Welcome,
+)
+from pageferry.transport.session import Role
 from pageferry.workers.guests import open_source, parse_guest
 from pageferry.workers.guests.sample import PIECE_PAGES, Sample, first_touch, spread
 
@@ -298,6 +314,93 @@ def test_a_receiver_that_is_busy_is_waited_for(image):
             listening.close()
 
     assert asyncio.run(main()) == ([4 << 20, 4 << 20], [])
+
+
+@asynccontextmanager
+async def knocking(endpoint):
+    """Says Hello as often as it is asked to, each as another source that stays; the answer."""
+    context, sockets, tasks = zmq.asyncio.Context(), [], []
+
+    async def listen(socket, control):
+        while True:
+            control.heard(await socket.recv())
+
+    async def knock(**changes):
+        socket = connect(context, endpoint, secrets.token_bytes(16), control=True)
+        control = Control(Role.SOURCE, socket.send, "the receiver")
+        sockets.append(socket)
+        tasks.append(asyncio.ensure_future(listen(socket, control)))
+        tasks.append(asyncio.ensure_future(control.keep_alive()))
+        asked = control.ask(hello(uuid=str(uuid.uuid4()), **changes))
+        return await asyncio.wait_for(asked, GIVE_UP)
+
+    try:
+        yield knock
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for socket in sockets:
+            socket.close(0)
+        context.term()
+
+
+def test_trials_have_no_more_room_than_images(tmp_path):
+    """All have the same name, none: they are not one another's next attempt, nor an image's."""
+
+    async def main():
+        at = parse_endpoint("tcp://127.0.0.1:0")
+        opener = api.opener(parse_guest(f"image:{tmp_path}/"))
+        receiving = Reception(at, opener, lambda *end: None, at_once=1)
+        serving = asyncio.ensure_future(receiving.serve())
+        try:
+            async with knocking(receiving.endpoint) as knock:
+                image = {"kind": "image", "capabilities": []}
+                return [await knock(), await knock(), await knock(**image)]
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            receiving.close()
+
+    first, *others = asyncio.run(main())
+    assert isinstance(first, Welcome)
+    for other in others:
+        assert isinstance(other, Refused)
+        assert other.field == "busy"
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_trials_are_not_shown_as_migrations(image, tmp_path, many):
+    """No row of them, no page that takes the place of a migration's, and nothing counted."""
+
+    async def main():
+        at = parse_endpoint("tcp://127.0.0.1:0")
+        pages = []
+        arrivals = Arrivals("t", "here", lambda error: {}, lambda *end: pages.append(end[2]))
+        if many:
+            opener = api.opener(parse_guest(f"image:{tmp_path}/"))
+            receiving = Reception(at, opener, lambda *end: None, at_once=1)
+            serving = asyncio.ensure_future(receiving.serve())
+        else:
+            receiving = Destination(at, api.opener(parse_guest(f"image:{tmp_path}/into")))
+            serving = asyncio.ensure_future(api.receive(receiving, lambda *end: None, once=False))
+        receiving.on_arrival = arrivals.arrived
+        try:
+            async with trial_runs(parse_guest(f"image:{image}"), receiving.endpoint, 4 << 20) as (
+                _,
+                runs,
+            ):
+                for _ in range(2):
+                    await runs.run(Trial(Setting(1, "none", None, 256), 1.0))
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            receiving.close()
+        return arrivals.query(), pages
+
+    query, pages = asyncio.run(main())
+    assert (query["total"], query["running"], query["completed"]) == (0, 0, 0)
+    assert pages == []
 
 
 # ---- the command -----------------------------------------------------------------------------
