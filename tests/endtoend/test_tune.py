@@ -31,7 +31,7 @@ from pageferry.pipeline.tuning import Setting, Trial
 from pageferry.tools.cli.tune import tune_command
 from pageferry.tools.report.arrivals import Arrivals
 from pageferry.tools.report.tuning_curves import check_curves
-from pageferry.transport.errors import HostLacks, PeerRefused, SourceError, UsageError
+from pageferry.transport.errors import Cancelled, HostLacks, PeerRefused, SourceError, UsageError
 from pageferry.transport.links import connect, parse_endpoint
 from pageferry.transport.messages import (
     MAX_SAMPLE,
@@ -401,6 +401,22 @@ def test_trials_are_not_shown_as_migrations(image, tmp_path, many):
     query, pages = asyncio.run(main())
     assert (query["total"], query["running"], query["completed"]) == (0, 0, 0)
     assert pages == []
+
+
+def test_a_signal_ends_a_receiver_of_one_during_a_trial():
+    """A trial is not the one migration that there is to cancel."""
+
+    async def main(there):
+        async with knocking(parse_endpoint(there.endpoint)) as knock:
+            assert isinstance(await knock(), Welcome)
+            there.process.send_signal(signal.SIGTERM)
+            return await asyncio.to_thread(there.finish)
+
+    with receiver("--once") as there:
+        code, out, _ = asyncio.run(main(there))
+    error = json.loads(out.splitlines()[-1])["error"]
+    assert (error["class"], error["message"]) == ("Cancelled", "no longer listening")
+    assert code == Cancelled.exit_code
 
 
 # ---- the command -----------------------------------------------------------------------------

@@ -124,14 +124,15 @@ def _receive_many(
 
 
 class _OneArrival:
-    """Ctrl-C in `receive --once`: cancels the migration, or stops listening."""
+    """Ctrl-C in `receive --once`: cancels the migration (a trial run is none), or ends it all."""
 
     def __init__(self, destination: Destination, interrupts: Interrupts) -> None:
         self._destination = destination
         self._interrupts = interrupts
 
     def cancel(self) -> None:
-        if self._destination.arrival is not None:
+        arrival = self._destination.arrival
+        if arrival is not None and not arrival.trial:
             self._destination.cancel()
         else:
             self._interrupts()
