@@ -26,6 +26,8 @@ from ..transport.urgent import MAX_HOST_PAGES
 from ..transport.wire import MAX_BATCH_PAGES
 
 CAPABILITIES = {POSTCOPY, DIRECT, SAMPLE}
+# Characters of what a source says of itself: it is logged, shown and kept.
+_MOST_TEXT = 255
 # Host pages that can exist: 4 KiB to 1 GiB.
 _LARGEST_HOST_PAGE = 1 << 30
 
@@ -36,6 +38,9 @@ def check_hello(hello: Hello, expected_kind: str | None) -> None:
         raise _refusal("protocol", hello.protocol, f"{PROTOCOL} (pageferry {__version__})")
     if not _is_uuid(hello.uuid):
         raise _refusal("uuid", repr(hello.uuid[:64]), "a uuid")
+    for field, text in (("name", hello.name), ("version", hello.version), ("kind", hello.kind)):
+        if len(text) > _MOST_TEXT:
+            raise _refusal(field, f"{len(text)} characters long", f"up to {_MOST_TEXT}")
     trial = hello.kind == SAMPLE
     if expected_kind is not None and hello.kind != expected_kind and not trial:
         raise _refusal("kind", hello.kind, expected_kind)

@@ -10,6 +10,11 @@ from datetime import datetime
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 
+def escaped(text: str) -> str:
+    """What a peer says, so that it is one line and steers no terminal."""
+    return text.translate(_CONTROL)
+
+
 class Lines(logging.Formatter):
     """15:04:05.123 info    source: round 1: …"""
 
@@ -17,7 +22,7 @@ class Lines(logging.Formatter):
         when = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         name = record.name.removeprefix("pageferry.")
         head = f"{when}.{int(record.msecs):03d} {record.levelname.lower():<7} {name}: "
-        text = head + record.getMessage().translate(_CONTROL)
+        text = head + escaped(record.getMessage())
         if record.exc_info:  # a mistake of ours, or of a caller
             text += f"\n{self.formatException(record.exc_info)}"
         return text

@@ -15,6 +15,7 @@ from ...transport.links import Endpoint, parse_endpoint
 from ...transport.quantities import format_bytes, format_seconds
 from ...workers.guests import GuestUri, is_directory, parse_guest
 from .copy import checked_oracle
+from .log_lines import escaped
 from .main import error_object
 from .options import integer, output_options, page_options
 from .reporting import received
@@ -82,7 +83,7 @@ def receive_command(
         elif error is not None and not once:
             if as_json:
                 print(json.dumps(error_object(error), default=str), flush=True)
-            view.say(f"failed: {error.message}")
+            view.say(escaped(f"failed: {error.message}"))
 
     run(
         start, as_json=as_json, quiet=quiet, interrupted="no longer listening",
@@ -104,10 +105,11 @@ def _receive_many(
                 told = {"name": name} | (error_object(error) if error else report or {})
                 print(json.dumps(told, default=str), flush=True)
             if error is not None:
-                view.say(f"{name}: failed: {error.message}")
+                view.say(escaped(f"{name}: failed: {error.message}"))
             elif report is not None:
                 size = format_bytes(report["ram"]["total"])
-                view.say(f"{name}: {size} in {format_seconds(report['total-time'] / 1000)}")
+                took = format_seconds(report["total-time"] / 1000)
+                view.say(f"{escaped(name)}: {size} in {took}")
 
         destination = Reception(endpoint, api.opener(into), ended, at_once=at_once)
         try:

@@ -159,7 +159,8 @@ class LiveView(View):
         self._live.update(self._line)
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        # without markup: a peer's name may be in it
+        self._console.print(text, highlight=False, markup=False)
 
 
 def make_view(quiet: bool) -> View:
