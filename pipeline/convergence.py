@@ -112,7 +112,8 @@ class Convergence:
             pages = min(total, written + dirty_rate * step / PAGE_SIZE)
             written = 0
             downtime = FIXED_SECONDS + self.take_seconds + pages * PAGE_SIZE / rate
-            if downtime <= self.downtime_limit:
+            # with nothing left it is stopped whatever that takes (decide)
+            if downtime <= self.downtime_limit or pages < 1:
                 return seconds + downtime
             if dirty_rate >= _HOPELESS * rate:
                 return None

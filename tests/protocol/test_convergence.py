@@ -177,6 +177,21 @@ def test_the_time_that_is_left_is_what_it_takes(total, share, limit, begun, rate
     assert eta == pytest.approx(end - now, rel=0.02, abs=limit + 2 * FIXED_SECONDS)
 
 
+def test_a_limit_that_no_switchover_keeps_has_a_time_all_the_same():
+    """With nothing left the guest is stopped whatever that takes; and what is left comes to nothing
+    long before the last of so many rounds."""
+    for rounds in (30, 10_000):
+        convergence = Convergence(0.02, rounds, rounds=1, rate=100.0 * MIB)
+        assert convergence.decide(0) is Decision.SWITCH_OVER
+        mib = PAGES_IN_A_MIB
+        assert convergence.eta(200 * mib, 100 * MIB, 0, 0.0, 1000 * mib) == pytest.approx(
+            2.0 + FIXED_SECONDS
+        )
+    # half as much each time, down to less than a page
+    eta = convergence.eta(400 * mib, 100 * MIB, 0, 50.0 * MIB, 1000 * mib)
+    assert eta == pytest.approx(8.0 + FIXED_SECONDS, abs=0.001)
+
+
 def test_the_dirty_rate_now_is_that_of_this_round_as_far_as_it_says_something():
     """The first round has none before it; a look just after a round began says next to nothing."""
     convergence = Convergence(0.3, 30)
