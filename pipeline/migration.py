@@ -4,7 +4,7 @@
 the result as an event. No knowledge of sockets, processes, clocks or guests in here, so
 every path, cancel and failure in every state included, is tested without any of them.
 
-    greet → channels → initial set → rounds … → stop → last set → last round
+    greet → channels → initial set → rounds … → (ask) → stop → last set → last round
           → verify → device state → run → confirmed
     postcopy:                                 … → stop → last set → say what is missing
           → device state → run → confirmed → background → end
@@ -36,6 +36,8 @@ from .state import FINAL, IN_POSTCOPY, Status, advance
 
 # A static source whose frames are lost this many rounds in a row has a broken link.
 _RESENDS = 5
+# Whoever is asked may take so long; after that the guest has written more than was decided on.
+_SOON_SECONDS = 0.05
 
 # ---- events -----------------------------------------------------------------------------
 
@@ -71,6 +73,13 @@ class RoundDone:
     seconds: float
     zero: int = 0
     wire: int = 0
+
+
+@dataclass(frozen=True)
+class MayStop:
+    """The guest may be stopped; the answer took so many seconds."""
+
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ class Abandoned:
 
 
 Event = (
-    Started | ChannelsReady | Taken | RoundDone | GuestStopped | Verified | StateLoaded
+    Started | ChannelsReady | Taken | RoundDone | MayStop | GuestStopped | Verified | StateLoaded
     | Confirmed | Failed | CancelAsked | PostcopyAsked | MissingTold | BackgroundDone
     | PostcopyEnded | RecoverAsked | Reconnected | Abandoned
 )  # fmt: skip
@@ -179,6 +188,11 @@ class SendRound:
 
     number: int
     live: bool
+
+
+@dataclass(frozen=True)
+class AskToStop:
+    """Ask whoever wants to be asked, while the guest runs. Then: MayStop."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +260,7 @@ class Finish:
 
 
 Instruction = (
-    OpenChannels | TakeInitial | TakeDirty | SendRound | StopGuest | Verify | SendState
+    OpenChannels | TakeInitial | TakeDirty | SendRound | AskToStop | StopGuest | Verify | SendState
     | SendRun | Finish | CutRound | TellMissing | SendBackground | EndPostcopy | Pause | Reconnect
 )  # fmt: skip
 
@@ -264,6 +278,7 @@ class Migration:
     convergence: Convergence
     postcopy: str = NEVER  # parameters.py
     after: int | None = None  # N of after=N
+    asks: bool = False
     status: Status = Status.NONE
     round: int = 0
     stopped: bool = False
@@ -288,9 +303,8 @@ class Migration:
                 return self._taken(event)
             case RoundDone():
                 return self._round_done(event)
-            case GuestStopped():
-                self.stopped = True
-                return [TakeDirty()]
+            case MayStop() | GuestStopped():
+                return self._stopping(event)
             case Verified():
                 return self._verified(event)
             case StateLoaded():
@@ -389,17 +403,35 @@ class Migration:
 
     def _leave(self) -> list[Instruction]:
         self.leaving = True
+        return self._stop()
+
+    def _stop(self) -> list[Instruction]:
+        if self.asks:
+            return [AskToStop()]
         self._become(Status.DEVICE)
         return [StopGuest()]
+
+    def _stopping(self, event: MayStop | GuestStopped) -> list[Instruction]:
+        """It is stopped at once if the answer came soon; else what was written meanwhile is looked
+        at first, and has a round if it is too much, be it one more than max-rounds."""
+        if isinstance(event, GuestStopped):
+            self.stopped = True
+            return [TakeDirty()]
+        self.asks = False
+        if self.leaving or event.seconds <= _SOON_SECONDS:
+            return self._stop()
+        found = self.convergence
+        found.max_rounds = max(found.max_rounds, found.rounds + 1)
+        return [TakeDirty()]
 
     def _next_round(self) -> list[Instruction]:
         self.round += 1
         return [SendRound(self.round, live=self.live and not self.stopped)]
 
     def _switch_over(self) -> list[Instruction]:
-        self._become(Status.DEVICE)
         if self.can_stop:
-            return [StopGuest()]
+            return self._stop()
+        self._become(Status.DEVICE)
         return self._complete()
 
     def _round_done(self, event: RoundDone) -> list[Instruction]:

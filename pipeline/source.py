@@ -117,7 +117,8 @@ class Source:
         self.journal = Journal("source", self.uuid)
         self.on_progress = on_progress
         self.on_event = on_event or (lambda name, data: None)
-        # Awaited before the guest is stopped; if it raises, the guest goes on here.
+        # Awaited once before the guest is stopped, which may be some rounds later if that takes
+        # long; if it raises, the guest goes on here. Set before run().
         self.before_stop: Callable[[], Awaitable[None]] | None = None
         self._events: asyncio.Queue[core.Event] = asyncio.Queue()
         self._tasks: list[asyncio.Task[Any]] = []
@@ -264,6 +265,7 @@ class Source:
 
     async def _drive(self) -> core.Finish:
         """Events in, instructions out, until the core says that it is over."""
+        self.core.asks = self.before_stop is not None
         self._events.put_nowait(core.Started())
         while True:
             event = await self._events.get()
@@ -343,9 +345,12 @@ class Source:
                 event = await self._take_dirty()
             case core.SendRound():
                 event = await self._send_round(instruction)
-            case core.StopGuest():
+            case core.AskToStop():
+                asked = time.monotonic()
                 if self.before_stop is not None:
                     await self.before_stop()
+                event = core.MayStop(time.monotonic() - asked)
+            case core.StopGuest():
                 begin = time.monotonic()
                 await self._call(self.guest.stop)
                 self.statistics.stopped = self.guest.stopped_at or begin

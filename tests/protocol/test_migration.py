@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pageferry.pipeline.convergence import Convergence
 from pageferry.pipeline.migration import (
     Abandoned,
+    AskToStop,
     BackgroundDone,
     CancelAsked,
     ChannelsReady,
@@ -18,6 +19,7 @@ from pageferry.pipeline.migration import (
     Failed,
     Finish,
     GuestStopped,
+    MayStop,
     Migration,
     MissingTold,
     OpenChannels,
@@ -62,9 +64,10 @@ BIG = 10**6  # pages that no downtime limit here allows
 
 def migration(
     *, live=False, can_stop=False, verify=False, limit=0.3, max_rounds=30, postcopy="never",
-    after=None,
+    after=None, asks=False,
 ):  # fmt: skip
-    return Migration(live, can_stop, verify, Convergence(limit, max_rounds), postcopy, after)
+    found = Convergence(limit, max_rounds)
+    return Migration(live, can_stop, verify, found, postcopy, after, asks)
 
 
 def taken(pages, written=None):
@@ -130,6 +133,26 @@ def live(verify=False):
     return ending(path, verify)
 
 
+def live_that_asks(seconds):
+    """Somebody is asked before it is stopped; what was written until the answer has a round if that
+    was long, and nobody is asked again."""
+    path = opening(Path({"live": True, "can_stop": True, "asks": True, "max_rounds": 1}))
+    path.step(taken(BIG), SendRound(1, live=True), Status.ACTIVE)
+    path.step(done(BIG), TakeDirty(), Status.ACTIVE)
+    path.step(taken(10), AskToStop(), Status.ACTIVE)
+    if seconds > 0.05:
+        path.step(MayStop(seconds), TakeDirty(), Status.ACTIVE)
+        path.step(taken(BIG), SendRound(2, live=True), Status.ACTIVE)
+        path.step(done(BIG), TakeDirty(), Status.ACTIVE)
+        path.step(taken(10), StopGuest(), Status.DEVICE)
+    else:
+        path.step(MayStop(seconds), StopGuest(), Status.DEVICE)
+    path.step(GuestStopped(), TakeDirty(), Status.DEVICE)
+    path.step(taken(12), SendRound(3 if seconds > 0.05 else 2, live=False), Status.DEVICE)
+    path.step(done(12), SendState(), Status.DEVICE)
+    return ending(path)
+
+
 def live_unstoppable(verify=False):
     """Memory whose writer is not known: it has moved when a scan finds nothing changed."""
     path = opening(Path({"live": True, "verify": verify}))
@@ -149,6 +172,8 @@ PATHS = {
     "static, frames lost": static_with_losses(),
     "live": live(),
     "live, verified": live(verify=True),
+    "live, asks": live_that_asks(0.05),
+    "live, asks, and waits": live_that_asks(3.0),
     "live, cannot be stopped": live_unstoppable(),
     "live, cannot be stopped, verified": live_unstoppable(verify=True),
 }
@@ -350,6 +375,7 @@ kinds = st.fixed_dictionaries(
         "can_stop": st.booleans(),
         "verify": st.booleans(),
         "limit": st.sampled_from([0.001, 0.3, 10.0]),
+        "asks": st.booleans(),
         "max_rounds": st.integers(1, 6),
     }
 ).map(lambda kind: kind | {"can_stop": kind["live"] and kind["can_stop"]})
@@ -366,6 +392,7 @@ ANSWERS = {
     TakeInitial: takens,
     TakeDirty: takens,
     SendRound: rounds,
+    AskToStop: st.builds(MayStop, st.sampled_from([0.0, 3.0])),
     StopGuest: st.just(GuestStopped()),
     Verify: verifieds,
     SendState: st.just(StateLoaded()),
@@ -845,6 +872,7 @@ postcopy_kinds = st.fixed_dictionaries(
         "live": st.just(True),
         "can_stop": st.just(True),
         "limit": st.sampled_from([0.001, 0.3]),
+        "asks": st.booleans(),
         "max_rounds": st.integers(1, 6),
         "postcopy": st.sampled_from(["now", "auto", "manual", "after=2"]),
     }
