@@ -12,6 +12,7 @@ from pageferry.pipeline import source as source_module
 from pageferry.pipeline.destination import Destination
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.source import Source
+from pageferry.pipeline.state import Status
 from pageferry.transport import messages
 from pageferry.transport.errors import (
     ConfirmationLost,
@@ -237,3 +238,20 @@ def test_a_callback_that_fails_does_not_decide(guest, caplog):
     there = unsure_guest.DemoDestination(parse_guest("demo:"))
     assert asyncio.run(_migrate(guest, there, on_source))["status"] == "completed"
     assert "callback failed" in caplog.text
+
+
+def test_whoever_wants_to_is_asked_once_while_the_guest_runs():
+    """The migration is active until then."""
+    statuses = []
+
+    async def main():
+        def started(migration):
+            async def ask():
+                statuses.append((migration.core.status, migration.core.stopped))
+
+            migration.before_stop = ask
+
+        return await api.migrate_async("demo:?size=8M&rate=100", "demo:", on_started=started)
+
+    assert asyncio.run(main())["status"] == "completed"
+    assert statuses == [(Status.ACTIVE, False)]
