@@ -100,6 +100,8 @@ class Statistics:
         """Guest bytes and wire bytes a second, over the last seconds."""
         now = time.monotonic()
         self._peak = max(self._peak, own_memory())
+        if not self._samples and self.set_up is not None:
+            self._samples.append((self.set_up, 0, 0))  # a first look says something too
         self._samples.append((now, self.pages_done, self.wire_bytes))
         while len(self._samples) > 2 and now - self._samples[0][0] > _WINDOW_SECONDS:
             self._samples.pop(0)
@@ -114,6 +116,8 @@ class Statistics:
         now, pages = time.monotonic(), self.pages_done
         if not pages:
             return 0.0
+        if not self._steady and self.set_up is not None:
+            self._steady.append((self.set_up, 0))
         apart = (now - self._steady[0][0]) / _STEADY_LOOKS if self._steady else 0.0
         if not self._steady or now - self._steady[-1][0] > max(apart, 0.05):
             self._steady.append((now, pages))

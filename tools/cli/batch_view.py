@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from ...transport.quantities import format_bytes, format_rate, format_seconds
-from .view import View, phase_line, phase_of
+from .display import Display, LiveLines, PlainLines, bar
+from .view import phase_line, phase_of
 
 _BAR = 16
 # More items than this have no line of their own.
@@ -56,7 +57,7 @@ def totals_line(query: dict[str, Any]) -> str:
     return text if query["eta"] is None else f"{text}  ETA {format_seconds(query['eta'])}"
 
 
-class BatchView(View):
+class BatchView(Display):
     """Shows nothing: --quiet."""
 
     def item(self, event: dict[str, Any]) -> None:
@@ -66,7 +67,7 @@ class BatchView(View):
         """How it goes."""
 
 
-class PlainBatchView(BatchView):
+class PlainBatchView(PlainLines, BatchView):
     """Lines on stderr, for logs."""
 
     def __init__(self) -> None:
@@ -81,33 +82,13 @@ class PlainBatchView(BatchView):
             self._last = now
             self.say(totals_line(query))
 
-    def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
-
-class LiveBatchView(BatchView):
+class LiveBatchView(LiveLines, BatchView):
     """Lines that are drawn anew, by rich. What has failed stays above them."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._console = Console(stderr=True)
-        self._live = Live(console=self._console, refresh_per_second=8, transient=True)
-
-    def __enter__(self) -> LiveBatchView:
-        self._live.start()
-        return self
-
-    def __exit__(self, *rest: Any) -> None:
-        self._live.stop()
 
     def item(self, event: dict[str, Any]) -> None:
         if event["event"] == "failed":
             self.say(event_line(event))
-
-    def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
 
     def progress(self, query: dict[str, Any]) -> None:
         from rich.console import Group
@@ -117,26 +98,16 @@ class LiveBatchView(BatchView):
         if len(query["items"]) > _MOST_LINES:
             lines.append(Text(f"… and {len(query['items']) - _MOST_LINES} more"))
         total = Text(totals_line(query), "bold", overflow="ellipsis", no_wrap=True)
-        self._live.update(Group(*lines, total))
+        self.draw(Group(*lines, total))
 
     def _line(self, item: dict[str, Any]) -> Any:
-        from rich.text import Text
-
         report = item["migration"]
         share, phase, text = 0.0, "setting up", ""
         if report is not None:
             size = report.get("progress", {}).get("round-bytes", 0)
             share = 1 - report["ram"]["remaining"] / size if size else 0.0
             phase, text = phase_of(report), phase_line(report)
-        done = round(_BAR * min(1.0, max(0.0, share)))
-        return Text.assemble(
-            (f"{_short(item['name']):<{_NAME}} {phase:<11}", "bold"),
-            ("━" * done, "green"),
-            ("━" * (_BAR - done), "bright_black"),
-            f"  {text}",
-            overflow="ellipsis",
-            no_wrap=True,
-        )
+        return bar(f"{_short(item['name']):<{_NAME}} {phase:<11}", _BAR, share, text)
 
 
 def _short(name: str) -> str:

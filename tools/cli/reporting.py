@@ -18,6 +18,7 @@ from ...pipeline.parameters import Parameters
 from ...transport.errors import Cancelled, HostLacks, as_ours
 from ...workers.guests import GuestUri
 from ...workers.guests.shared_memory import path_of
+from .display import Display
 from .main import error_object
 from .view import View
 
@@ -170,7 +171,7 @@ def ending(outcome: Outcome, write: Callable[[], None]) -> Iterator[None]:
         write()
 
 
-def write_report(path: str | None, render: Callable[[], str], view: View) -> None:
+def write_report(path: str | None, render: Callable[[], str], view: Display) -> None:
     """What goes wrong here is no failed migration."""
     if path is None:
         return
@@ -186,7 +187,7 @@ def write_report(path: str | None, render: Callable[[], str], view: View) -> Non
 
 @contextlib.asynccontextmanager
 async def served(
-    options: dict[str, Any], subject: Callable[[], Subject], outcome: Outcome, view: View
+    options: dict[str, Any], subject: Callable[[], Subject], outcome: Outcome, view: Display
 ) -> AsyncIterator[None]:
     """A server at options["web"], if that is given, until it ends with `outcome`. UsageError if it
     cannot be; HostLacks without its libraries."""
@@ -219,7 +220,7 @@ async def served(
         await server.close(outcome.report)
 
 
-def _say(text: str, options: dict[str, Any], view: View) -> None:
+def _say(text: str, options: dict[str, Any], view: Display) -> None:
     """Where it is must be known, --quiet or not."""
     if options.get("quiet"):
         print(text, file=sys.stderr, flush=True)

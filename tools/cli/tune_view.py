@@ -6,13 +6,13 @@ from __future__ import annotations
 import io
 import sys
 import textwrap
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from ...pipeline.tuning import FASTEST, Measured, Search, Trial
 from ...pipeline.tuning_report import GOAL_WORDS
 from ...transport.quantities import format_bytes, format_rate, format_seconds
 from ...workers.guests.sample import Sample
+from .display import Display, LiveLines, PlainLines, bar
 
 _BAR = 32
 # Settings in the table; --json has all.
@@ -21,19 +21,8 @@ _HEADER = ("workers", "codec", "batch", "rate", "±", "CPU s/GB", "senders", "re
            "downtime", "trials", "best for")  # fmt: skip
 
 
-class TuneView:
+class TuneView(Display):
     """Shows nothing: --quiet."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
 
     def begin(self, sample: Sample) -> None:
         """The sample was taken."""
@@ -41,11 +30,8 @@ class TuneView:
     def trial(self, trial: Trial, found: Measured, tuner: Search, eta: float) -> None:
         """A trial is over; the others take `eta` seconds."""
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
 
-
-class PlainTuneView(TuneView):
+class PlainTuneView(PlainLines, TuneView):
     """Lines on stderr."""
 
     def begin(self, sample: Sample) -> None:
@@ -54,43 +40,13 @@ class PlainTuneView(TuneView):
     def trial(self, trial: Trial, found: Measured, tuner: Search, eta: float) -> None:
         self.say(trial_line(trial, found, tuner, eta))
 
-    def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
-
-class LiveTuneView(PlainTuneView):
+class LiveTuneView(LiveLines, PlainTuneView):
     """One live line, drawn by rich."""
 
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._console = Console(stderr=True)
-        self._live = Live(console=self._console, refresh_per_second=8, transient=True)
-
-    def __enter__(self) -> Self:
-        self._live.start()
-        return self
-
-    def __exit__(self, *rest: Any) -> None:
-        self._live.stop()
-
     def trial(self, trial: Trial, found: Measured, tuner: Search, eta: float) -> None:
-        from rich.text import Text
-
-        done = round(_BAR * tuner.done / tuner.expected())
-        self._live.update(
-            Text.assemble(
-                ("━" * done, "green"),
-                ("━" * (_BAR - done), "bright_black"),
-                f"  {trial_line(trial, found, tuner, eta)}",
-                overflow="ellipsis",
-                no_wrap=True,
-            )
-        )
-
-    def say(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        share = tuner.done / tuner.expected()
+        self.draw(bar("", _BAR, share, trial_line(trial, found, tuner, eta)))
 
 
 def make_tune_view(quiet: bool) -> TuneView:

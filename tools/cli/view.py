@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from ...transport.quantities import format_bytes, format_rate, format_seconds
+from .display import Display, LiveLines, PlainLines, bar
 
 _BAR = 24
 # Without a terminal: a line when the phase changes, and at most this often in between.
@@ -60,28 +60,14 @@ def phase_line(report: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-class View:
+class View(Display):
     """Shows nothing: --quiet."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
 
     def __call__(self, report: dict[str, Any]) -> None:
         pass
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
 
-
-class PlainView(View):
+class PlainView(PlainLines, View):
     """Lines on stderr, for logs."""
 
     def __init__(self) -> None:
@@ -95,32 +81,21 @@ class PlainView(View):
         self._phase, self._last = phase, now
         self.say(f"{phase}: {phase_line(report)}")
 
-    def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
-
-class LiveView(View):
+class LiveView(LiveLines, View):
     """One live line a phase, drawn by rich; a phase that is over keeps its last line."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._console = Console(stderr=True)
-        self._live = Live(console=self._console, refresh_per_second=8, transient=True)
+        super().__init__()
         self._phase = ""
         self._line: Any = None
         self._line_text = ""
         self._size = 0
         self._begin = 0.0
 
-    def __enter__(self) -> Self:
-        self._live.start()
-        return self
-
     def __exit__(self, *rest: Any) -> None:
         self._finish_phase()
-        self._live.stop()
+        super().__exit__(*rest)
 
     def _finish_phase(self) -> None:
         if self._line is not None:
@@ -135,17 +110,7 @@ class LiveView(View):
         return f"{text}  {format_rate(size / max(seconds, 1e-3))}"
 
     def _draw(self, share: float, text: str) -> Any:
-        from rich.text import Text
-
-        done = round(_BAR * share)
-        return Text.assemble(
-            (f"{self._phase:<12}", "bold"),
-            ("━" * done, "green"),
-            ("━" * (_BAR - done), "bright_black"),
-            f"  {text}",
-            overflow="ellipsis",
-            no_wrap=True,
-        )
+        return bar(f"{self._phase:<12}", _BAR, share, text)
 
     def __call__(self, report: dict[str, Any]) -> None:
         phase = phase_of(report)
@@ -156,11 +121,7 @@ class LiveView(View):
         share = 1.0 if not self._size else 1 - report["ram"]["remaining"] / self._size
         self._line_text = phase_line(report)
         self._line = self._draw(share, self._line_text)
-        self._live.update(self._line)
-
-    def say(self, text: str) -> None:
-        # without markup: a peer's name may be in it
-        self._console.print(text, highlight=False, markup=False)
+        self.draw(self._line)
 
 
 def make_view(quiet: bool) -> View:
