@@ -13,6 +13,7 @@ import mmap
 import os
 import random
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -403,6 +404,8 @@ def main(
 ) -> None:
     """The process. `handover`: where to hand over the userfaultfd, "" if none is wanted: one
     that tracks writes, or in a guest that is `arriving` one that catches missing pages."""
+    # Ctrl-C reaches the whole process group; a guest goes on, whoever moves it acts on it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(os.getppid())
     let_the_server_end()
     set_process_name("pf-demo-guest")
