@@ -44,7 +44,7 @@ from ..workers import jobs, receiver
 from ..workers.content import DIGEST_BYTES, asked_pages
 from ..workers.counters import Counters
 from ..workers.digest import block_digest, part_count
-from ..workers.forking import context
+from ..workers.forking import new_lock
 from ..workers.guests.base import DestinationGuest
 from ..workers.guests.sample import SampleDestination, first_touch
 from ..workers.pool import Pool, Worker
@@ -284,7 +284,7 @@ class Arrival:
         # those of a postcopy lower their priority for good
         reserve = self._reserve if self._faults is None else None
         self._pool = Pool("receiver", self._counters, self._on_job, self.fail, reserve)
-        writing = context().Lock()
+        writing = new_lock()
         payloads = [
             receiver.ReceiverJob(
                 self.guest.blocks, self._counters, self._listen_at(i), self._tokens[i],

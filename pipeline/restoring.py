@@ -40,7 +40,7 @@ from ..transport.pages import PAGE_SIZE, mark, runs_of
 from ..transport.session import Role
 from ..workers import jobs, receiver
 from ..workers.counters import Counters
-from ..workers.forking import context
+from ..workers.forking import new_lock
 from ..workers.guests.base import ArmedMemory, Region
 from ..workers.guests.handover import HandoverListener, Mapping, VmmConnection
 from ..workers.pool import Pool, Worker
@@ -416,7 +416,7 @@ class Restoring:
             "",
             self._fail,
             direct=False,
-            removing=context().Lock(),
+            removing=new_lock(),
             recorder=self.journal.lane,
         )
         self.statistics.urgent = self._faults.counters
@@ -520,12 +520,12 @@ class Restoring:
         if self._locks_may_be_held:
             # a worker that was killed may have taken the lock along
             await self._faults.stop()
-            self._faults.renew_lock(context().Lock())
+            self._faults.renew_lock(new_lock())
             self._locks_may_be_held = False
         where = str(self.endpoint.sibling(serving.urgent[0]))
         await self._faults.relink(serving.urgent[1], where)
         self._pool = Pool("receiver", self._counters, self._on_job, self._fail)
-        writing = context().Lock()
+        writing = new_lock()
         self._ready = asyncio.Queue()
         await self._pool.start(
             receiver.main,

@@ -42,7 +42,7 @@ from ..transport.urgent import MAX_HOST_PAGES
 from ..workers import jobs, sender
 from ..workers.bandwidth import Bandwidth
 from ..workers.counters import Counters
-from ..workers.forking import context
+from ..workers.forking import new_lock
 from ..workers.guests.base import SourceGuest
 from ..workers.page_table import DIRTY, PageTable
 from ..workers.ram import RamBlock
@@ -206,7 +206,7 @@ class Pulled:
         runs = messages.runs_of(layout, block.pages)
         spec = msgspec.structs.replace(block.spec, page_size=layout.page_size)
         self._blocks = [RamBlock(spec, block.file, block.start)]
-        self._table = PageTable([block.pages], context().Lock())
+        self._table = PageTable([block.pages], new_lock())
         view = self._table.view(0)
         data = await asyncio.to_thread(self._guest.initial_pages, 0)
         mapped = np.zeros(block.pages, np.uint8)
@@ -227,7 +227,7 @@ class Pulled:
         assert self._table is not None
         p = self.parameters
         self._counters = self.statistics.counters = Counters(p.workers, self.journal.lane)
-        self._bandwidth = Bandwidth(context(), p.max_postcopy_bandwidth)
+        self._bandwidth = Bandwidth(p.max_postcopy_bandwidth)
         self._background = Background(self._blocks, self._table, p, self._fail, self.journal.lane)
         self.statistics.urgent = self._background.counters
         self.statistics.postcopy = True

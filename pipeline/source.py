@@ -40,7 +40,7 @@ from ..workers.bandwidth import Bandwidth
 from ..workers.content import page_digests
 from ..workers.counters import Counters
 from ..workers.digest import CHUNK_PAGES, block_digest, equal_chunks, part_count
-from ..workers.forking import context
+from ..workers.forking import new_lock
 from ..workers.guests.base import TRACKING_HASH, SourceGuest
 from ..workers.latency import report as latency_report
 from ..workers.page_table import CLEAN, PageTable
@@ -439,9 +439,9 @@ class Source:
         if p.quit_source and not self.guest.can_quit:
             raise UsageError("quit-source is for a VM (qemu:): leave it out")
         self.statistics.total_pages = sum(block.pages for block in blocks)
-        self._table = PageTable([block.pages for block in blocks], context().Lock())
+        self._table = PageTable([block.pages for block in blocks], new_lock())
         self._counters = self.statistics.counters = Counters(p.workers, self.journal.lane)
-        self._bandwidth = Bandwidth(context(), p.max_bandwidth)
+        self._bandwidth = Bandwidth(p.max_bandwidth)
         if p.postcopy != NEVER:
             if not self.guest.can_stop:
                 raise UsageError(
@@ -863,9 +863,9 @@ class Source:
             self.endpoint = parse_endpoint(where)
         await asyncio.to_thread(probe, self.endpoint)
         # a worker that was killed may have taken a lock along
-        self._table.renew_lock(context().Lock())
+        self._table.renew_lock(new_lock())
         assert self._bandwidth is not None
-        self._bandwidth.renew_lock(context().Lock())
+        self._bandwidth.renew_lock(new_lock())
         self._task(self._watch())
         starting = self._task(self._start_senders())
         answer = await self._first_words(

@@ -13,6 +13,7 @@ imports the rest, so that both import at the same time.
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -20,15 +21,19 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from ..transport.errors import HostLacks
+from .leftovers import sweep
+from .names import FOLDER_VARIABLE, Folder, stem
 
 _PRELOAD = ["pageferry.workers.preload"]
 _main_lock = threading.Lock()
+_folders: dict[int, str] = {}  # of a process that has, or had, a fork server: its folder
+_log = logging.getLogger("pageferry.workers")
 
 
 def context() -> ForkServerContext:
@@ -52,23 +57,64 @@ def _hidden_main() -> Iterator[None]:
             sys.modules["__main__"] = main
 
 
+def new_lock() -> Any:
+    """A lock for processes. Its semaphore says whose it is (names.py), unlike others of this
+    program."""
+    config: Any = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    with _main_lock:
+        before = config.get("semprefix")
+        config["semprefix"] = f"/{stem()}"
+        try:
+            return context().Lock()
+        finally:
+            config["semprefix"] = before
+
+
+@contextlib.contextmanager
+def _environment(**wanted: str) -> Iterator[None]:
+    """As what is started meanwhile finds it."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _own_folder() -> str:
+    """multiprocessing's folder, for the server's socket, is one of ours (names.py); "" if the
+    program had one before."""
+    config: Any = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    if config.get("tempdir") is not None:
+        return ""
+    folder = Folder()
+    config["tempdir"] = folder.path
+    util.Finalize(None, folder.close, exitpriority=-100)
+    return folder.path
+
+
 def warm_up() -> None:
-    """Start the fork server, without waiting for it: it imports while we do."""
-    before = os.environ.get("OPENBLAS_NUM_THREADS")
-    # numpy's linear algebra is not used; its threads would be there at every fork
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    """Start the fork server, without waiting for it: it imports while we do. The first time: then
+    remove what killed processes have left."""
+    mine, first = os.getpid(), os.getpid() not in _folders
     try:
         with _hidden_main():
+            if first:
+                _folders[mine] = _own_folder()
+                stem()
             context().set_forkserver_preload(_PRELOAD)
-            resource_tracker.ensure_running()
-            forkserver.ensure_running()
+            # numpy's linear algebra is not used; its threads would be there at every fork
+            with _environment(OPENBLAS_NUM_THREADS="1", **{FOLDER_VARIABLE: _folders[mine]}):
+                resource_tracker.ensure_running()
+                forkserver.ensure_running()
     except OSError as e:
         raise HostLacks(f"cannot start worker processes ({e}): is TMPDIR usable?") from e
-    finally:
-        if before is None:
-            del os.environ["OPENBLAS_NUM_THREADS"]
-        else:
-            os.environ["OPENBLAS_NUM_THREADS"] = before
+    if first and (removed := sweep()):
+        _log.info("removed %d leftovers of processes that were killed", len(removed))
 
 
 def let_the_server_end() -> None:

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "recover": ("control", False, "Connect a paused postcopy again."),
     "serve": ("serve", True, "Serve a snapshot's memory to those who restore it."),
     "restore": ("restore", True, "Serve a monitor's page faults from a snapshot."),
+    "clean": ("clean", False, "Remove what killed runs have left."),
     "check": ("check", False, "Show what this host can do."),
 }
 

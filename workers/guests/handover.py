@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import tempfile
 
 import msgspec
 
 from ...transport.errors import DestinationError, HostLacks, SourceError, UsageError
 from ...transport.links import clear_dead_socket
+from ..names import Folder
 
 _MAX_MESSAGE = 1 << 20
 _MAX_DESCRIPTORS = 2
@@ -143,8 +143,8 @@ class HandoverSocket:
     """Coordinator: where one guest hands over. The path is private and short-lived."""
 
     def __init__(self) -> None:
-        self._directory = tempfile.mkdtemp(prefix=f"pageferry-{os.getpid()}-")
-        self.path = os.path.join(self._directory, "uffd.sock")
+        self._folder = Folder()
+        self.path = os.path.join(self._folder.path, "uffd.sock")
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.bind(self.path)
@@ -173,7 +173,4 @@ class HandoverSocket:
     def close(self) -> None:
         """Idempotent."""
         self._socket.close()
-        if os.path.exists(self.path):
-            os.unlink(self.path)
-        if os.path.isdir(self._directory):
-            os.rmdir(self._directory)
+        self._folder.close()
