@@ -61,6 +61,14 @@ class Reception(Destination):
         for arrival in self._arrivals.values():
             arrival.fail(Cancelled("cancelled at the destination"))
 
+    def can_be_yanked(self) -> bool:
+        return bool(self._arrivals)
+
+    def yank(self) -> None:
+        """Cut all that are under way."""
+        for arrival in self._arrivals.values():
+            arrival.yank()
+
     def _is_busy(self, hello: messages.Hello) -> bool:
         if any(arrival.hello.name == hello.name for arrival in self._arrivals.values()):
             return False  # it may take that one's place

@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker, util
@@ -26,12 +27,14 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from ..transport.errors import HostLacks
+from ..transport.errors import HostLacks, WorkerDied
 from .leftovers import sweep
 from .names import FOLDER_VARIABLE, Folder, stem
 
 _PRELOAD = ["pageferry.workers.preload"]
 _main_lock = threading.Lock()
+_starting: list[float] = []  # since when (time.monotonic) a start is under way
+_HUNG_SECONDS = 0.9
 _folders: dict[int, str] = {}  # of a process that has, or had, a fork server: its folder
 _log = logging.getLogger("pageferry.workers")
 
@@ -134,8 +137,24 @@ def start_process(target: Callable[..., object], args: tuple[Any, ...], name: st
     warm_up()
     process = context().Process(target=target, args=args, name=name, daemon=True)
     with _hidden_main():
-        process.start()
+        _starting.append(time.monotonic())
+        try:
+            process.start()
+        except EOFError as e:
+            raise WorkerDied("the process that starts our processes has ended") from e
+        finally:
+            _starting.clear()
     return process
+
+
+def end_a_hung_server() -> None:
+    """Kill the fork server, and with it all that it has started, if it has not started a process
+    for which somebody waits; nobody could end that wait. The next start makes another server."""
+    server: Any = forkserver._forkserver
+    since = next(iter(_starting), None)
+    if since is not None and time.monotonic() - since > _HUNG_SECONDS:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server._forkserver_pid, signal.SIGKILL)
 
 
 def cause_of_death(code: int | None) -> str:

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "status": ("control", False, "Show a running migration."),
     "set": ("control", False, "Change a running migration's parameters."),
     "cancel": ("control", False, "Cancel a running migration."),
+    "yank": ("control", False, "Cut a running migration that hangs."),
     "start-postcopy": ("control", False, "Start the guest at its destination now."),
     "pause": ("control", False, "Drop the connection of a postcopy, to recover it later."),
     "recover": ("control", False, "Connect a paused postcopy again."),

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -22,6 +24,8 @@ _MAX_MESSAGE = 1 << 20
 _MAX_DESCRIPTORS = 2
 _MAX_PATH = 100
 HANDOVER_SECONDS = 20.0
+_LOOK_SECONDS = 0.1
+_TRANSFER_SECONDS = 5.0
 
 
 class Mapping(msgspec.Struct, frozen=True):
@@ -152,17 +156,29 @@ class HandoverSocket:
             self.close()
             raise HostLacks(f"cannot open a socket at {self.path}: set TMPDIR ({e})") from e
         self._socket.listen(1)
-        self._socket.settimeout(HANDOVER_SECONDS)
+        self._socket.settimeout(_LOOK_SECONDS)
 
-    def accept(self) -> tuple[list[Mapping], list[int]]:
-        """Mappings and descriptors of the guest that connects. The caller owns the latter."""
-        try:
-            connection, _ = self._socket.accept()
-        except TimeoutError as e:
-            raise SourceError("the guest did not hand over its memory") from e
+    def accept(
+        self, is_gone: Callable[[], bool] = lambda: False
+    ) -> tuple[list[Mapping], list[int]]:
+        """Mappings and descriptors of the guest that connects. The caller owns the latter.
+        `is_gone`: nobody will come any more."""
+        until = time.monotonic() + HANDOVER_SECONDS
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+                break
+            except TimeoutError as e:
+                if is_gone() or time.monotonic() > until:
+                    raise SourceError("the guest did not hand over its memory") from e
         with connection:
-            connection.settimeout(HANDOVER_SECONDS)
-            data, descriptors, _, _ = socket.recv_fds(connection, _MAX_MESSAGE, _MAX_DESCRIPTORS)
+            connection.settimeout(_TRANSFER_SECONDS)  # it connects and sends in one breath
+            try:
+                data, descriptors, _, _ = socket.recv_fds(
+                    connection, _MAX_MESSAGE, _MAX_DESCRIPTORS
+                )
+            except TimeoutError as e:
+                raise SourceError("the guest did not hand over its memory") from e
         try:
             return msgspec.json.decode(data, type=list[Mapping]), list(descriptors)
         except msgspec.DecodeError as e:
