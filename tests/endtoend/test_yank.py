@@ -156,6 +156,46 @@ def test_while_the_other_end_starts_the_guest(guest):
     assert guest._stopped
 
 
+def test_at_the_destination_while_the_guest_does_not_start(guest):
+    """It is ended, and cannot run any more: so the source goes on."""
+    hangs = unsure_guest.HangsAtTheStart(parse_guest("demo:"))
+
+    async def go():
+        async with Ends(guest, hangs) as ends:
+            await until_async(lambda: ends.source.core.run_said, "Run was said")
+            arrival = ends.listening.arrival
+            await until_async(lambda: arrival.starting, "it is told to run")
+            ends.listening.yank()
+            with pytest.raises(PageferryError, match="does not answer"):
+                await ends.sending
+            with pytest.raises(PageferryError, match="does not answer"):
+                await ends.arriving
+
+    asyncio.run(go())
+    runs(guest)
+
+
+def test_a_postcopy_at_its_destination(guest):
+    async def go():
+        parameters = {"postcopy": "now", "max_postcopy_bandwidth": 4_000_000, "workers": 2}
+        async with Ends(guest, **parameters) as ends:
+            await ends.status(Status.POSTCOPY_ACTIVE)
+            arrival = ends.listening.arrival
+            await until_async(lambda: arrival.status is Status.POSTCOPY_ACTIVE, "there too")
+            assert ends.listening.can_be_yanked()
+            with stopped(ends.source._crew.pool.workers[0].process.pid):
+                ends.listening.yank()
+                assert arrival.status is Status.POSTCOPY_PAUSED
+                await ends.status(Status.POSTCOPY_PAUSED)
+            ends.source.set_parameters({"max-postcopy-bandwidth": 0})
+            ends.source.recover(None)
+            report, arrived = await asyncio.gather(ends.sending, ends.arriving)
+            assert report["status"] == arrived["status"] == "completed"
+            assert arrived["oracle"]["ok"]
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize("victim", ["sender", "postcopy", "receiver", "fault"])
 def test_a_postcopy_pauses_and_goes_on(guest, victim):
     async def go():

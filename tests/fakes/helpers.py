@@ -133,7 +133,7 @@ def blocks_on_disk(path: Path | str) -> int:
 
 
 def sweep(pid: int) -> None:
-    """Remove what a pageferry has left that was killed with all its helpers, once these are gone."""
+    """Remove what a pageferry has left that was killed with all its helpers."""
 
     def swept() -> bool:
         leftovers.sweep()
