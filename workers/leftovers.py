@@ -127,7 +127,7 @@ def _still_stopped(found: Leftover) -> bool:
         return False
     if began_at(pid) != began or not _stands_still(pid, str(note.get("folder", ""))):
         return False
-    found.kind = STOPPED
+    found.kind, found.what = STOPPED, ""
     how = note.get("folder") or "SIGSTOP"
     way = f"echo 0 > {how}/cgroup.freeze" if note.get("folder") else f"kill -CONT {pid}"
     found.why = (

@@ -246,6 +246,7 @@ def test_a_process_that_a_killed_one_stopped():
         stopper.stdout.readline()
         assert not [f for f in clean([], partial=False, dry_run=True) if f.kind == "stopped"]
         kill_family(stopper.pid)
+        stopper.wait()  # until then a thread of it may hold its lock
         sweep()
         (found,) = (f for f in clean([], partial=False, dry_run=False) if f.kind == "stopped")
         assert not found.removed
