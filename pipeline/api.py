@@ -161,6 +161,9 @@ async def receive_one(destination: Destination) -> dict[str, Any]:
         raise
     finally:
         arrival = destination.arrival
+        if arrival is not None and arrival.guest is not None:
+            # one that hangs would hold up the event loop
+            await to_its_end(asyncio.to_thread(arrival.guest.close))
         destination.forget()
         if arrival is not None:
             tell(arrival.on_end, report, error)

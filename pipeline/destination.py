@@ -44,7 +44,7 @@ from ..workers import jobs, receiver
 from ..workers.content import DIGEST_BYTES, asked_pages
 from ..workers.counters import Counters
 from ..workers.digest import block_digest, part_count
-from ..workers.forking import context
+from ..workers.forking import context, end_a_hung_server
 from ..workers.guests.base import DestinationGuest
 from ..workers.guests.sample import SampleDestination, first_touch
 from ..workers.pool import Pool, Worker
@@ -60,6 +60,10 @@ from .state import IN_POSTCOPY, Status, advance
 from .statistics import Statistics
 
 WATCH_SECONDS = 0.5
+# Handing the last message to a link that may not take it any more.
+_LAST_WORD_SECONDS = 0.3
+# What has not come to an end so long after a yank is ended by force.
+_YANK_SECONDS = 1.0
 # A Hello names blocks, 65535 at the most: no stranger may say more.
 _MAX_HELLO = 8 << 20
 _log = logging.getLogger("pageferry")
@@ -177,6 +181,28 @@ class Arrival:
     def starting(self) -> bool:
         """The guest was told to run, and has not said that it does."""
         return self._committed and self.status is Status.DEVICE
+
+    def yank(self) -> None:
+        """Cut everything that may hang. As if all of it had broken; nobody waits for a guest that
+        is being started any longer either: it is ended, unless it says in time that it runs."""
+        _log.warning("yanked: nothing is waited for any more")
+        self.fail(PeerLost("yanked: somebody had it cut, because it hung"))
+        self._hurry_workers()
+        later = asyncio.get_running_loop().call_later
+        later(_YANK_SECONDS, end_a_hung_server)
+        if self.starting:  # a moment more, in which it may run
+            later(_YANK_SECONDS, self._hurry_start)
+        elif self.guest is not None and not self._committed:
+            self.guest.yank()
+
+    def _hurry_start(self) -> None:
+        if self.starting and self.guest is not None:
+            self.guest.yank()
+
+    def _hurry_workers(self) -> None:
+        for pool in self._pools():
+            if pool is not None:
+                pool.hurry()
 
     def abandon(self, error: BaseException) -> None:
         """Nobody waits for the rest of a postcopy any more: the guest is thrown away."""
@@ -647,8 +673,9 @@ class Arrival:
             self._faults = None
 
     async def _abort(self) -> None:
-        with contextlib.suppress(PageferryError, zmq.ZMQError):
-            await self.control.abort(self.error or PageferryError("interrupted"))
+        with contextlib.suppress(PageferryError, zmq.ZMQError, TimeoutError):
+            word = self.control.abort(self.error or PageferryError("interrupted"))
+            await asyncio.wait_for(word, _LAST_WORD_SECONDS)
 
     async def _discard_guest(self) -> None:
         if self.guest is not None:
@@ -668,6 +695,8 @@ class Arrival:
             await self._setting_back
 
     async def _stop_receivers(self) -> None:
+        if self.status is Status.FAILED:
+            self._hurry_workers()
         if self._pool is not None:
             await self._pool.close()
         if self._faults is not None:
@@ -746,6 +775,14 @@ class Destination:
             )
         else:
             self.arrival.fail(Cancelled("cancelled at the destination"))
+
+    def can_be_yanked(self) -> bool:
+        return self.arrival is not None
+
+    def yank(self) -> None:
+        """Cut the migration that is under way: it fails, or pauses if it is a postcopy."""
+        if self.arrival is not None:
+            self.arrival.yank()
 
     def start_postcopy(self) -> None:
         raise UsageError("the source says when a postcopy starts: ask its monitor")

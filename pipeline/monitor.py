@@ -24,8 +24,12 @@ _MAX_COMMAND = 1 << 16
 _COMMANDS = (
     "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
     "migrate-set-parameters", "migrate_cancel", "query-version", "migrate-start-postcopy",
-    "migrate-pause", "migrate-recover",
+    "migrate-pause", "migrate-recover", "yank", "query-yank",
 )  # fmt: skip
+
+
+# QEMU's YankInstanceType; there are no block devices or character devices here.
+_YANK_TYPES = ("block-node", "chardev", "migration")
 
 
 class Splitter:
@@ -72,6 +76,8 @@ class Migrating(Protocol):
     def query_parameters(self) -> dict[str, Any]: ...
     def set_parameters(self, arguments: dict[str, Any]) -> None: ...
     def cancel(self) -> None: ...
+    def can_be_yanked(self) -> bool: ...
+    def yank(self) -> None: ...
     def start_postcopy(self) -> None: ...
     def pause(self) -> None: ...
     def recover(self, where: str | None) -> None: ...
@@ -134,6 +140,8 @@ class Conversation:
         match name:
             case "query-version":
                 return _version()
+            case "query-yank":
+                return self._instances()
             case "query-commands":
                 return [{"name": command} for command in _COMMANDS]
             case "query-migrate":
@@ -159,8 +167,29 @@ class Conversation:
                 if where is not None and not isinstance(where, str):
                     raise QmpError("GenericError", "'uri' must be a string")
                 self._migration.recover(where)
+            case "yank":
+                self._yank(arguments)
             case _:
                 raise QmpError("CommandNotFound", f"there is no command {name}")
+
+    def _instances(self) -> list[dict[str, str]]:
+        """What can be yanked: QEMU's YankInstance (qapi/yank.json)."""
+        return [{"type": "migration"}] if self._migration.can_be_yanked() else []
+
+    def _yank(self, arguments: dict[str, Any]) -> None:
+        """All of `instances`, or none if one does not exist (util/yank.c, qmp_yank)."""
+        asked = arguments.get("instances")
+        if set(arguments) != {"instances"} or not isinstance(asked, list):
+            raise QmpError("GenericError", "yank takes 'instances', an array")
+        for instance in asked:
+            kind = instance.get("type") if isinstance(instance, dict) else None
+            if kind not in _YANK_TYPES:
+                raise QmpError("GenericError", f"an instance is an object with 'type', one of "
+                               f"{', '.join(_YANK_TYPES)}")  # fmt: skip
+            if kind != "migration" or not self._instances():
+                raise QmpError("DeviceNotFound", "Instance not found")
+        if asked:
+            self._migration.yank()
 
 
 class Monitor:

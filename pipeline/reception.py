@@ -62,6 +62,14 @@ class Reception(Destination):
         for arrival in self._arrivals.values():
             arrival.fail(Cancelled("cancelled at the destination"))
 
+    def can_be_yanked(self) -> bool:
+        return bool(self._arrivals)
+
+    def yank(self) -> None:
+        """Cut all that are under way."""
+        for arrival in self._arrivals.values():
+            arrival.yank()
+
     def _is_busy(self, hello: messages.Hello) -> bool:
         if hello.kind != SAMPLE and any(
             arrival.hello.name == hello.name and not arrival.trial

@@ -172,6 +172,16 @@ class Restoring:
         if self._run is not None:
             self._run.cancel()
 
+    def can_be_yanked(self) -> bool:
+        return self._failure is not None
+
+    def yank(self) -> None:
+        """Drop the connection, whatever hangs on it; it is dialled again."""
+        for pool in (self._pool, self._faults.pool if self._faults is not None else None):
+            if pool is not None:
+                pool.hurry()
+        self._fail(PeerLost("yanked: somebody had it cut, because it hung"))
+
     def start_postcopy(self) -> None:
         """It is nothing else."""
 

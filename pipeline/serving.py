@@ -227,7 +227,7 @@ class Pulled:
         assert self._table is not None
         p = self.parameters
         self._counters = self.statistics.counters = Counters(p.workers, self.journal.lane)
-        self._bandwidth = Bandwidth(context(), p.max_postcopy_bandwidth)
+        self._bandwidth = Bandwidth(p.max_postcopy_bandwidth)
         self._background = Background(self._blocks, self._table, p, self._fail, self.journal.lane)
         self.statistics.urgent = self._background.counters
         self.statistics.postcopy = True

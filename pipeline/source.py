@@ -40,7 +40,7 @@ from ..workers.bandwidth import Bandwidth
 from ..workers.content import page_digests
 from ..workers.counters import Counters
 from ..workers.digest import CHUNK_PAGES, block_digest, equal_chunks, part_count
-from ..workers.forking import context
+from ..workers.forking import context, end_a_hung_server
 from ..workers.guests.base import TRACKING_HASH, SourceGuest
 from ..workers.latency import report as latency_report
 from ..workers.page_table import CLEAN, PageTable
@@ -59,7 +59,7 @@ from .crew import Crew, extents
 from .goals import Seeker
 from .journal import Journal
 from .parameters import NEVER, Parameters, changed
-from .state import IN_POSTCOPY, Status
+from .state import FINAL, IN_POSTCOPY, Status
 from .statistics import RoundCost, Statistics
 from .steering import Steering
 
@@ -67,6 +67,10 @@ HELLO_SECONDS = 5.0
 # A destination that has everything needs this long at the most to say that it runs.
 CONFIRM_SECONDS = 30.0
 WATCH_SECONDS = 0.5
+# Handing the last message to a link that may not take it any more.
+_LAST_WORD_SECONDS = 0.3
+# What has not come to an end so long after a yank is ended by force.
+_YANK_SECONDS = 1.0
 # Pages in a Scan job.
 _SCAN_PAGES = 16384
 # Pages in one Contents message.
@@ -145,6 +149,7 @@ class Source:
         self._written = (0, 0.0)  # pages dirty again, after so many seconds of a round
         self._written_due = 0.0
         self._status_told = Status.NONE
+        self._driving = False
 
     def __repr__(self) -> str:
         return f"<Source {self.guest.kind} to {self.endpoint} {self.core.status.value}>"
@@ -215,6 +220,28 @@ class Source:
             )
         self._events.put_nowait(core.CancelAsked())
 
+    def can_be_yanked(self) -> bool:
+        """Whether there is something to cut: from the start until everything is let go of."""
+        return self._driving
+
+    def yank(self) -> None:
+        """Cut everything that may hang: link, workers, the guest's monitor. As if all of it had
+        broken: it fails, and the source goes on unless the destination was told to run; a postcopy
+        pauses. It may have failed before, and hang on its way to the end."""
+        _log.warning("yanked: nothing is waited for any more")
+        self._hurry()
+        asyncio.get_running_loop().call_later(_YANK_SECONDS, end_a_hung_server)
+        if self.core.status not in (Status.POSTCOPY_PAUSED, *FINAL):
+            self._failed(PeerLost("yanked: somebody had it cut, because it hung"), link=True)
+
+    def _hurry(self) -> None:
+        # in a postcopy the guest has left, and what is left of it here is asked for nothing
+        if not (self.core.run_said and self.core.leaving):
+            self.guest.yank()
+        for pool in self._pools():
+            if pool is not None:
+                pool.hurry()
+
     def start_postcopy(self) -> None:
         """migrate-start-postcopy: the guest starts there as soon as it can."""
         if self.parameters.postcopy == NEVER:
@@ -243,6 +270,13 @@ class Source:
 
     async def run(self) -> dict[str, Any]:
         """Migrate. Returns the report, raises the error; the report is then in its data."""
+        self._driving = True
+        try:
+            return await self._run()
+        finally:
+            self._driving = False
+
+    async def _run(self) -> dict[str, Any]:
         cancelled = False
         try:
             finish = await self._drive()
@@ -444,7 +478,7 @@ class Source:
         self.statistics.total_pages = sum(block.pages for block in blocks)
         self._table = PageTable([block.pages for block in blocks], context().Lock())
         self._counters = self.statistics.counters = Counters(p.workers, self.journal.lane)
-        self._bandwidth = Bandwidth(context(), p.max_bandwidth)
+        self._bandwidth = Bandwidth(p.max_bandwidth)
         if p.postcopy != NEVER:
             if not self.guest.can_stop:
                 raise UsageError(
@@ -825,8 +859,8 @@ class Source:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
         if self._socket is not None:
-            with contextlib.suppress(PageferryError, zmq.ZMQError):
-                await self._control.pause(error)
+            with contextlib.suppress(PageferryError, zmq.ZMQError, TimeoutError):
+                await asyncio.wait_for(self._control.pause(error), _LAST_WORD_SECONDS)
         await self._drop_connection()
         if self._table is not None:
             self.core.remaining = self._remaining()
@@ -942,8 +976,8 @@ class Source:
 
     async def _abort(self, finish: core.Finish) -> None:
         if finish.error is not None and self._socket is not None:
-            with contextlib.suppress(zmq.ZMQError):
-                await self._control.abort(finish.error)
+            with contextlib.suppress(zmq.ZMQError, TimeoutError):  # nobody may take it
+                await asyncio.wait_for(self._control.abort(finish.error), _LAST_WORD_SECONDS)
 
     async def _resume(self, finish: core.Finish) -> None:
         await self._call.idle()  # a stop that is under way would undo it
@@ -955,6 +989,10 @@ class Source:
             await self._call(self.guest.quit)
 
     async def _stop_workers(self, finish: core.Finish) -> None:
+        if finish.error is not None:
+            for pool in self._pools():
+                if pool is not None:
+                    pool.hurry()
         if self._crew is not None:
             await self._crew.pool.close()
         if self._background is not None:

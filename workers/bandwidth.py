@@ -11,13 +11,13 @@ others give up on the lock after a second and say so.
 
 from __future__ import annotations
 
-import multiprocessing.context
 import time
 from typing import Any
 
 import numpy as np
 
 from ..transport.errors import UsageError, WorkerDied
+from .forking import context
 from .segments import Segment
 
 # The clock may lag by this much: what a sender may send at once after a pause.
@@ -28,8 +28,8 @@ _LOCK_SECONDS = 1.0
 class Bandwidth:
     """A rate in bytes a second; 0 means no limit."""
 
-    def __init__(self, context: multiprocessing.context.BaseContext, rate: int) -> None:
-        self._lock: Any = context.Lock()
+    def __init__(self, rate: int) -> None:
+        self._lock: Any = context().Lock()
         if not 0 <= rate < 1 << 60:
             raise UsageError("max-bandwidth is out of range")
         self._segment = Segment(16, "bandwidth")

@@ -55,6 +55,8 @@ def _chunks_with_data(block: RamBlock, first: int, last: int) -> set[int]:
 
 
 def _chunk_digest(block: RamBlock, offset: int, view: memoryview) -> bytes:
+    if block.file.given_up:
+        raise SourceError(f"reading {block.file.name} was given up")
     at = 0
     while at < len(view):
         n = os.preadv(block.file.fd, [view[at:]], block.start + offset + at)

@@ -15,28 +15,37 @@ imports the rest, so that both import at the same time.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import secrets
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver, resource_tracker, synchronize
+from multiprocessing import forkserver, resource_tracker, synchronize, util
 from multiprocessing import process as process_module
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from ..transport.errors import HostLacks
+from ..transport.errors import HostLacks, WorkerDied
+from .leftovers import sweep
+from .names import FOLDER_VARIABLE, Folder, stem
 
 _PRELOAD = ["pageferry.workers.preload"]
 _main_lock = threading.Lock()
+_starting: list[float] = []  # since when (time.monotonic) a start is under way
+_HUNG_SECONDS = 0.9
+_folders: dict[int, str] = {}  # of a process that has, or had, a fork server: its folder
+_log = logging.getLogger("pageferry.workers")
 
 
 class _Lock(synchronize.Lock):
     """A lock whose name in /dev/shm goes whenever its owner is killed: the resource tracker knows
-    of it before it is there, not afterwards. (glibc makes it under another name first, for some
-    microseconds, and tells nobody which.)"""
+    of it before it is there, not afterwards, and the name says whose it is (names.py). (glibc
+    makes it under another name first, for some microseconds, and tells nobody which.)"""
 
     def __init__(self, *, ctx: Any) -> None:
         self._tracked = ""
@@ -48,7 +57,7 @@ class _Lock(synchronize.Lock):
             raise
 
     def _make_name(self) -> str:
-        self._tracked = synchronize.SemLock._make_name()  # type: ignore[attr-defined]
+        self._tracked = f"/{stem()}-{secrets.token_hex(4)}"
         resource_tracker.register(self._tracked, "semaphore")
         return self._tracked
 
@@ -83,28 +92,51 @@ def _hidden_main() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _numpy_with_one_thread() -> Iterator[None]:
-    """numpy's linear algebra is not used; its threads would be there at every fork."""
-    before = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+def _environment(**wanted: str) -> Iterator[None]:
+    """As what is started meanwhile finds it."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["OPENBLAS_NUM_THREADS"]
-        else:
-            os.environ["OPENBLAS_NUM_THREADS"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _own_folder() -> str:
+    """multiprocessing's folder, for the server's socket, is one of ours (names.py); "" if the
+    program had one before."""
+    config: Any = process_module.current_process()._config  # type: ignore[attr-defined]
+    if config.get("tempdir") is not None:
+        return ""
+    folder = Folder()
+    config["tempdir"] = folder.path
+    util.Finalize(None, folder.close, exitpriority=-100)
+    return folder.path
 
 
 def warm_up() -> None:
-    """Start the fork server, without waiting for it: it imports while we do. Any thread may."""
+    """Start the fork server, without waiting for it: it imports while we do. Any thread may. The
+    first time: then remove what killed processes have left."""
+    mine = os.getpid()
     try:
-        with _hidden_main(), _numpy_with_one_thread():  # both under the one lock
+        with _hidden_main():
+            first = mine not in _folders
+            if first:
+                _folders[mine] = _own_folder()
+                stem()
             context().set_forkserver_preload(_PRELOAD)
-            resource_tracker.ensure_running()
-            forkserver.ensure_running()
+            # numpy's linear algebra is not used; its threads would be there at every fork
+            with _environment(OPENBLAS_NUM_THREADS="1", **{FOLDER_VARIABLE: _folders[mine]}):
+                resource_tracker.ensure_running()
+                forkserver.ensure_running()
     except OSError as e:
         raise HostLacks(f"cannot start worker processes ({e}): is TMPDIR usable?") from e
+    if first and (removed := sweep()):
+        _log.info("removed %d leftovers of processes that were killed", len(removed))
 
 
 def let_the_server_end() -> None:
@@ -125,12 +157,28 @@ def start_process(target: Callable[..., object], args: tuple[Any, ...], name: st
     warm_up()
     process = context().Process(target=target, args=args, name=name, daemon=True)
     with _hidden_main():
-        process.start()
+        _starting.append(time.monotonic())
+        try:
+            process.start()
+        except EOFError as e:
+            raise WorkerDied("the process that starts our processes has ended") from e
+        finally:
+            _starting.clear()
         # Who starts a process asks all in here whether they have ended, in any thread, and the
         # exit code can be read once: whoever owns the process would find 255. It needs nobody to
         # end it when we exit, since the fork server does (`let_the_server_end`).
         process_module._children.discard(process)  # type: ignore[attr-defined]
     return process
+
+
+def end_a_hung_server() -> None:
+    """Kill the fork server, and with it all that it has started, if it has not started a process
+    for which somebody waits; nobody could end that wait. The next start makes another server."""
+    server: Any = forkserver._forkserver
+    since = next(iter(_starting), None)
+    if since is not None and time.monotonic() - since > _HUNG_SECONDS:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server._forkserver_pid, signal.SIGKILL)
 
 
 def cause_of_death(code: int | None) -> str:

@@ -26,6 +26,8 @@ from .usage import cpu_ns_of
 STALL_SECONDS = 4.0
 # A worker told to stop has this long before it is killed.
 STOP_SECONDS = 2.0
+# Where the migration has failed: an error is to be there within two seconds.
+HURRY_SECONDS = 0.5
 # From its own start on: those before it may have taken long, where the host is busy.
 START_SECONDS = 20.0
 _log = logging.getLogger("pageferry.workers")
@@ -96,6 +98,7 @@ class Pool:
         self._on_failure = on_failure
         self._reserve = reserve
         self._closing = False
+        self.hurried = False
         self.killed = False  # a worker did not end by itself, and may have held a lock
         # name, pid and last numbers of each worker, once closed
         self.costs: list[tuple[str, int | None, dict[str, int]]] = []
@@ -197,6 +200,10 @@ class Pool:
         for worker in self.workers:
             worker.say(job)
 
+    def hurry(self) -> None:
+        """It is over in failure: workers that do not stop soon are killed."""
+        self.hurried = True
+
     async def close(self) -> None:
         """Stop all workers, kill those that do not stop, reap or give back the others.
         Idempotent."""
@@ -212,7 +219,7 @@ class Pool:
                 loop.remove_reader(worker.pipe.fileno())
             loop.remove_reader(worker.process.sentinel)
             worker.say(jobs.Stop())
-        until = time.monotonic() + STOP_SECONDS
+        until = time.monotonic() + (HURRY_SECONDS if self.hurried else STOP_SECONDS)
         self.costs = []
         for worker in workers:
             left = max(0.0, until - time.monotonic())

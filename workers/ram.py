@@ -37,6 +37,9 @@ class RamFile:
         self._map: mmap.mmap | None = None
         self._writable: mmap.mmap | None = None
 
+    # In this process: nobody waits any more for what is read of it all (digest.py).
+    given_up = False
+
     def __repr__(self) -> str:
         return f"<RamFile {self.name} fd={self.fd}>"
 

@@ -1,7 +1,7 @@
 """Shared-memory segments between one coordinator and its workers.
 
-One owner creates and unlinks; the others attach. Names are unguessable and begin with the
-owner's process, mode 0600 (the stdlib's default). Workers share the owner's resource
+One owner creates and unlinks; the others attach. Names are unguessable and say whose they are
+(names.py), mode 0600 (the stdlib's default). Workers share the owner's resource
 tracker (multiprocessing starts them), so a segment goes even if the owner is killed; before
 Python 3.13 an attach registers once more, which in one tracker changes nothing
 (python/cpython issue 82300).
@@ -10,7 +10,6 @@ Python 3.13 an attach registers once more, which in one tracker changes nothing
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
@@ -19,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..transport.errors import HostLacks
-
-PREFIX = "pageferry-"
+from .names import shared_name
 
 
 def attach(name: str) -> SharedMemory:
@@ -38,7 +36,7 @@ class Segment:
         SIGBUS at some store."""
         self.size = size
         self._owner = True
-        name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}-{what}"
+        name = shared_name(what)
         # before there is one: whoever is killed in between has left nothing
         resource_tracker.register(f"/{name}", "shared_memory")
         try:

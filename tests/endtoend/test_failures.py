@@ -191,6 +191,23 @@ def test_a_killed_worker(victim):
 
 
 @pytest.mark.parametrize("end", ["source", "destination"])
+def test_a_killed_fork_server(end):
+    """All that it has started dies with it, the guest too."""
+    with (
+        receiver("--into", "demo:", "--once") as there,
+        Running("send", "demo:?size=64M", there.endpoint, "--max-bandwidth", "1MB") as sending,
+    ):
+        sending.error_line("round 1")
+        process = (sending if end == "source" else there).process
+        _children(process, "pf-")[0].parent().kill()
+        code, _, err = sending.finish()
+        assert code in (3, 4, 9), err
+        assert "gone" in err or "exited" in err or "was killed" in err
+        there.finish()
+    sweep(process.pid)
+
+
+@pytest.mark.parametrize("end", ["source", "destination"])
 def test_a_killed_guest(end):
     """kill -9 of the guest itself: known at once, not when it is asked for something."""
     with (

@@ -9,8 +9,11 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+from pageferry.workers import leftovers
 
 PAGE = 4096
 GIVE_UP = 60.0
@@ -130,10 +133,14 @@ def blocks_on_disk(path: Path | str) -> int:
 
 
 def sweep(pid: int) -> None:
-    """Remove the shared memory of a pageferry that was killed with all its helpers."""
-    for name in os.listdir("/dev/shm"):
-        if name.startswith(f"pageferry-{pid}-"):
-            os.unlink(f"/dev/shm/{name}")
+    """Remove what a pageferry has left that was killed with all its helpers."""
+
+    def swept() -> bool:
+        leftovers.sweep()
+        names = (*os.listdir("/dev/shm"), *os.listdir(tempfile.gettempdir()))
+        return not any(f"pageferry-{pid}-" in name for name in names)
+
+    until(swept, f"what {pid} has left is removed")
 
 
 async def until_async(condition, what: str, limit: float = GIVE_UP) -> None:

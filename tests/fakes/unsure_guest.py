@@ -1,5 +1,7 @@
 """Destination guests that misbehave at the worst moment."""
 
+import os
+import signal
 import threading
 
 from pageferry.transport.errors import DestinationError
@@ -33,3 +35,11 @@ class BreaksTheState(DemoDestination):
 
     def load_state(self, kind, state, running):
         super().load_state(kind, state[:-3], running)
+
+
+class HangsAtTheStart(DemoDestination):
+    """Its process stands still when it is to run."""
+
+    def run(self):
+        os.kill(self._guest.process.pid, signal.SIGSTOP)
+        return super().run()

@@ -66,7 +66,7 @@ class Migration:
         await self.receivers.start(receiver.main, [job])
         await asyncio.wait_for(hear.get(), 20)
         self.table = PageTable([PAGES], context().Lock())
-        self.bandwidth = Bandwidth(context(), 0)
+        self.bandwidth = Bandwidth(0)
         self.senders, self.heard, self.sent = self._pool("sender")
         job = sender.SenderJob(
             [self.here], self.table, self.sent, self.bandwidth, None, self.codec, None, 16

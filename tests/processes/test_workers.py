@@ -235,7 +235,7 @@ async def _with_sender(tmp_path, body, codec="none"):
     # no zero pages: those would travel first, in a frame of their own
     block = _block(tmp_path / "memory", random.Random(4).randbytes(PAGES * PAGE))
     counters, table = Counters(1), PageTable([PAGES])
-    bandwidth = Bandwidth(context(), 0)
+    bandwidth = Bandwidth(0)
     coordinator = Coordinator(counters)
     zmq_context = zmq.Context()
     try:
@@ -338,7 +338,7 @@ def test_an_answer_to_what_was_never_sent_ends_it(tmp_path):
 
 def test_bandwidth_is_exact():
     """The virtual clock moves by size over rate: whoever books, the sum is exact."""
-    bandwidth = Bandwidth(context(), 1_000_000)
+    bandwidth = Bandwidth(1_000_000)
     try:
         bandwidth.reserve(60_000_000)  # a minute ahead: what follows is a backlog
         clock = bandwidth._segment.array(np.int64, 1, 8)

@@ -37,6 +37,12 @@ class Guest:
     def cancel(self):
         self.cancelled += 1
 
+    def can_be_yanked(self):
+        return not self.frozen
+
+    def yank(self):
+        self._ask("yank")
+
     def start_postcopy(self):
         self._ask("start-postcopy")
 
@@ -102,10 +108,11 @@ def test_every_command_that_is_listed_is_there():
     assert listed == {
         "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
         "migrate-set-parameters", "migrate_cancel", "query-version", "migrate-start-postcopy",
-        "migrate-pause", "migrate-recover",
+        "migrate-pause", "migrate-recover", "yank", "query-yank",
     }  # fmt: skip
     for command in listed:
-        assert "return" in say(talk, execute=command)
+        arguments = {"instances": []} if command == "yank" else {}
+        assert "return" in say(talk, execute=command, arguments=arguments)
     for command in ("migrate", "quit", "", "QUERY-MIGRATE"):
         answer = say(talk, execute=command)
         assert error_class(answer) == "CommandNotFound"
@@ -313,3 +320,43 @@ def test_a_command_that_does_not_end():
         assert splitter.feed(b'{"a": "' + b"x" * 9999) == []
     with pytest.raises(ValueError, match="does not end"):
         splitter.feed(b"x" * 9999)
+
+
+MIGRATION = {"type": "migration"}
+
+
+def test_yank_cuts_what_is_there():
+    talk = conversation()
+    assert say(talk, execute="query-yank") == {"return": [MIGRATION]}
+    assert say(talk, execute="yank", arguments={"instances": [MIGRATION]}) == {"return": {}}
+    assert say(talk, execute="yank", arguments={"instances": []}) == {"return": {}}
+    assert talk._migration.asked == [("yank",)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ({"instances": [MIGRATION, {"type": "chardev", "id": "c"}]}, "DeviceNotFound"),
+        ({"instances": [{"type": "block-node", "node-name": "n"}]}, "DeviceNotFound"),
+        ({"instances": [{"type": "postcopy"}]}, "GenericError"),
+        ({"instances": [{}]}, "GenericError"),
+        ({"instances": ["migration"]}, "GenericError"),
+        ({"instances": [{"type": ["migration"]}]}, "GenericError"),
+        ({"instances": MIGRATION}, "GenericError"),
+        ({}, "GenericError"),
+        ({"instances": [], "more": 1}, "GenericError"),
+    ],
+)
+def test_yank_cuts_all_or_nothing(arguments, kind):
+    """As QEMU's does: the instances are looked for before any is yanked."""
+    talk = conversation()
+    assert error_class(say(talk, execute="yank", arguments=arguments)) == kind
+    assert talk._migration.asked == []
+
+
+def test_nothing_to_yank():
+    talk = conversation()
+    talk._migration.frozen = True
+    assert say(talk, execute="query-yank") == {"return": []}
+    answer = say(talk, execute="yank", arguments={"instances": [MIGRATION]})
+    assert error_class(answer) == "DeviceNotFound"

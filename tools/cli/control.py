@@ -1,5 +1,5 @@
-"""`pageferry status | set | cancel | start-postcopy | pause | recover MONITOR`: talks QMP to a
-running migration."""
+"""`pageferry status | set | cancel | yank | start-postcopy | pause | recover MONITOR`: talks QMP
+to a running migration."""
 
 from __future__ import annotations
 
@@ -91,6 +91,16 @@ def start_postcopy_command(monitor: str) -> None:
 def pause_command(monitor: str) -> None:
     """Drop the connection of the postcopy at MONITOR; `recover` takes it up again."""
     asyncio.run(_ask(monitor, "migrate-pause"))
+
+
+@click.command("yank")
+@click.argument("monitor")
+def yank_command(monitor: str) -> None:
+    """Cut the migration at MONITOR that hangs: within 2 s it has failed, whatever it waits for.
+
+    Its source goes on, unless the guest was told to run at the destination; a postcopy pauses.
+    """
+    asyncio.run(_ask(monitor, "yank", {"instances": [{"type": "migration"}]}))
 
 
 @click.command("recover")

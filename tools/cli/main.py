@@ -29,11 +29,13 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "status": ("control", False, "Show a running migration."),
     "set": ("control", False, "Change a running migration's parameters."),
     "cancel": ("control", False, "Cancel a running migration."),
+    "yank": ("control", False, "Cut a running migration that hangs."),
     "start-postcopy": ("control", False, "Start the guest at its destination now."),
     "pause": ("control", False, "Drop the connection of a postcopy, to recover it later."),
     "recover": ("control", False, "Connect a paused postcopy again."),
     "serve": ("serve", True, "Serve a snapshot's memory to those who restore it."),
     "restore": ("restore", True, "Serve a monitor's page faults from a snapshot."),
+    "clean": ("clean", False, "Remove what killed runs have left."),
     "check": ("check", False, "Show what this host can do."),
 }
 

@@ -8,6 +8,7 @@ block for a while: coordinators call them off their event loop.
 from __future__ import annotations
 
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,6 +74,27 @@ class ArmedMemory:
 
 def _attach_memory(dup: Any, regions: list[Region]) -> ArmedMemory:
     return ArmedMemory(dup.detach(), regions)
+
+
+class Patience:
+    """How long a call on a guest may still wait for it. Calls are made in threads, which nobody can
+    end; so whoever waits in one looks every LOOK_SECONDS whether somebody is in a `hurry`."""
+
+    LOOK_SECONDS = 0.05
+    # What a guest that answers needs, also in a hurry.
+    LEAST_SECONDS = 0.5
+
+    def __init__(self) -> None:
+        self.hurried = False
+
+    def over(self, began: float, seconds: float) -> bool:
+        """Whether a wait of `seconds` since `began` (time.monotonic) is over."""
+        return time.monotonic() - began > (
+            min(seconds, self.LEAST_SECONDS) if self.hurried else seconds
+        )
+
+    def hurry(self) -> None:
+        self.hurried = True
 
 
 class SourceGuest(ABC):
@@ -142,6 +164,12 @@ class SourceGuest(ABC):
         """Raise SourceError if somebody lets it go on, or has: its memory is still being sent. It
         may have ended. Quick."""
 
+    def yank(self) -> None:
+        """A guest that does not answer is not waited for any more: calls that are under way in
+        other threads, and all that follow, end soon. `resume` is still to be tried."""
+        for block in self.blocks:
+            block.file.given_up = True
+
     def quit(self) -> None:
         """It has moved for good: end what is left of it here. Only if `can_quit`."""
 
@@ -204,6 +232,12 @@ class DestinationGuest(ABC):
 
     def hurry(self) -> None:
         """It will not arrive: a call that is under way in another thread is to end soon."""
+
+    def yank(self) -> None:
+        """As `hurry`, and it is not waited for in what follows either."""
+        for block in getattr(self, "blocks", ()):
+            block.file.given_up = True
+        self.hurry()
 
     @abstractmethod
     def discard(self) -> None:

@@ -40,6 +40,7 @@ from .base import (
     TRACKING_PAGEMAP,
     ArmedMemory,
     DestinationGuest,
+    Patience,
     Region,
     SourceGuest,
 )
@@ -112,6 +113,7 @@ class GuestProcess:
         arriving: bool = False,
     ) -> None:
         self._segment: Segment | None = None
+        self.patience = Patience()
         self.page_size = page_size
         self.file = self._make_memory(size)
         self._ours, theirs = multiprocessing.Pipe()
@@ -144,8 +146,10 @@ class GuestProcess:
         """One command, one answer; SourceError if the guest is gone."""
         try:
             self._ours.send_bytes(msgspec.msgpack.encode(Command(what, registers)))
-            if not self._ours.poll(_ANSWER_SECONDS):
-                raise SourceError("the demo guest does not answer")
+            began = time.monotonic()
+            while not self._ours.poll(Patience.LOOK_SECONDS):
+                if self.patience.over(began, _ANSWER_SECONDS):
+                    raise SourceError("the demo guest does not answer")
             return msgspec.msgpack.decode(self._ours.recv_bytes(), type=Answer)
         except (EOFError, OSError) as e:
             raise SourceError("the demo guest is gone") from e
@@ -160,7 +164,7 @@ class GuestProcess:
         with contextlib.suppress(OSError):
             self._ours.send_bytes(msgspec.msgpack.encode(Command("quit")))
         self._ours.close()
-        self.process.join(1.0)
+        self.process.join(Patience.LEAST_SECONDS if self.patience.hurried else 1.0)
         if self.process.is_alive():
             os.kill(self.process.pid or 0, signal.SIGKILL)
             self.process.join()
@@ -217,7 +221,7 @@ class DemoSource(SourceGuest):
         try:
             self._guest = GuestProcess(size, page_size, registers, handover.path)
             try:
-                mappings, descriptors = handover.accept()
+                mappings, descriptors = handover.accept(self._guest.has_ended)
                 self._attach(mappings[0].base_host_virt_addr, descriptors)
             except BaseException:
                 self._guest.close()
@@ -267,6 +271,9 @@ class DemoSource(SourceGuest):
         if self._guest.has_ended():
             raise SourceError("the demo guest is gone")
 
+    def yank(self) -> None:
+        self._guest.patience.hurry()
+
     def verdict(self) -> Verdict:
         """Stop and ask the oracle: for tests that leave the guest here."""
         self.stop()
@@ -294,6 +301,7 @@ class DemoDestination(DestinationGuest):
 
     def __init__(self, uri: GuestUri) -> None:
         self._guest: GuestProcess | None = None
+        self._hurried = False
 
     def lay_out(self, hello: Hello) -> None:
         if hello.kind != "demo" or len(hello.blocks) != 1:
@@ -321,12 +329,16 @@ class DemoDestination(DestinationGuest):
             self._guest = GuestProcess(
                 spec.size, spec.page_size, _BLANK, handover.path, arriving=True
             )
-            mappings, descriptors = handover.accept()
+            mappings, descriptors = handover.accept(self._is_over)
         if not descriptors:
             raise PeerRefused(self._guest.ask("arming").unarmed, field=POSTCOPY)
         base = mappings[0].base_host_virt_addr
         region = Region(0, 0, spec.size // PAGE_SIZE, base, spec.page_size)
         self.memory = ArmedMemory(descriptors[0], [region])
+
+    def _is_over(self) -> bool:
+        assert self._guest is not None
+        return self._hurried or self._guest.has_ended()
 
     def load_state(self, kind: str, state: bytes, running: bool) -> None:
         assert self._guest is not None
@@ -356,6 +368,15 @@ class DemoDestination(DestinationGuest):
         if latency is not None:
             found["guest-latency"] = msgspec.to_builtins(latency)
         return found
+
+    def started(self) -> None:
+        if self._guest is not None:
+            self._guest.patience.hurried = False  # it has run after all
+
+    def yank(self) -> None:
+        self._hurried = True
+        if self._guest is not None:
+            self._guest.patience.hurry()
 
     def discard(self) -> None:
         self.close()

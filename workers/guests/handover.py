@@ -11,17 +11,21 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import tempfile
+import time
+from collections.abc import Callable
 
 import msgspec
 
 from ...transport.errors import DestinationError, HostLacks, SourceError, UsageError
 from ...transport.links import clear_dead_socket
+from ..names import Folder
 
 _MAX_MESSAGE = 1 << 20
 _MAX_DESCRIPTORS = 2
 _MAX_PATH = 100
 HANDOVER_SECONDS = 20.0
+_LOOK_SECONDS = 0.1
+_TRANSFER_SECONDS = 5.0
 
 
 class Mapping(msgspec.Struct, frozen=True):
@@ -143,8 +147,8 @@ class HandoverSocket:
     """Coordinator: where one guest hands over. The path is private and short-lived."""
 
     def __init__(self) -> None:
-        self._directory = tempfile.mkdtemp(prefix=f"pageferry-{os.getpid()}-")
-        self.path = os.path.join(self._directory, "uffd.sock")
+        self._folder = Folder()
+        self.path = os.path.join(self._folder.path, "uffd.sock")
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.bind(self.path)
@@ -152,17 +156,29 @@ class HandoverSocket:
             self.close()
             raise HostLacks(f"cannot open a socket at {self.path}: set TMPDIR ({e})") from e
         self._socket.listen(1)
-        self._socket.settimeout(HANDOVER_SECONDS)
+        self._socket.settimeout(_LOOK_SECONDS)
 
-    def accept(self) -> tuple[list[Mapping], list[int]]:
-        """Mappings and descriptors of the guest that connects. The caller owns the latter."""
-        try:
-            connection, _ = self._socket.accept()
-        except TimeoutError as e:
-            raise SourceError("the guest did not hand over its memory") from e
+    def accept(
+        self, is_gone: Callable[[], bool] = lambda: False
+    ) -> tuple[list[Mapping], list[int]]:
+        """Mappings and descriptors of the guest that connects. The caller owns the latter.
+        `is_gone`: nobody will come any more."""
+        until = time.monotonic() + HANDOVER_SECONDS
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+                break
+            except TimeoutError as e:
+                if is_gone() or time.monotonic() > until:
+                    raise SourceError("the guest did not hand over its memory") from e
         with connection:
-            connection.settimeout(HANDOVER_SECONDS)
-            data, descriptors, _, _ = socket.recv_fds(connection, _MAX_MESSAGE, _MAX_DESCRIPTORS)
+            connection.settimeout(_TRANSFER_SECONDS)  # it connects and sends in one breath
+            try:
+                data, descriptors, _, _ = socket.recv_fds(
+                    connection, _MAX_MESSAGE, _MAX_DESCRIPTORS
+                )
+            except TimeoutError as e:
+                raise SourceError("the guest did not hand over its memory") from e
         try:
             return msgspec.json.decode(data, type=list[Mapping]), list(descriptors)
         except msgspec.DecodeError as e:
@@ -173,7 +189,4 @@ class HandoverSocket:
     def close(self) -> None:
         """Idempotent."""
         self._socket.close()
-        if os.path.exists(self.path):
-            os.unlink(self.path)
-        if os.path.isdir(self._directory):
-            os.rmdir(self._directory)
+        self._folder.close()

@@ -40,6 +40,7 @@ from .base import (
     TRACKING_PAGEMAP,
     ArmedMemory,
     DestinationGuest,
+    Patience,
     Region,
     SourceGuest,
 )
@@ -63,6 +64,7 @@ _MAX_STATE = MAX_MESSAGE // 2
 _STATE_SECONDS = 60.0
 # A QEMU that must not run any more may take so long to end.
 _QUIT_SECONDS = 5.0
+_STOP_AGAIN_SECONDS = 0.5
 _ACTIVE = ("setup", "active", "pre-switchover", "device", "wait-unplug", "cancelling")
 _POLL_SECONDS = 0.001
 # The source gives up waiting for word of the guest's start after 30 s: then this is decided.
@@ -168,7 +170,8 @@ class QemuSource(SourceGuest):
 
     def __init__(self, uri: GuestUri) -> None:
         how = uri.choice("tracking", (TRACKING_PAGEMAP, TRACKING_HASH))
-        self._monitor = Monitor(uri.rest)
+        self._patience = Patience()
+        self._monitor = Monitor(uri.rest, self._patience)
         self._found: list[Backend] = []
         self._tracker: VmTracker | None = None
         self._facts: dict[str, Any] = {}
@@ -327,7 +330,7 @@ class QemuSource(SourceGuest):
         self._monitor("migrate", uri=_StatePipe.URI)
         fd = self._pipe.take()
         try:
-            state = _read_all(fd)
+            state = _read_all(fd, self._patience)
         finally:
             os.close(fd)
         found = self._wait_for(lambda found: found.get("status") not in _ACTIVE)
@@ -344,6 +347,9 @@ class QemuSource(SourceGuest):
         if self._stopped and self._monitor.take_resumes():
             raise SourceError("somebody let the VM go on while it was being moved: start again")
 
+    def yank(self) -> None:
+        self._patience.hurry()
+
     def quit(self) -> None:
         self._monitor("quit", within=_QUIT_SECONDS)
         if not self._monitor.has_ended(_QUIT_SECONDS):
@@ -353,8 +359,8 @@ class QemuSource(SourceGuest):
     def check_stopped(self) -> None:
         if not self._monitor.has_ended() and self._monitor.take_resumes():
             self._torn = True
-            with contextlib.suppress(SourceError):
-                self._monitor("stop")
+            with contextlib.suppress(SourceError):  # in the event loop: others wait for it
+                self._monitor("stop", within=_STOP_AGAIN_SECONDS)
         if self._torn:  # for good: a recovery does not mend it
             raise SourceError(
                 "somebody let the VM go on here while its memory was still being sent: what came "
@@ -380,14 +386,18 @@ class QemuSource(SourceGuest):
         self._monitor.close()
 
 
-def _read_all(fd: int) -> bytes:
+def _read_all(fd: int, patience: Patience) -> bytes:
     """The other end's all; SourceError if it hangs."""
     parts, size = [], 0
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     while True:
-        if not poll.poll(_STATE_SECONDS * 1000):
-            raise SourceError(f"QEMU sent nothing of its devices for {_STATE_SECONDS:g} s")
+        began = time.monotonic()
+        while not poll.poll(Patience.LOOK_SECONDS * 1000):
+            if patience.over(began, _STATE_SECONDS):
+                raise SourceError(
+                    f"QEMU sent nothing of its devices for {time.monotonic() - began:.1f} s"
+                )
         if not (part := os.read(fd, 1 << 20)):
             break
         parts.append(part)
@@ -408,6 +418,7 @@ class QemuDestination(DestinationGuest):
     def __init__(self, uri: GuestUri) -> None:
         self._path = uri.rest
         self._monitor: Monitor | None = None
+        self._patience = Patience()
         self._found: list[Backend] = []
         self._loading = False
         self._told = False  # to run, and it did not say no
@@ -420,7 +431,7 @@ class QemuDestination(DestinationGuest):
         if hello.kind != "qemu":
             raise PeerRefused(f"a {hello.kind}: guest cannot go on as a qemu: guest", field="kind")
         try:
-            self._monitor = Monitor(self._path)
+            self._monitor = Monitor(self._path, self._patience)
             self._check()
             check_devices(self._monitor)
             self._found = backends(self._monitor)
@@ -609,6 +620,12 @@ class QemuDestination(DestinationGuest):
             there, self._planted = self._planted, -1
             with contextlib.suppress(AttachError, HostLacks, OSError):
                 remote.uproot(self._monitor.pid, there)
+
+    def yank(self) -> None:
+        if self._told and self.memory is not None and self.memory.armed:
+            return  # that it goes on is waited for shortly, and it may sleep on a page for long
+        self._patience.hurry()
+        self.hurry()
 
     def hurry(self) -> None:
         if self._monitor is not None and self._loading:

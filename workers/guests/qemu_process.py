@@ -13,13 +13,12 @@ import contextlib
 import os
 import re
 import shlex
-import shutil
 import signal
-import tempfile
 import time
 
 from ...transport.errors import DestinationError, PeerRefused, UsageError
 from ...transport.messages import Block, Hello
+from ..names import Folder
 from .qemu import QemuDestination
 from .qmp import somebody_listens
 from .uri import GuestUri
@@ -30,6 +29,7 @@ _POLL_SECONDS = 0.005
 _END_SECONDS = 1.0
 # QEMU's descriptors of its memory, far above its own.
 _FIRST_FD = 500
+_FOLDER_FD = _FIRST_FD - 1
 # Commas and more would be further options.
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _SAID = 2000
@@ -44,8 +44,8 @@ class QemuProcess:
         _reap()
         self._words = _words(command)
         self._check(blocks)
-        self._folder = tempfile.mkdtemp(prefix=f"pageferry-{os.getpid()}-")
-        self.monitor = os.path.join(self._folder, "qmp")
+        self._folder = Folder()
+        self.monitor = os.path.join(self._folder.path, "qmp")
         self._log = os.memfd_create("qemu-log")
         self._memory: list[int] = []
         self.pid = 0
@@ -73,6 +73,8 @@ class QemuProcess:
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
             (os.POSIX_SPAWN_DUP2, self._log, 2),
+            # its monitor is in there: nobody takes the folder for a leftover while it lives
+            (os.POSIX_SPAWN_DUP2, self._folder.fd, _FOLDER_FD),
         ]
         for number, (block, fd) in enumerate(zip(blocks, self._memory, strict=True), _FIRST_FD):
             if fd >= 0:
@@ -119,7 +121,7 @@ class QemuProcess:
             if fd >= 0:
                 os.close(fd)
         self._memory, self._log = [], -1
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.close()
 
     def end(self) -> None:
         """End it, by force: nobody needs it. Idempotent."""

@@ -14,6 +14,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import CancelledError, Future, wait
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from ...transport.errors import SourceError
+from .base import Patience
 
 _CONNECT_SECONDS = 5.0
 # A monitor answers when its main loop comes round; a VM that is being stopped flushes its disks.
@@ -35,8 +37,9 @@ class Monitor:
     later, if QEMU has gone.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, patience: Patience | None = None) -> None:
         self.path = path
+        self.patience = patience if patience is not None else Patience()
         # its own log lines say what our errors say
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
         sock = _connect(path)
@@ -73,7 +76,13 @@ class Monitor:
         async def within() -> T:
             return await asyncio.wait_for(coroutine, seconds)
 
-        return asyncio.run_coroutine_threadsafe(within(), self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(within(), self._loop)
+        began = time.monotonic()
+        while not wait([future], Patience.LOOK_SECONDS).done:
+            if self.patience.over(began, seconds):
+                future.cancel()
+                raise TimeoutError
+        return future.result()
 
     def __call__(self, command: str, within: float = _ANSWER_SECONDS, **arguments: Any) -> Any:
         """Execute a command, answered `within` seconds; `_` in names of arguments is written `-`.

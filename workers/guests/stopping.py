@@ -16,6 +16,8 @@ import time
 
 from ...transport.errors import SourceError, UsageError
 from ..kernel.freezer import Freezer, freezer_of, is_frozen
+from ..leftovers import STOPPED, stopped_note
+from ..names import SHARED_MEMORY, shared_name
 
 _STOP_SECONDS = 2.0
 _POLL_SECONDS = 0.0005
@@ -36,6 +38,7 @@ class WriterProcess:
         self._still = False  # from stop() to resume()
         self._freezer: Freezer | None = None
         self._signalled = False
+        self._note = ""  # for whoever comes when we were killed
 
     def __repr__(self) -> str:
         return f"<WriterProcess {self.pid}>"
@@ -61,6 +64,7 @@ class WriterProcess:
         if freezer is None:
             return False
         self._freezer = freezer  # first: whatever comes, resume thaws
+        self._write_note(str(freezer.folder))
         try:
             freezer.freeze(_STOP_SECONDS)
         except TimeoutError as e:
@@ -78,12 +82,27 @@ class WriterProcess:
 
     def _send_stop(self) -> None:
         self._signalled = True
+        self._write_note("")
         self._signal(signal.SIGSTOP)
         until = time.monotonic() + _STOP_SECONDS
         while not self._all_stopped():
             if time.monotonic() > until:
                 raise SourceError(f"process {self.pid} does not stop")
             time.sleep(_POLL_SECONDS)
+
+    def _write_note(self, folder: str) -> None:
+        """Say that it is us who stop it: `pageferry clean` shows it, if we cannot any more."""
+        self._drop_note()
+        path = f"{SHARED_MEMORY}/{shared_name(STOPPED)}"
+        with contextlib.suppress(OSError), open(path, "x") as note:  # no reason not to move it
+            self._note = path
+            note.write(stopped_note(self.pid, folder))
+
+    def _drop_note(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._note:
+                os.unlink(self._note)
+        self._note = ""
 
     def _signal(self, number: int) -> None:
         try:
@@ -124,6 +143,7 @@ class WriterProcess:
         if self._signalled:
             self._signalled = False
             self._signal(signal.SIGCONT)
+        self._drop_note()
 
     def check(self) -> None:
         """SourceError if somebody let it go on after `stop`: it would run twice, and what it has
@@ -155,6 +175,7 @@ class WriterProcess:
 
     def close(self) -> None:
         """Leave it as it is. Idempotent; of use no more."""
+        self._drop_note()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

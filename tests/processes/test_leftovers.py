@@ -1,0 +1,292 @@
+"""What killed processes left goes, what a live one has stays: real processes, killed all at
+once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers import Running, pageferry, until
+
+from pageferry.workers import leftovers, names
+from pageferry.workers.guests.files import PartialFile
+from pageferry.workers.guests.stopping import WriterProcess
+from pageferry.workers.leftovers import clean, sweep
+
+OWNER = """
+import json, sys
+from pageferry.workers.forking import context, warm_up
+from pageferry.workers.names import Folder, stem
+from pageferry.workers.segments import Segment
+warm_up()
+lock, folder, segment = context().Lock(), Folder(), Segment(8192, "test")
+open(f"{folder.path}/uffd.sock", "w").close()
+print(json.dumps({"stem": stem(), "folder": folder.path, "segment": segment.name}), flush=True)
+sys.stdin.read()
+folder.close()
+segment.close()
+"""
+
+
+class Owner:
+    """A process that has one of each."""
+
+    def __init__(self, *within):
+        self.process = subprocess.Popen(
+            [*within, sys.executable, "-c", OWNER],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.told = json.loads(self.process.stdout.readline())
+
+    def names(self):
+        """All that is there of it."""
+        shared = {
+            f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if self.told["stem"] in name
+        }
+        return shared | ({self.told["folder"]} if os.path.exists(self.told["folder"]) else set())
+
+    def kill_all(self):
+        """At once: stopped first, so that none sees another die."""
+        kill_family(self.process.pid)
+        self.close()
+
+    def close(self):
+        self.process.communicate()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *rest):
+        if self.process.poll() is None:
+            self.process.communicate()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def kill_family(pid):
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for process in family:
+        process.suspend()
+    for process in family:
+        process.kill()
+    until(lambda: not any(alive(process.pid) for process in family), "all are gone")
+
+
+def alive(pid):
+    return leftovers.began_at(pid) != "" and psutil.Process(pid).status() != "zombie"
+
+
+def removed(found):
+    return {leftover.path for leftover in found if leftover.removed}
+
+
+def test_a_live_owner_s_names_stay_and_a_dead_one_s_go():
+    with Owner() as live, Owner() as dead:
+        left = dead.names()
+        assert {Path(name).name.partition("-")[0] for name in left} == {
+            "pageferry",
+            "sem.pageferry",
+        }
+        assert len(left) == 4  # marker, segment, semaphore, folder
+        dead.kill_all()
+        had = live.names()
+        assert left <= removed(clean([], partial=False, dry_run=True))
+        assert dead.names() == left
+        assert left <= removed(sweep())
+        assert dead.names() == set()
+        assert live.names() == had
+        live.close()
+        assert live.names() == set()
+
+
+def test_a_coordinator_that_is_killed_alone_leaves_nothing():
+    """Its helpers see it, and clean up."""
+    with Owner() as owner:
+        folders = [name for name in os.listdir("/tmp") if f"-{owner.process.pid}-" in name]
+        assert len(folders) == 2  # its own, and the one of its fork server's socket
+        owner.process.kill()
+        owner.close()
+        kept = {owner.told["folder"]}
+        until(lambda: owner.names() == kept, "its shared memory has gone")
+        served = {f"/tmp/{name}" for name in folders} - kept
+        until(lambda: not any(map(os.path.exists, served)), "and the folder")
+        assert kept <= removed(sweep())
+
+
+def test_one_that_ends_by_itself_leaves_nothing():
+    with Owner() as owner:
+        owner.close()
+        assert owner.names() == set()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a pid namespace of its own needs root")
+def test_a_live_owner_in_another_pid_namespace():
+    """Its pid is nobody's here, or another's."""
+    with Owner("unshare", "--pid", "--fork", "--mount-proc", "--kill-child") as owner:
+        had = owner.names()
+        assert len(had) == 4
+        sweep()
+        assert owner.names() == had
+        owner.close()
+
+
+def test_a_number_that_is_used_again():
+    """The pid in a dead one's name is ours now: that says nothing."""
+    path = f"/dev/shm/pageferry-{os.getpid()}-{'0123456789abcdef'}-0-counters"
+    Path(path).write_bytes(bytes(100))
+    assert path in removed(sweep())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pageferry-{pid}-0123456789abcdef-counters",  # as they were once: nobody has a lock for it
+        "pageferry-12345678-1234-1234-1234-123456789abc",  # memory that was received
+        "pageferry-bench-0123456789abcdef-0-x",
+        "pageferry-{pid}-0123456789abcdefx-0-counters",  # of a host without locks
+    ],
+)
+def test_names_that_say_nothing_of_an_owner_stay(name):
+    path = Path(f"/dev/shm/{name.format(pid=1 << 22)}")
+    path.touch()
+    try:
+        assert str(path) not in removed(sweep())
+        assert path.exists()
+    finally:
+        path.unlink()
+
+
+def test_another_user_s_stay():
+    path = Path("/dev/shm/pageferry-1-0123456789abcdef-0-counters")
+    if os.geteuid() != 0:
+        pytest.skip("making a file of another user needs root")
+    path.touch()
+    os.chown(path, 65534, 65534)
+    try:
+        assert str(path) not in removed(sweep())
+        assert path.exists()
+    finally:
+        path.unlink()
+
+
+def test_a_name_that_is_just_being_made():
+    """Whoever sweeps all the time never meets one without its lock."""
+    over, errors = threading.Event(), []
+
+    def sweeping():
+        while not over.is_set():
+            errors.extend(f.path for f in sweep())
+
+    thread = threading.Thread(target=sweeping)
+    thread.start()
+    try:
+        for _ in range(200):
+            marker, folder = names.Marker(), names.Folder()
+            Path(f"/dev/shm/{marker.stem}-0-x").touch()
+            assert os.path.exists(f"/dev/shm/{marker.stem}")
+            os.unlink(f"/dev/shm/{marker.stem}-0-x")
+            assert os.path.isdir(folder.path)
+            marker.close()
+            folder.close()
+    finally:
+        over.set()
+        thread.join()
+    assert errors == []
+
+
+def test_what_arrived_of_an_image(tmp_path):
+    """Shown; removed only if that is asked for, and nobody receives it."""
+    held = PartialFile(str(tmp_path / "held.mem"), 4096)
+    (tmp_path / ".old.mem.pageferry-part").write_bytes(bytes(8192))
+    (tmp_path / "whole.mem").write_bytes(b"1")
+    young, old = tmp_path / ".a.01234567.pageferry", tmp_path / ".b.01234567.pageferry"
+    young.touch()
+    old.touch()
+    os.utime(old, (time.time() - 7200, time.time() - 7200))
+    try:
+        found = {f.path: f for f in clean([str(tmp_path)], partial=False, dry_run=False)}
+        assert "--partial" in found[str(tmp_path / ".old.mem.pageferry-part")].why
+        assert found[str(tmp_path / ".old.mem.pageferry-part")].size == 8192
+        assert "being received" in found[str(tmp_path / ".held.mem.pageferry-part")].why
+        assert removed(found.values()) & set(map(str, tmp_path.iterdir())) == set()
+        assert not old.exists() and young.exists()
+        gone = clean([str(tmp_path)], partial=True, dry_run=False)
+        assert str(tmp_path / ".old.mem.pageferry-part") in removed(gone)
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {".held.mem.pageferry-part", "whole.mem", young.name}
+    finally:
+        held.discard()
+
+
+STOPPER = """
+import sys
+from pageferry.workers.guests.stopping import WriterProcess
+writer = WriterProcess(int(sys.argv[1]))
+writer.stop()
+print("stopped", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_process_that_a_killed_one_stopped():
+    """Shown as long as it stands still, and left as it is."""
+    with (
+        subprocess.Popen(["sleep", "1000"]) as sleeper,
+        subprocess.Popen(
+            [sys.executable, "-c", STOPPER, str(sleeper.pid)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        ) as stopper,
+    ):  # fmt: skip
+        stopper.stdout.readline()
+        assert not [f for f in clean([], partial=False, dry_run=True) if f.kind == "stopped"]
+        kill_family(stopper.pid)
+        stopper.wait()  # until then a thread of it may hold its lock
+        sweep()
+        (found,) = (f for f in clean([], partial=False, dry_run=False) if f.kind == "stopped")
+        assert not found.removed
+        assert f"process {sleeper.pid} was stopped" in found.why
+        if "kill -CONT" in found.why:
+            os.kill(sleeper.pid, signal.SIGCONT)
+        sleeper.kill()
+        sleeper.wait()
+        assert found.path in removed(sweep())
+
+
+def test_one_that_goes_on_leaves_no_note():
+    with subprocess.Popen(["sleep", "1000"]) as sleeper:
+        writer = WriterProcess(sleeper.pid)
+        writer.stop()
+        notes = [name for name in os.listdir("/dev/shm") if name.endswith("-stopped")]
+        assert len(notes) == 1
+        writer.resume()
+        writer.close()
+        assert not os.path.exists(f"/dev/shm/{notes[0]}")
+        sleeper.kill()
+
+
+def test_a_run_that_is_killed_and_the_next_start():
+    """kill -9 of everything at once, in the middle; one that lives beside goes on."""
+    slow = ("copy", "demo:?size=16M&rate=100", "demo:", "--max-bandwidth", "4MB", "--json")
+    with Running(*slow) as live, Running(*slow) as dead:
+        for running in (live, dead):
+            running.error_line("round 1")
+        kill_family(dead.process.pid)
+        dead.finish()
+        pid = f"pageferry-{dead.process.pid}-"
+        left = [n for n in (*os.listdir("/dev/shm"), *os.listdir("/tmp")) if pid in n]
+        assert len(left) > 6
+        shown = json.loads(pageferry("clean", "--dry-run", "--json").stdout)
+        assert {Path(row["path"]).name for row in shown["leftovers"]} >= set(left)
+        done = pageferry("copy", "demo:?size=1M", "demo:")
+        assert done.returncode == 0, done.stderr
+        assert not [n for n in (*os.listdir("/dev/shm"), *os.listdir("/tmp")) if pid in n]
+        assert "nothing was left" in pageferry("clean").stdout
+        code, out, err = live.finish()
+        assert code == 0, err
+        assert json.loads(out)["oracle"]["ok"]
