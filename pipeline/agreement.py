@@ -15,8 +15,10 @@ from ..transport.messages import (
     MAX_BLOCKS,
     MAX_SAMPLE,
     MAX_WORKERS,
+    PAGE_SUMS,
     POSTCOPY,
     PROTOCOL,
+    READ_BACK,
     SAMPLE,
     Block,
     Hello,
@@ -25,7 +27,7 @@ from ..transport.pages import PAGE_SIZE
 from ..transport.urgent import MAX_HOST_PAGES
 from ..transport.wire import MAX_BATCH_PAGES
 
-CAPABILITIES = {POSTCOPY, DIRECT, SAMPLE}
+CAPABILITIES = {POSTCOPY, DIRECT, SAMPLE, PAGE_SUMS, READ_BACK}
 # Host pages that can exist: 4 KiB to 1 GiB.
 _LARGEST_HOST_PAGE = 1 << 30
 
@@ -49,6 +51,8 @@ def check_hello(hello: Hello, expected_kind: str | None) -> None:
     if trial or SAMPLE in hello.capabilities:
         _check_trial(hello)
     if POSTCOPY in hello.capabilities:
+        if PAGE_SUMS in hello.capabilities:
+            raise _refusal("capabilities", f"{POSTCOPY} with {PAGE_SUMS}", "one of them")
         _check_postcopy(hello.blocks)
     if not 0 <= hello.image_size <= MAX_BLOCK_SIZE:
         raise _refusal("image-size", hello.image_size, f"up to {MAX_BLOCK_SIZE}")

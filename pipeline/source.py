@@ -37,6 +37,7 @@ from ..transport.pages import PAGE_SIZE, Runs, complement, runs_of, total_pages
 from ..transport.session import Phase, Role
 from ..workers import jobs, sender
 from ..workers.bandwidth import Bandwidth
+from ..workers.checks import pack_chunks
 from ..workers.content import page_digests
 from ..workers.counters import Counters
 from ..workers.digest import CHUNK_PAGES, block_digest, equal_chunks, part_count
@@ -108,8 +109,14 @@ class Source:
             parameters.downtime_limit, parameters.max_rounds, parameters.max_bandwidth
         )
         self._call = Blocking()
+        # Memory that nobody writes is verified while it moves, unless that is not wanted; what
+        # somebody writes only if it is asked for, for then it stands still meanwhile.
+        static = not guest.live and parameters.postcopy == NEVER and guest.kind != messages.SAMPLE
+        verify = static if parameters.verify is None else parameters.verify
+        self._sums = static and verify
+        self._kept: list[list[bool]] = []  # chunks of each block that the destination has
         self.core = core.Migration(
-            guest.live, guest.can_stop, parameters.verify, self.convergence,
+            guest.live, guest.can_stop, verify, self.convergence,
             parameters.postcopy, parameters.postcopy_rounds,
         )  # fmt: skip
         self.statistics = Statistics("source")
@@ -463,7 +470,7 @@ class Source:
         p = self.parameters
         job = sender.SenderJob(
             self.guest.blocks, self._table, self._counters, self._bandwidth, self._hashes,
-            p.codec, p.level, p.batch_pages,
+            p.codec, p.level, p.batch_pages, sums=self._sums,
         )  # fmt: skip
         reserve = self._reserve
         if self._background is not None:
@@ -490,6 +497,8 @@ class Source:
             self.parameters.batch_pages, image_size=self.guest.image_size,
             capabilities=[
                 *self.guest.capabilities,
+                *([messages.PAGE_SUMS] if self._sums else ()),
+                *([messages.READ_BACK] if self._sums and self.parameters.verify else ()),
                 *(self._background.capabilities if self._background is not None else ()),
             ],
             name=self.name,
@@ -589,6 +598,7 @@ class Source:
         begin = time.monotonic()
         await self._call(self.guest.start_tracking)
         self._taken_at = time.monotonic()
+        self._kept = [[False] * -(-block.pages // CHUNK_PAGES) for block in self.guest.blocks]
         for i, block in enumerate(self.guest.blocks):
             runs = await self._call(self.guest.initial_pages, i)
             self._table.mark_dirty(i, runs)
@@ -623,7 +633,7 @@ class Source:
         """Chunks that the destination has, by their digests, are not sent; True if that is all."""
         assert self._table is not None
         block, view = self.guest.blocks[index], self._table.view(index)
-        equal = await self._call(equal_chunks, block, self._have[index])
+        equal = self._kept[index] = await self._call(equal_chunks, block, self._have[index])
         before = self._remaining()
         for chunk, same in enumerate(equal):
             if same:
@@ -891,6 +901,22 @@ class Source:
     # ---- the end -------------------------------------------------------------------------
 
     async def _verify(self) -> core.Event:
+        return await (self._verify_sums() if self._sums else self._verify_digests())
+
+    async def _verify_sums(self) -> core.Event:
+        """Each frame was compared when it was placed: what is left is what no frame was of."""
+        answer = await self._control.ask(
+            messages.DigestRequest([pack_chunks(kept) for kept in self._kept])
+        )
+        assert isinstance(answer, messages.Digests)
+        if len(answer.wrong) != len(self.guest.blocks):
+            raise RemoteProtocolError("Digests does not match what was asked for")
+        wrong = tuple(b.name for b, n in zip(self.guest.blocks, answer.wrong, strict=True) if n)
+        if not wrong:
+            self.statistics.extra["verified"] = [messages.PAGE_SUMS] * len(answer.wrong)
+        return core.Verified(wrong)
+
+    async def _verify_digests(self) -> core.Event:
         theirs = self._task(self._control.ask(messages.DigestRequest()))
         parts = [[b""] * part_count(block.pages) for block in self.guest.blocks]
         todo: Iterator[jobs.AnyJob] = (

@@ -25,6 +25,8 @@ MAX_BLOCK_SIZE = 1 << 46
 # Capabilities in a Hello: the guest may start before its memory has arrived; the urgent channel
 # is a connection of its own, not ZeroMQ's.
 POSTCOPY, DIRECT = "postcopy-ram", "postcopy-direct"
+# Frames have sums of their pages, and the destination reads back some of what it places; or all.
+PAGE_SUMS, READ_BACK = "page-sums", "read-back"
 # A kind, and a capability, so that a receiver that does not know it refuses it: a trial run, which
 # goes into memory that is thrown away. No more than this, holes included.
 SAMPLE = "sample"
@@ -133,13 +135,19 @@ class Round(Message, frozen=True, tag="round"):
 
 
 class DigestRequest(Message, frozen=True, tag="digest-request"):
-    """Source: what do your blocks hold?"""
+    """Source: what do your blocks hold? With page sums: do they hold what was sent, and zeros else?
+    `kept`: a bit for each MiB (numpy's packbits order), a string a block: it was left out, because
+    the digests in Welcome say that it is there."""
+
+    kept: list[bytes] | None = None
 
 
 class Digests(Message, frozen=True, tag="digests"):
-    """Destination: one digest a block."""
+    """Destination: one digest a block; or, with page sums, how many pages of each block hold
+    something that was not sent."""
 
     digests: list[bytes]
+    wrong: list[int] = []
 
 
 class DeviceState(Message, frozen=True, tag="device-state"):

@@ -1,5 +1,6 @@
 """Memory images, end to end with real worker processes: every byte, at every setting."""
 
+import json
 import os
 import struct
 
@@ -8,6 +9,7 @@ from helpers import PAGE, blocks_on_disk, pattern, same_file
 from helpers import pageferry as run
 
 import pageferry
+from pageferry.transport.errors import VerificationFailed
 
 PAGES = 3000
 
@@ -157,7 +159,7 @@ def test_shm_segment(image):
 def test_command_line_says_what_it_did(image, tmp_path):
     done = run("copy", f"image:{image}", f"image:{tmp_path / 'o'}", "--verify")
     assert done.returncode == 0
-    assert "completed, digests equal" in done.stdout
+    assert "completed, verified" in done.stdout
     assert "round 1" in done.stderr or "completed" in done.stderr
 
 
@@ -176,3 +178,36 @@ def test_a_core_of_many_segments(tmp_path):
     out = tmp_path / "out.core"
     pageferry.migrate(f"image:{core}", f"image:{out}", verify=True)
     assert same_file(core, out)
+
+
+def test_images_are_verified_unless_that_is_not_wanted(image, tmp_path):
+    """By default; and a sum of each page costs no second reading of the source."""
+    out = tmp_path / "out"
+    report = pageferry.migrate(f"image:{image}", f"image:{out}")
+    assert report["verified"] == ["page-sums"]
+    assert "verified" not in pageferry.migrate(f"image:{image}", f"image:{out}", verify=False)
+    assert "verified" not in json.loads(
+        run("copy", f"image:{image}", f"image:{out}", "--no-verify", "--json").stdout
+    )
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_what_nobody_sent_is_found(tmp_path, codec):
+    """Somebody writes the destination meanwhile, where the source has a hole."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    with open(source, "wb") as f:
+        f.write(pattern(100))
+        f.truncate(400 * PAGE)
+
+    def spoil(name, data):
+        if name == "MIGRATION_PASS":
+            with open(out, "r+b") as f:
+                f.seek(300 * PAGE)
+                f.write(b"x")
+
+    def on_started(migration):
+        migration.on_event = spoil
+
+    out.write_bytes(b"x" * (400 * PAGE))
+    with pytest.raises(VerificationFailed, match="ram"):
+        pageferry.migrate(f"image:{source}", f"ram:{out}", codec=codec, on_started=on_started)
