@@ -22,12 +22,14 @@ from ..transport.messages import (
     SAMPLE,
     Block,
     Hello,
+    printable,
 )
 from ..transport.pages import PAGE_SIZE
 from ..transport.urgent import MAX_HOST_PAGES
 from ..transport.wire import MAX_BATCH_PAGES
 
 CAPABILITIES = {POSTCOPY, DIRECT, SAMPLE, PAGE_SUMS, READ_BACK}
+MAX_NAME = 255
 # Host pages that can exist: 4 KiB to 1 GiB.
 _LARGEST_HOST_PAGE = 1 << 30
 
@@ -103,9 +105,12 @@ def _check_blocks(blocks: list[Block]) -> None:
         if not end <= block.offset <= MAX_BLOCK_SIZE:
             raise _refusal(f"{where} offset", block.offset, f"at least {end} (no overlap)")
         end = block.offset + block.size
+        if len(block.name) > MAX_NAME or not block.name.isprintable():
+            raise _refusal(where, "of no name that can be shown", f"up to {MAX_NAME} characters")
 
 
 def _refusal(field: str, got: object, expected: str) -> PeerRefused:
     return PeerRefused(
-        f"the destination refuses: {field} is {got}, it takes {expected}", field=field
+        f"the destination refuses: {field} is {printable(str(got))}, it takes {expected}",
+        field=field,
     )

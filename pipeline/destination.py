@@ -61,8 +61,6 @@ from .state import IN_POSTCOPY, Status, advance
 from .statistics import Statistics
 
 WATCH_SECONDS = 0.5
-# A Hello names blocks, 65535 at the most: no stranger may say more.
-_MAX_HELLO = 8 << 20
 _log = logging.getLogger("pageferry")
 Progress = Callable[[dict[str, Any]], None]
 OpenGuest = Callable[[messages.Hello], DestinationGuest]
@@ -103,6 +101,7 @@ class Arrival:
         self._tokens: list[bytes] = []
         self._ready: asyncio.Queue[str] = asyncio.Queue()
         self._digests: asyncio.Queue[jobs.DigestDone | jobs.CheckDone] = asyncio.Queue()
+        self._state = bytearray()  # parts of the device state that have come
         self._checks: Checks | None = None  # frames have sums of their pages
         self._checked = PAGE_SUMS not in hello.capabilities
         self._tasks: list[asyncio.Task[Any]] = []
@@ -358,6 +357,10 @@ class Arrival:
             self._committed = True  # before anything else can happen
             starting = self.journal.during("start the guest", self._start_guest)
             self._starting = asyncio.get_running_loop().create_task(starting)
+        elif isinstance(message, messages.StatePart):
+            self._state += message.part
+            if len(self._state) > messages.MAX_STATE:
+                self.fail(RemoteProtocolError("a device state above the bound"))
         elif message is not None:
             name = type(message).__name__
             self._task(self.journal.during(name, self._handle, message))
@@ -392,9 +395,9 @@ class Arrival:
                     await self._install_from_now_on()
                 elif self._faults is not None:
                     await self._faults.finish()  # all is here, and soon nobody serves it
-                await self._call(
-                    self.guest.load_state, message.kind, message.state, message.running
-                )
+                state = bytes(self._state) + message.state
+                self._state.clear()
+                await self._call(self.guest.load_state, message.kind, state, message.running)
                 await self.control.say(messages.StateLoaded())
             case _:
                 raise RemoteProtocolError(f"unexpected {type(message).__name__}")
@@ -738,7 +741,7 @@ class Destination:
         self._reserve = reserve
         self._context = zmq.asyncio.Context()
         try:
-            sock, self.endpoint = bind(self._context, endpoint, control=True)
+            sock, self.endpoint = bind(self._context, endpoint, control=messages.MAX_TO_DESTINATION)
         except BaseException:
             self._context.term()
             raise
@@ -846,8 +849,6 @@ class Destination:
 
     def _greet(self, identity: bytes, data: bytes) -> Arrival | None:
         """The arrival that a Hello begins, or None for anything else."""
-        if len(data) > _MAX_HELLO:
-            return None
 
         async def transmit(answer: bytes) -> None:
             try:

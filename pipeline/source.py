@@ -29,10 +29,11 @@ from ..transport.errors import (
     PageferryError,
     PeerLost,
     RemoteProtocolError,
+    SourceError,
     UsageError,
     as_ours,
 )
-from ..transport.links import Endpoint, connect, parse_endpoint, probe
+from ..transport.links import TOKEN_BYTES, Endpoint, connect, parse_endpoint, probe
 from ..transport.pages import PAGE_SIZE, Runs, complement, runs_of, total_pages
 from ..transport.session import Phase, Role
 from ..workers import jobs, sender
@@ -363,17 +364,24 @@ class Source:
                 event = await self._verify()
             case core.SendState():
                 state = await self._call(self.guest.save_state)
-                await self._control.ask(
-                    messages.DeviceState(
-                        self.guest.kind, state, self.guest.running, instruction.postcopy
-                    )
-                )
-                self.statistics.control_bytes += len(state)
+                await self._send_state(state, instruction.postcopy)
                 self.guest.check()  # the last look: next is Run
                 event = core.StateLoaded()
             case _:
                 event = await self._execute_postcopy(instruction)
         self._events.put_nowait(event)
+
+    async def _send_state(self, state: bytes, postcopy: bool) -> None:
+        """All of it, the last part with what makes the destination load it."""
+        if len(state) > messages.MAX_STATE:
+            raise SourceError(f"a device state of {len(state)} bytes is above the bound")
+        cut = max(0, len(state) - 1) // messages.STATE_PART * messages.STATE_PART
+        for at in range(0, cut, messages.STATE_PART):
+            await self._control.say(messages.StatePart(state[at : at + messages.STATE_PART]))
+        await self._control.ask(
+            messages.DeviceState(self.guest.kind, state[cut:], self.guest.running, postcopy)
+        )
+        self.statistics.control_bytes += len(state)
 
     async def _execute_postcopy(self, instruction: core.Instruction) -> core.Event:
         match instruction:
@@ -432,6 +440,8 @@ class Source:
             self._background is None
         ):
             raise RemoteProtocolError("the channels do not match what was asked for")
+        if any(len(token) != TOKEN_BYTES for token in [*tokens, *([urgent[1]] if urgent else [])]):
+            raise RemoteProtocolError("a channel's token is of another length than it can be")
         await self._crew.gather(jobs.Ready)
         self._opened = True
         workers = self._crew.pool.workers
@@ -632,9 +642,9 @@ class Source:
     async def _leave_out_what_is_there(self, index: int, runs: Runs) -> bool:
         """Chunks that the destination has, by their digests, are not sent; True if that is all."""
         assert self._table is not None
-        block, view = self.guest.blocks[index], self._table.view(index)
+        block = self.guest.blocks[index]
         equal = self._kept[index] = await self._call(equal_chunks, block, self._have[index])
-        before = self._remaining()
+        before, view = self._remaining(), self._table.view(index)
         for chunk, same in enumerate(equal):
             if same:
                 view[chunk * CHUNK_PAGES : (chunk + 1) * CHUNK_PAGES] = CLEAN
@@ -645,8 +655,9 @@ class Source:
     async def _leave_out_what_is_elsewhere(self, index: int) -> None:
         """Pages that the destination can find among other images are not sent."""
         assert self._table is not None
-        block, view = self.guest.blocks[index], self._table.view(index)
-        dirty = np.flatnonzero(view != CLEAN)
+        block = self.guest.blocks[index]
+        # no view of the table is kept: an error of the peer would keep it beyond the table
+        dirty = np.flatnonzero(self._table.view(index) != CLEAN)
         dirty = dirty[dirty < block.size // PAGE_SIZE]
         known = self.statistics.extra.get("pages-already-there", 0)
         for at in range(0, len(dirty), _COMPARED_PAGES):
@@ -660,7 +671,7 @@ class Source:
             if len(held.bits) != -(-len(pages) // 8):
                 raise RemoteProtocolError("Held does not match what was asked for")
             bits = np.unpackbits(np.frombuffer(held.bits, np.uint8), count=len(pages))
-            view[pages[bits != 0]] = CLEAN
+            self._table.view(index)[pages[bits != 0]] = CLEAN
             known += int(np.count_nonzero(bits))
         self.statistics.extra["pages-already-there"] = known
 

@@ -14,8 +14,13 @@ from .pages import Runs, check_runs
 
 # A session of another number is refused: both ends say theirs first.
 PROTOCOL = 2
-# Device state and ELF headers are small; more than this is not a guest we know.
+# What a destination says: a bit a page at the most.
 MAX_MESSAGE = 256 << 20
+# What anybody may say to somebody who listens: libzmq keeps that much of each stranger.
+MAX_TO_DESTINATION, MAX_TO_SERVER = 8 << 20, 64 << 20
+# Device state and ELF headers are small; more than this is not a guest we know. In parts of:
+MAX_STATE = 256 << 20
+STATE_PART = 4 << 20
 MAX_BLOCKS = 65535
 MAX_WORKERS = 64
 # 64 TiB. Nothing larger has been built.
@@ -150,8 +155,15 @@ class Digests(Message, frozen=True, tag="digests"):
     wrong: list[int] = []
 
 
+class StatePart(Message, frozen=True, tag="state-part"):
+    """Source: so much of a device state that is too large for one message."""
+
+    part: bytes
+
+
 class DeviceState(Message, frozen=True, tag="device-state"):
-    """Source: everything of the guest that is not RAM, and whether it was running."""
+    """Source: everything of the guest that is not RAM (its last part), and whether it was
+    running."""
 
     kind: str
     state: bytes
@@ -269,7 +281,33 @@ AnyMessage = (
     Hello | Welcome | Refused | Discard | Missing | Discarded | Round | DigestRequest | Digests
     | DeviceState | StateLoaded | Run | Running | PostcopyEnd | Ended | Resume | Resumed
     | Paused | Abort | Ping | Pull | Offer | Layout | Serving | Armed | Contents | Held
+    | StatePart
 )  # fmt: skip
+
+# What a person reads of a peer's messages. Block names are compared, and checked (agreement.py).
+_TEXTS: dict[type[Message], tuple[str, ...]] = {
+    Hello: ("version", "kind", "name"),
+    Welcome: ("version", "kind"),
+    Refused: ("error", "field", "message"),
+    Running: ("detail",),
+    Offer: ("version",),
+    Paused: ("message",),
+    Abort: ("error", "message"),
+}
+# Characters of one of these.
+MAX_TEXT = 4000
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would act on, and not longer than anybody reads."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text[:MAX_TEXT])
+
+
+def _readable(message: AnyMessage) -> AnyMessage:
+    texts = {name: getattr(message, name) for name in _TEXTS.get(type(message), ())}
+    clean = {name: printable(text) for name, text in texts.items()}
+    return message if clean == texts else msgspec.structs.replace(message, **clean)
+
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
@@ -284,7 +322,7 @@ def decode(data: bytes | memoryview) -> AnyMessage:
     if len(data) > MAX_MESSAGE:
         raise RemoteProtocolError(f"control message of {len(data)} bytes")
     try:
-        return _decoder.decode(data)
+        return _readable(_decoder.decode(data))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise RemoteProtocolError(f"control message that makes no sense: {e}") from e
 

@@ -37,6 +37,8 @@ from .segments import Segment
 # Read at a time; and read back of each frame, unless all is.
 PIECE = 64 << 10
 _PIECE_PAGES = PIECE // PAGE_SIZE
+# Of Checks: an image of 256 GiB.
+MOST_RESERVED = 64 << 20
 
 
 class Checks:
@@ -45,7 +47,9 @@ class Checks:
     def __init__(self, pages: list[int]) -> None:
         self.pages = pages
         self._offsets = np.concatenate(([0], np.cumsum(pages))).tolist()
-        self._segment = Segment(max(1, sum(pages)), "checks")
+        size = max(1, sum(pages))
+        # taken now where that is little: what a peer announces takes no memory by itself
+        self._segment = Segment(size, "checks", reserve=size <= MOST_RESERVED)
 
     def view(self, block: int) -> Bytes8:
         """The bytes of one block, writable."""

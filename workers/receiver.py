@@ -144,7 +144,7 @@ class Receiver:
             self.socket.send(b"")  # we are here
             return None
         self.prefix = [self.job.token]
-        self.socket, endpoint = bind(self.context, where, control=False)
+        self.socket, endpoint = bind(self.context, where)
         return endpoint
 
     def _commands(self) -> bool:

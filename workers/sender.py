@@ -219,9 +219,7 @@ class Sender:
 
     def _listen(self, job: jobs.Listen) -> None:
         """Let the receiver connect; its first message says that it has."""
-        self.socket, self.bound = bind(
-            self.context, parse_endpoint(job.endpoint), control=False, tos=self.job.tos
-        )
+        self.socket, self.bound = bind(self.context, parse_endpoint(job.endpoint), tos=self.job.tos)
         self.peer = job.token
         self.poller.register(self.socket, zmq.POLLIN)
         self.desk.say(jobs.Ready(short(self.bound)))
