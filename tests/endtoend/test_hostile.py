@@ -6,6 +6,7 @@ import json
 import signal
 import uuid
 
+import msgspec
 import psutil
 import pytest
 import zmq
@@ -33,6 +34,7 @@ from pageferry.transport.messages import (
     decode,
     encode,
 )
+from pageferry.workers.guests.image import ImageState, sum_of
 
 
 @pytest.fixture
@@ -158,6 +160,10 @@ def hello(**changes):
     return Hello(**(fields | changes))
 
 
+def state(*pieces):
+    return msgspec.msgpack.encode(ImageState(list(pieces), sum_of(list(pieces))))
+
+
 SUMS = {"capabilities": [PAGE_SUMS]}
 SAID = {
     "garbage": ({}, [b"\xc1garbage"]),
@@ -173,14 +179,12 @@ SAID = {
     "pages to come later": ({}, [Missing(0, [0], [1])]),
     "postcopy out of nothing": ({}, [DeviceState("image", b"", True, True)]),
     "a state that makes no sense": ({}, [DeviceState("image", b"\xc1")]),
-    "a state outside of the image": (
-        {}, [DeviceState("image", b"\x81\xa6pieces\x91\x92\xce\x7f\xff\xff\xff\xc4\x01x")]
-    ),
+    "a state outside of the image": ({}, [DeviceState("image", state((1 << 40, b"x")))]),
     "a state above the bound": (
         {}, [StatePart(bytes(messages.STATE_PART))] * (messages.MAX_STATE // messages.STATE_PART)
         + [StatePart(b"x")],
     ),
-    "unverified": (SUMS, [DeviceState("image", b"\x81\xa6pieces\x90")]),
+    "unverified": (SUMS, [DeviceState("image", state())]),
     "another verification": (SUMS, [DigestRequest()]),
     "verification nobody announced": ({}, [DigestRequest([b"\0"])]),
     "all was there": (SUMS, [DigestRequest([b"\x80"])]),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import struct
 
 import pytest
@@ -77,7 +78,7 @@ def test_holes_stay_holes(tmp_path):
             assert a.read(1 << 20) == b.read(1 << 20)
 
 
-def _core(tmp_path, segments):
+def _core(tmp_path, segments, gap=b"gap!"):
     """An ELF core: a note segment, then PT_LOADs of given sizes at unaligned offsets."""
     note = struct.pack("<III", 5, 64, 1) + b"CORE\0\0\0\0" + bytes(range(64))
     headers = 64 + 56 * (1 + len(segments))
@@ -88,8 +89,8 @@ def _core(tmp_path, segments):
     for content in segments:
         n = len(content)
         programs.append(struct.pack("<IIQQQQQQ", 1, 7, offset, 0, address, n, n, 0))
-        body += content + b"gap!"
-        offset += n + 4
+        body += content + gap
+        offset += n + len(gap)
         address += 1 << 24
     ident = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)
     head = ident + struct.pack(
@@ -106,6 +107,16 @@ def test_elf_core_arrives_byte_for_byte(tmp_path):
     report = pageferry.migrate(f"image:{core}", f"image:{out}", workers=2, verify=True)
     assert same_file(core, out)
     assert len(report["verified"]) == 3
+
+
+def test_what_is_no_memory_may_be_more_than_a_message(tmp_path):
+    """As much of an ELF core as a stranger may not say at once: it travels in parts."""
+    core = _core(
+        tmp_path, [pattern(30, 1), pattern(20, 2)], gap=random.Random(5).randbytes(9 << 20)
+    )
+    out = tmp_path / "out.core"
+    pageferry.migrate(f"image:{core}", f"image:{out}", workers=1)
+    assert same_file(core, out)
 
 
 def test_replaces_what_was_there_only_when_whole(image, tmp_path):
