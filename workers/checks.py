@@ -6,8 +6,8 @@ are unpacked, by a sum that their sender took before it packed them. Then they a
 some of them are read back out of the file and compared: a piece of each frame, another one each
 time, a sixteenth of all; or all of them, if that was asked for. Reading back finds what was written
 to a wrong place, or not at all. It reads what is in the page cache, so that it says nothing of
-storage. All of it costs a tenth of the time of the fastest moves (none, both ends here, two cores),
-a sixteenth a hundredth or two.
+storage. A sixteenth costs two or three hundredths of the processor time of the fastest moves (codec
+none, in memory), all of it a tenth to a fifth.
 
 What has been compared has a 1 in Checks, one byte a page. What has none in the end must read as
 zeros, except what the source left out because both ends had the same digest of it; holes are known
