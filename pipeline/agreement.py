@@ -15,19 +15,22 @@ from ..transport.messages import (
     MAX_BLOCKS,
     MAX_SAMPLE,
     MAX_WORKERS,
+    PAGE_SUMS,
     POSTCOPY,
     PROTOCOL,
+    READ_BACK,
     SAMPLE,
     Block,
     Hello,
+    printable,
 )
 from ..transport.pages import PAGE_SIZE
 from ..transport.urgent import MAX_HOST_PAGES
 from ..transport.wire import MAX_BATCH_PAGES
 
-CAPABILITIES = {POSTCOPY, DIRECT, SAMPLE}
-# Characters of what a source says of itself: it is logged, shown and kept.
-_MOST_TEXT = 255
+CAPABILITIES = {POSTCOPY, DIRECT, SAMPLE, PAGE_SUMS, READ_BACK}
+# Characters of what a source says of itself and its blocks: it is logged, shown and kept.
+MAX_NAME = 255
 # Host pages that can exist: 4 KiB to 1 GiB.
 _LARGEST_HOST_PAGE = 1 << 30
 
@@ -39,8 +42,8 @@ def check_hello(hello: Hello, expected_kind: str | None) -> None:
     if not _is_uuid(hello.uuid):
         raise _refusal("uuid", repr(hello.uuid[:64]), "a uuid")
     for field, text in (("name", hello.name), ("version", hello.version), ("kind", hello.kind)):
-        if len(text) > _MOST_TEXT:
-            raise _refusal(field, f"{len(text)} characters long", f"up to {_MOST_TEXT}")
+        if len(text) > MAX_NAME:
+            raise _refusal(field, f"{len(text)} characters long", f"up to {MAX_NAME}")
     trial = hello.kind == SAMPLE
     if expected_kind is not None and hello.kind != expected_kind and not trial:
         raise _refusal("kind", hello.kind, expected_kind)
@@ -54,6 +57,8 @@ def check_hello(hello: Hello, expected_kind: str | None) -> None:
     if trial or SAMPLE in hello.capabilities:
         _check_trial(hello)
     if POSTCOPY in hello.capabilities:
+        if PAGE_SUMS in hello.capabilities:
+            raise _refusal("capabilities", f"{POSTCOPY} with {PAGE_SUMS}", "one of them")
         _check_postcopy(hello.blocks)
     if not 0 <= hello.image_size <= MAX_BLOCK_SIZE:
         raise _refusal("image-size", hello.image_size, f"up to {MAX_BLOCK_SIZE}")
@@ -104,9 +109,12 @@ def _check_blocks(blocks: list[Block]) -> None:
         if not end <= block.offset <= MAX_BLOCK_SIZE:
             raise _refusal(f"{where} offset", block.offset, f"at least {end} (no overlap)")
         end = block.offset + block.size
+        if len(block.name) > MAX_NAME or not block.name.isprintable():
+            raise _refusal(where, "of no name that can be shown", f"up to {MAX_NAME} characters")
 
 
 def _refusal(field: str, got: object, expected: str) -> PeerRefused:
     return PeerRefused(
-        f"the destination refuses: {field} is {got}, it takes {expected}", field=field
+        f"the destination refuses: {field} is {printable(str(got))}, it takes {expected}",
+        field=field,
     )

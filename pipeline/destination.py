@@ -37,10 +37,11 @@ from ..transport.errors import (
     as_ours,
 )
 from ..transport.links import Endpoint, bind, unbind
-from ..transport.messages import DIRECT, MAX_WORKERS, POSTCOPY, SAMPLE
+from ..transport.messages import DIRECT, MAX_WORKERS, PAGE_SUMS, POSTCOPY, READ_BACK, SAMPLE
 from ..transport.pages import PAGE_SIZE, Runs
 from ..transport.session import Role
 from ..workers import jobs, receiver
+from ..workers.checks import Checks
 from ..workers.content import DIGEST_BYTES, asked_pages
 from ..workers.counters import Counters
 from ..workers.digest import block_digest, part_count
@@ -64,8 +65,6 @@ WATCH_SECONDS = 0.5
 _LAST_WORD_SECONDS = 0.3
 # What has not come to an end so long after a yank is ended by force.
 _YANK_SECONDS = 1.0
-# A Hello names blocks, 65535 at the most: no stranger may say more.
-_MAX_HELLO = 8 << 20
 _log = logging.getLogger("pageferry")
 Progress = Callable[[dict[str, Any]], None]
 OpenGuest = Callable[[messages.Hello], DestinationGuest]
@@ -105,7 +104,10 @@ class Arrival:
         self._pool: Pool | None = None
         self._tokens: list[bytes] = []
         self._ready: asyncio.Queue[str] = asyncio.Queue()
-        self._digests: asyncio.Queue[jobs.DigestDone] = asyncio.Queue()
+        self._digests: asyncio.Queue[jobs.DigestDone | jobs.CheckDone] = asyncio.Queue()
+        self._state = bytearray()  # parts of the device state that have come
+        self._checks: Checks | None = None  # frames have sums of their pages
+        self._checked = PAGE_SUMS not in hello.capabilities
         self._tasks: list[asyncio.Task[Any]] = []
         self._committed = False
         self._call = Blocking()
@@ -264,6 +266,8 @@ class Arrival:
         self.statistics.total_pages = sum(block.pages for block in self.guest.blocks)
         urgent = await self._start_faults() if POSTCOPY in self.hello.capabilities else None
         self._counters = self.statistics.counters = Counters(self.hello.workers, self.journal.lane)
+        if PAGE_SUMS in self.hello.capabilities:
+            self._checks = Checks([block.pages for block in self.guest.blocks])
         endpoints = await self._start_receivers(installing=False)
         self.statistics.set_up = time.monotonic()
         assert self._pool is not None
@@ -316,6 +320,7 @@ class Arrival:
                 self.guest.blocks, self._counters, self._listen_at(i), self._tokens[i],
                 self.guest.fresh, writing,
                 self._faults.for_receivers() if self._faults is not None else None, installing,
+                checks=self._checks, read_all=READ_BACK in self.hello.capabilities,
             )
             for i in range(n)
         ]  # fmt: skip
@@ -336,7 +341,7 @@ class Arrival:
         match job:
             case jobs.Ready():
                 self._ready.put_nowait(f"{worker.index} {job.endpoint}")
-            case jobs.DigestDone():
+            case jobs.DigestDone() | jobs.CheckDone():
                 self._digests.put_nowait(job)
             case _:
                 self.fail(LocalProtocolError(f"{worker!r} said {job!r}"))
@@ -378,6 +383,10 @@ class Arrival:
             self._committed = True  # before anything else can happen
             starting = self.journal.during("start the guest", self._start_guest)
             self._starting = asyncio.get_running_loop().create_task(starting)
+        elif isinstance(message, messages.StatePart):
+            self._state += message.part
+            if len(self._state) > messages.MAX_STATE:
+                self.fail(RemoteProtocolError("a device state above the bound"))
         elif message is not None:
             name = type(message).__name__
             self._task(self.journal.during(name, self._handle, message))
@@ -401,8 +410,10 @@ class Arrival:
             case messages.PostcopyEnd():
                 await self._end_postcopy()
             case messages.DigestRequest():
-                await self.control.say(messages.Digests(await self._digest()))
+                await self.control.say(await self._verify(message))
             case messages.DeviceState():
+                if not self._checked:
+                    raise RemoteProtocolError("memory was to be verified, and was not")
                 self._become(Status.DEVICE)
                 if message.postcopy != self._postcopy:
                     raise RemoteProtocolError("pages are missing, and nobody says postcopy")
@@ -410,9 +421,9 @@ class Arrival:
                     await self._install_from_now_on()
                 elif self._faults is not None:
                     await self._faults.finish()  # all is here, and soon nobody serves it
-                await self._call(
-                    self.guest.load_state, message.kind, message.state, message.running
-                )
+                state = bytes(self._state) + message.state
+                self._state.clear()
+                await self._call(self.guest.load_state, message.kind, state, message.running)
                 await self.control.say(messages.StateLoaded())
             case _:
                 raise RemoteProtocolError(f"unexpected {type(message).__name__}")
@@ -481,6 +492,8 @@ class Arrival:
         if len(message.digests) != DIGEST_BYTES * len(pages):
             raise RemoteProtocolError("as many digests as pages were expected")
         have = await self._call(self.guest.held, index, pages, message.digests)
+        if self._checks is not None:
+            self._checks.view(index)[pages[have != 0]] = 1
         return np.packbits(have).tobytes()
 
     def _runs_of(
@@ -614,25 +627,48 @@ class Arrival:
             )
         )
 
-    async def _digest(self) -> list[bytes]:
-        """Digests of all blocks, computed by the receivers."""
-        assert self.guest is not None and self._pool is not None
-        parts = [[b""] * part_count(block.pages) for block in self.guest.blocks]
-        todo: Iterator[jobs.Digest] = (
-            jobs.Digest(i, part) for i, digests in enumerate(parts) for part in range(len(digests))
+    async def _verify(self, message: messages.DigestRequest) -> messages.Digests:
+        """Digests of all blocks; or, with page sums, how much is there that was not sent."""
+        assert self.guest is not None
+        parts = [part_count(block.pages) for block in self.guest.blocks]
+        if (message.kept is not None) != (self._checks is not None):
+            raise RemoteProtocolError("verification is not of the kind that was announced")
+        if self._checks is None or message.kept is None:
+            found = await self._by_part(jobs.Digest, parts)
+            return messages.Digests([
+                block_digest([done.digest for done in block if isinstance(done, jobs.DigestDone)])
+                for block in found
+            ])  # fmt: skip
+        if any(map(any, message.kept)) and not self.guest.have:
+            raise RemoteProtocolError("nobody said that anything is here already")
+        self._checks.keep(message.kept)
+        wrong = [
+            sum(done.wrong for done in block if isinstance(done, jobs.CheckDone))
+            for block in await self._by_part(jobs.Check, parts)
+        ]
+        self._checked = not any(wrong)
+        return messages.Digests([], wrong)
+
+    async def _by_part(
+        self, kind: type[jobs.Digest] | type[jobs.Check], parts: list[int]
+    ) -> list[list[jobs.DigestDone | jobs.CheckDone]]:
+        """What the receivers say to a job of this kind for each part of each block."""
+        assert self._pool is not None
+        found: dict[tuple[int, int], jobs.DigestDone | jobs.CheckDone] = {}
+        todo: Iterator[jobs.AnyJob] = (
+            kind(i, n) for i in range(len(parts)) for n in range(parts[i])
         )
-        total = sum(len(digests) for digests in parts)
         for worker, job in zip(self._pool.workers, todo, strict=False):
             worker.say(job)
         turn = 0
-        for _ in range(total):
+        for _ in range(sum(parts)):
             done = await self._digests.get()
-            parts[done.block][done.part] = done.digest
+            found[done.block, done.part] = done
             job_ = next(todo, None)
             if job_ is not None:
                 self._pool.workers[turn % len(self._pool.workers)].say(job_)
                 turn += 1
-        return [block_digest(digests) for digests in parts]
+        return [[found[i, n] for n in range(parts[i])] for i in range(len(parts))]
 
     # ---- the end -------------------------------------------------------------------------
 
@@ -667,6 +703,11 @@ class Arrival:
         if self._counters is not None:
             self.statistics.counters = self._counters.freeze()
             self._counters.close()
+        if self._checks is not None:
+            self._checks.close()
+        self._close_faults()
+
+    def _close_faults(self) -> None:
         if self._faults is not None:
             self.statistics.extra |= self._faults.report() if self._postcopy else {}
             self.statistics.urgent = self._faults.close()
@@ -729,7 +770,7 @@ class Destination:
         self._reserve = reserve
         self._context = zmq.asyncio.Context()
         try:
-            sock, self.endpoint = bind(self._context, endpoint, control=True)
+            sock, self.endpoint = bind(self._context, endpoint, control=messages.MAX_TO_DESTINATION)
         except BaseException:
             self._context.term()
             raise
@@ -845,8 +886,6 @@ class Destination:
 
     def _greet(self, identity: bytes, data: bytes) -> Arrival | None:
         """The arrival that a Hello begins, or None for anything else."""
-        if len(data) > _MAX_HELLO:
-            return None
 
         async def transmit(answer: bytes) -> None:
             try:

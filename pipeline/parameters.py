@@ -38,8 +38,9 @@ class Parameters:
     codec's own default; `postcopy`: never, manual, now, auto or after=ROUNDS; `preempt`:
     requested pages on a channel of their own (QEMU: postcopy-preempt); `postcopy_link`: what that
     channel is, zmq or direct (a connection of its own); `quit_source`: a VM that has moved is
-    ended here; `goal`: workers and codec are chosen while it runs (goals.py), up to so many workers
-    and only this codec, unless that is auto; "" for none."""
+    ended here; `verify`: None for yes if nobody writes the memory; `goal`: workers and
+    codec are chosen while it runs (goals.py), up to so many workers and only this codec, unless
+    that is auto; "" for none."""
 
     workers: int = 0
     codec: str = "auto"
@@ -47,7 +48,7 @@ class Parameters:
     max_bandwidth: int = 0
     downtime_limit: float = 0.3
     max_rounds: int = 30
-    verify: bool = False
+    verify: bool | None = None
     batch_pages: int = 256
     postcopy: str = NEVER
     preempt: bool = True

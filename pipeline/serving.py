@@ -315,7 +315,9 @@ class Server:
         self._context = zmq.asyncio.Context()
         try:
             self._socket: Any
-            self._socket, self.endpoint = bind(self._context, endpoint, control=True)
+            self._socket, self.endpoint = bind(
+                self._context, endpoint, control=messages.MAX_TO_SERVER
+            )
         except BaseException:
             self._context.term()
             raise

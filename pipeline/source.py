@@ -29,14 +29,16 @@ from ..transport.errors import (
     PageferryError,
     PeerLost,
     RemoteProtocolError,
+    SourceError,
     UsageError,
     as_ours,
 )
-from ..transport.links import Endpoint, connect, parse_endpoint, probe
+from ..transport.links import TOKEN_BYTES, Endpoint, connect, parse_endpoint, probe
 from ..transport.pages import PAGE_SIZE, Runs, complement, runs_of, total_pages
 from ..transport.session import Phase, Role
 from ..workers import jobs, sender
 from ..workers.bandwidth import Bandwidth
+from ..workers.checks import pack_chunks
 from ..workers.content import page_digests
 from ..workers.counters import Counters
 from ..workers.digest import CHUNK_PAGES, block_digest, equal_chunks, part_count
@@ -112,8 +114,14 @@ class Source:
             parameters.downtime_limit, parameters.max_rounds, parameters.max_bandwidth
         )
         self._call = Blocking()
+        # Memory that nobody writes is verified while it moves, unless that is not wanted; what
+        # somebody writes only if it is asked for, for then it stands still meanwhile.
+        static = not guest.live and parameters.postcopy == NEVER and guest.kind != messages.SAMPLE
+        verify = static if parameters.verify is None else parameters.verify
+        self._sums = static and verify
+        self._kept: list[list[bool]] = []  # chunks of each block that the destination has
         self.core = core.Migration(
-            guest.live, guest.can_stop, parameters.verify, self.convergence,
+            guest.live, guest.can_stop, verify, self.convergence,
             parameters.postcopy, parameters.postcopy_rounds,
         )  # fmt: skip
         self.statistics = Statistics("source")
@@ -393,17 +401,24 @@ class Source:
                 event = await self._verify()
             case core.SendState():
                 state = await self._call(self.guest.save_state)
-                await self._control.ask(
-                    messages.DeviceState(
-                        self.guest.kind, state, self.guest.running, instruction.postcopy
-                    )
-                )
-                self.statistics.control_bytes += len(state)
+                await self._send_state(state, instruction.postcopy)
                 self.guest.check()  # the last look: next is Run
                 event = core.StateLoaded()
             case _:
                 event = await self._execute_postcopy(instruction)
         self._events.put_nowait(event)
+
+    async def _send_state(self, state: bytes, postcopy: bool) -> None:
+        """All of it, the last part with what makes the destination load it."""
+        if len(state) > messages.MAX_STATE:
+            raise SourceError(f"a device state of {len(state)} bytes is above the bound")
+        cut = max(0, len(state) - 1) // messages.STATE_PART * messages.STATE_PART
+        for at in range(0, cut, messages.STATE_PART):
+            await self._control.say(messages.StatePart(state[at : at + messages.STATE_PART]))
+        await self._control.ask(
+            messages.DeviceState(self.guest.kind, state[cut:], self.guest.running, postcopy)
+        )
+        self.statistics.control_bytes += len(state)
 
     async def _execute_postcopy(self, instruction: core.Instruction) -> core.Event:
         match instruction:
@@ -462,6 +477,8 @@ class Source:
             self._background is None
         ):
             raise RemoteProtocolError("the channels do not match what was asked for")
+        if any(len(token) != TOKEN_BYTES for token in [*tokens, *([urgent[1]] if urgent else [])]):
+            raise RemoteProtocolError("a channel's token is of another length than it can be")
         await self._crew.gather(jobs.Ready)
         self._opened = True
         workers = self._crew.pool.workers
@@ -500,7 +517,7 @@ class Source:
         p = self.parameters
         job = sender.SenderJob(
             self.guest.blocks, self._table, self._counters, self._bandwidth, self._hashes,
-            p.codec, p.level, p.batch_pages,
+            p.codec, p.level, p.batch_pages, sums=self._sums,
         )  # fmt: skip
         reserve = self._reserve
         if self._background is not None:
@@ -527,6 +544,8 @@ class Source:
             self.parameters.batch_pages, image_size=self.guest.image_size,
             capabilities=[
                 *self.guest.capabilities,
+                *([messages.PAGE_SUMS] if self._sums else ()),
+                *([messages.READ_BACK] if self._sums and self.parameters.verify else ()),
                 *(self._background.capabilities if self._background is not None else ()),
             ],
             name=self.name,
@@ -626,6 +645,7 @@ class Source:
         begin = time.monotonic()
         await self._call(self.guest.start_tracking)
         self._taken_at = time.monotonic()
+        self._kept = [[False] * -(-block.pages // CHUNK_PAGES) for block in self.guest.blocks]
         for i, block in enumerate(self.guest.blocks):
             runs = await self._call(self.guest.initial_pages, i)
             self._table.mark_dirty(i, runs)
@@ -659,9 +679,9 @@ class Source:
     async def _leave_out_what_is_there(self, index: int, runs: Runs) -> bool:
         """Chunks that the destination has, by their digests, are not sent; True if that is all."""
         assert self._table is not None
-        block, view = self.guest.blocks[index], self._table.view(index)
-        equal = await self._call(equal_chunks, block, self._have[index])
-        before = self._remaining()
+        block = self.guest.blocks[index]
+        equal = self._kept[index] = await self._call(equal_chunks, block, self._have[index])
+        before, view = self._remaining(), self._table.view(index)
         for chunk, same in enumerate(equal):
             if same:
                 view[chunk * CHUNK_PAGES : (chunk + 1) * CHUNK_PAGES] = CLEAN
@@ -672,8 +692,9 @@ class Source:
     async def _leave_out_what_is_elsewhere(self, index: int) -> None:
         """Pages that the destination can find among other images are not sent."""
         assert self._table is not None
-        block, view = self.guest.blocks[index], self._table.view(index)
-        dirty = np.flatnonzero(view != CLEAN)
+        block = self.guest.blocks[index]
+        # no view of the table is kept: an error of the peer would keep it beyond the table
+        dirty = np.flatnonzero(self._table.view(index) != CLEAN)
         dirty = dirty[dirty < block.size // PAGE_SIZE]
         known = self.statistics.extra.get("pages-already-there", 0)
         for at in range(0, len(dirty), _COMPARED_PAGES):
@@ -687,7 +708,7 @@ class Source:
             if len(held.bits) != -(-len(pages) // 8):
                 raise RemoteProtocolError("Held does not match what was asked for")
             bits = np.unpackbits(np.frombuffer(held.bits, np.uint8), count=len(pages))
-            view[pages[bits != 0]] = CLEAN
+            self._table.view(index)[pages[bits != 0]] = CLEAN
             known += int(np.count_nonzero(bits))
         self.statistics.extra["pages-already-there"] = known
 
@@ -927,6 +948,22 @@ class Source:
     # ---- the end -------------------------------------------------------------------------
 
     async def _verify(self) -> core.Event:
+        return await (self._verify_sums() if self._sums else self._verify_digests())
+
+    async def _verify_sums(self) -> core.Event:
+        """Each frame was compared when it was placed: what is left is what no frame was of."""
+        answer = await self._control.ask(
+            messages.DigestRequest([pack_chunks(kept) for kept in self._kept])
+        )
+        assert isinstance(answer, messages.Digests)
+        if len(answer.wrong) != len(self.guest.blocks):
+            raise RemoteProtocolError("Digests does not match what was asked for")
+        wrong = tuple(b.name for b, n in zip(self.guest.blocks, answer.wrong, strict=True) if n)
+        if not wrong:
+            self.statistics.extra["verified"] = [messages.PAGE_SUMS] * len(answer.wrong)
+        return core.Verified(wrong)
+
+    async def _verify_digests(self) -> core.Event:
         theirs = self._task(self._control.ask(messages.DigestRequest()))
         parts = [[b""] * part_count(block.pages) for block in self.guest.blocks]
         todo: Iterator[jobs.AnyJob] = (

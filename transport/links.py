@@ -30,8 +30,13 @@ from .wire import MAX_PAYLOAD
 # much as the call that it is for.
 POLLIN, EVENTS = int(zmq.POLLIN), int(zmq.EVENTS)
 NOBLOCK, SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)
+# What a channel's peer says it is: secret.
+TOKEN_BYTES = 16
 # Frames a socket queues before it pushes back; credit keeps far below it.
 QUEUE_FRAMES = 64
+# Control messages that wait of one peer, whoever that is, and the time it has to say who it is.
+QUEUE_MESSAGES = 16
+HANDSHAKE_MS = 5000
 # Left to libzmq after close: long enough for a last Abort, short enough for Ctrl-C.
 LINGER_MS = 500
 CONNECT_SECONDS = 5.0
@@ -43,7 +48,7 @@ _MOST_STRANGERS = 16
 # pfifo_fast and prio put the first behind everything and the second before (bits 0x08 and 0x10).
 TOS_BULK, TOS_URGENT = 0x28, 0x50
 # sun_path holds 108 bytes; channel sockets add a suffix to the path.
-_MAX_IPC_PATH = 100
+_SUN_PATH, _MAX_IPC_PATH = 107, 100
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,20 @@ class Endpoint:
         """The channel endpoint `where` ("tcp:PORT", "ipc:PATH") beside this control endpoint."""
         scheme, _, rest = where.partition(":")
         port = re.fullmatch(r"\d{1,5}", rest)
-        if scheme == "tcp" and self.scheme == "tcp" and port and int(rest) < 65536:
+        if scheme == "tcp" and self.scheme == "tcp" and port and 0 < int(rest) < 65536:
             return Endpoint("tcp", self.host, int(rest))
-        if scheme == "ipc" and self.scheme == "ipc":
+        if scheme == "ipc" and self.scheme == "ipc" and _beside(self.path, rest):
             return Endpoint("ipc", path=rest)
         raise ConnectError(f"the peer offers a channel at {where!r}, which is not beside {self}")
+
+
+def _beside(path: str, other: str) -> bool:
+    """True if `other` is `path` with a suffix, wherever links lead; abstract ones have none."""
+    if len(other.encode()) > _SUN_PATH or "\0" in other:
+        return False
+    if not path.startswith("@"):
+        path, other = os.path.realpath(path), os.path.realpath(other)
+    return other.startswith(f"{path}.")
 
 
 def parse_endpoint(text: str) -> Endpoint:
@@ -127,10 +141,16 @@ def _prepare(
         sock.setsockopt(zmq.IPV6, 1)
 
 
-def bind(context: Any, endpoint: Endpoint, *, control: bool, tos: int = 0) -> tuple[Any, Endpoint]:
-    """A listening ROUTER at `endpoint`, and where it really listens (port 0: the kernel's pick)."""
+def bind(
+    context: Any, endpoint: Endpoint, *, control: int = 0, tos: int = 0
+) -> tuple[Any, Endpoint]:
+    """A listening ROUTER at `endpoint`, and where it really listens (port 0: the kernel's pick).
+    `control`: it is a control link's, with messages of so many bytes at the most."""
     sock = context.socket(zmq.ROUTER)
-    _prepare(sock, MAX_MESSAGE if control else MAX_PAYLOAD + 65536, endpoint, tos)
+    _prepare(sock, control or MAX_PAYLOAD + 65536, endpoint, tos)
+    if control:
+        sock.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
+    sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
     # A peer whose connection broke comes back under its own token.
     sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -277,7 +297,7 @@ class ZmqLink:
 
     def listen(self, endpoint: Endpoint, token: bytes) -> Endpoint:
         self._token = token
-        self._socket, self._endpoint = bind(self._context, endpoint, control=False, tos=TOS_URGENT)
+        self._socket, self._endpoint = bind(self._context, endpoint, tos=TOS_URGENT)
         return self._endpoint
 
     def dial(self, endpoint: Endpoint, token: bytes) -> None:

@@ -14,8 +14,13 @@ from .pages import Runs, check_runs
 
 # A session of another number is refused: both ends say theirs first.
 PROTOCOL = 2
-# Device state and ELF headers are small; more than this is not a guest we know.
+# What a destination says: a bit a page at the most.
 MAX_MESSAGE = 256 << 20
+# What anybody may say to somebody who listens: libzmq keeps that much of each stranger.
+MAX_TO_DESTINATION, MAX_TO_SERVER = 8 << 20, 64 << 20
+# Device state and ELF headers are small; more than this is not a guest we know. In parts of:
+MAX_STATE = 256 << 20
+STATE_PART = 4 << 20
 MAX_BLOCKS = 65535
 MAX_WORKERS = 64
 # 64 TiB. Nothing larger has been built.
@@ -25,6 +30,8 @@ MAX_BLOCK_SIZE = 1 << 46
 # Capabilities in a Hello: the guest may start before its memory has arrived; the urgent channel
 # is a connection of its own, not ZeroMQ's.
 POSTCOPY, DIRECT = "postcopy-ram", "postcopy-direct"
+# Frames have sums of their pages, and the destination reads back some of what it places; or all.
+PAGE_SUMS, READ_BACK = "page-sums", "read-back"
 # A kind, and a capability, so that a receiver that does not know it refuses it: a trial run, which
 # goes into memory that is thrown away. No more than this, holes included.
 SAMPLE = "sample"
@@ -133,17 +140,30 @@ class Round(Message, frozen=True, tag="round"):
 
 
 class DigestRequest(Message, frozen=True, tag="digest-request"):
-    """Source: what do your blocks hold?"""
+    """Source: what do your blocks hold? With page sums: do they hold what was sent, and zeros else?
+    `kept`: a bit for each MiB (numpy's packbits order), a string a block: it was left out, because
+    the digests in Welcome say that it is there."""
+
+    kept: list[bytes] | None = None
 
 
 class Digests(Message, frozen=True, tag="digests"):
-    """Destination: one digest a block."""
+    """Destination: one digest a block; or, with page sums, how many pages of each block hold
+    something that was not sent."""
 
     digests: list[bytes]
+    wrong: list[int] = []
+
+
+class StatePart(Message, frozen=True, tag="state-part"):
+    """Source: so much of a device state that is too large for one message."""
+
+    part: bytes
 
 
 class DeviceState(Message, frozen=True, tag="device-state"):
-    """Source: everything of the guest that is not RAM, and whether it was running."""
+    """Source: everything of the guest that is not RAM (its last part), and whether it was
+    running."""
 
     kind: str
     state: bytes
@@ -261,7 +281,33 @@ AnyMessage = (
     Hello | Welcome | Refused | Discard | Missing | Discarded | Round | DigestRequest | Digests
     | DeviceState | StateLoaded | Run | Running | PostcopyEnd | Ended | Resume | Resumed
     | Paused | Abort | Ping | Pull | Offer | Layout | Serving | Armed | Contents | Held
+    | StatePart
 )  # fmt: skip
+
+# What a person reads of a peer's messages. Block names are compared, and checked (agreement.py).
+_TEXTS: dict[type[Message], tuple[str, ...]] = {
+    Hello: ("version", "kind", "name"),
+    Welcome: ("version", "kind"),
+    Refused: ("error", "field", "message"),
+    Running: ("detail",),
+    Offer: ("version",),
+    Paused: ("message",),
+    Abort: ("error", "message"),
+}
+# Characters of one of these.
+MAX_TEXT = 4000
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would act on, and not longer than anybody reads."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text[:MAX_TEXT])
+
+
+def _readable(message: AnyMessage) -> AnyMessage:
+    texts = {name: getattr(message, name) for name in _TEXTS.get(type(message), ())}
+    clean = {name: printable(text) for name, text in texts.items()}
+    return message if clean == texts else msgspec.structs.replace(message, **clean)
+
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
@@ -276,7 +322,7 @@ def decode(data: bytes | memoryview) -> AnyMessage:
     if len(data) > MAX_MESSAGE:
         raise RemoteProtocolError(f"control message of {len(data)} bytes")
     try:
-        return _decoder.decode(data)
+        return _readable(_decoder.decode(data))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise RemoteProtocolError(f"control message that makes no sense: {e}") from e
 

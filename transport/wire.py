@@ -8,6 +8,7 @@ of MultiFDPacket_t in QEMU's migration/multifd.h, with runs in place of single o
     header   magic, version, kind, codec, flags, block, round, seq,
              zero/raw/packed run counts, payload size, payload sum, meta sum
     runs     starts (u64 each), then counts (u32 each): zero runs, raw runs, packed runs
+    sum      if flags say so: xxh3-64 of the frame's pages as they were read, raw ones, then packed
     payload  the raw pages, then the packed pages as one output of the codec
 
 The meta has a checksum of its own (xxh3-64), so that a frame whose payload is damaged can
@@ -41,7 +42,9 @@ MAX_PAYLOAD = MAX_BATCH_PAGES * PAGE_SIZE
 _HEADER = struct.Struct("<HBBBBHIQHHHxxIQQ")
 _SUM = struct.Struct("<Q")
 HEADER_SIZE = _HEADER.size
-MAX_META = HEADER_SIZE + 3 * MAX_RUNS * 12
+MAX_META = HEADER_SIZE + 3 * MAX_RUNS * 12 + _SUM.size
+# The only flag: a sum of the pages stands behind the runs.
+_HAS_CONTENT_SUM = 1
 
 
 class Kind(enum.IntEnum):
@@ -66,6 +69,7 @@ class Frame:
     """One frame. `seq` counts per channel; the meaning of the rest depends on `kind`.
 
     DATA: `zero`, `raw` and `packed` are the pages of `block`, `payload_size` bytes follow.
+    `content_sum`: of the pages themselves, as they were before they were packed.
     SYNC, SYNC_ACK: `frames` and `pages` of `round` that were acknowledged / placed.
     ACK, NACK: the frames from `seq` to `last`.
     """
@@ -84,6 +88,7 @@ class Frame:
     frames: int = 0
     pages: int = 0
     last: int = 0
+    content_sum: int | None = None
 
     @property
     def raw_size(self) -> int:
@@ -110,17 +115,19 @@ def _pack_runs(tables: Iterable[Runs]) -> bytes:
 def encode_data(frame: Frame, payload: Iterable[Buffer] = ()) -> bytes:
     """The meta of a DATA frame whose payload is the concatenation of `payload`."""
     runs = _pack_runs((frame.zero, frame.raw, frame.packed))
+    flags = 0
+    if frame.content_sum is not None:
+        flags, runs = _HAS_CONTENT_SUM, runs + _SUM.pack(frame.content_sum)
     lengths = (len(frame.zero[0]), len(frame.raw[0]), len(frame.packed[0]))
     size = sum(len(memoryview(part)) for part in payload)
 
     def head(payload_sum: int, meta_sum: int) -> bytes:
         return _HEADER.pack(
-            MAGIC, VERSION, Kind.DATA, frame.codec, 0, frame.block, frame.round, frame.seq,
+            MAGIC, VERSION, Kind.DATA, frame.codec, flags, frame.block, frame.round, frame.seq,
             *lengths, size, payload_sum, meta_sum,
         )  # fmt: skip
 
-    identity = xxhash.xxh3_64_intdigest(head(0, 0) + runs)
-    total = payload_digest(payload, identity) if size else 0
+    total = payload_digest(payload, xxhash.xxh3_64_intdigest(head(0, 0) + runs)) if size else 0
     return head(total, xxhash.xxh3_64_intdigest(head(total, 0) + runs)) + runs
 
 
@@ -159,13 +166,16 @@ def decode(meta: Buffer) -> Frame:
     blank = bytes(view[: HEADER_SIZE - 8]) + bytes(8)
     if xxhash.xxh3_64_intdigest(blank + bytes(view[HEADER_SIZE:])) != meta_sum:
         raise Damaged("checksum of a frame header")
-    if magic != MAGIC or version != VERSION or flags:
+    if magic != MAGIC or version != VERSION or flags & ~_HAS_CONTENT_SUM:
         raise RemoteProtocolError(f"frame of version {version}, not {VERSION}")
     if kind != Kind.DATA:
+        if flags:
+            raise RemoteProtocolError("a control frame with flags")
         return _decode_control(view, kind, round_, seq, meta_sum)
     if max(n_zero, n_raw, n_packed) > MAX_RUNS or size > MAX_PAYLOAD:
         raise RemoteProtocolError(f"frame of {size} bytes is above the bound of {MAX_PAYLOAD}")
-    if len(view) != HEADER_SIZE + 12 * (n_zero + n_raw + n_packed):
+    end = HEADER_SIZE + 12 * (n_zero + n_raw + n_packed)
+    if len(view) != end + (_SUM.size if flags else 0):
         raise RemoteProtocolError("frame whose run tables do not match its length")
     raw_at = HEADER_SIZE + 12 * n_zero
     frame = Frame(
@@ -174,6 +184,7 @@ def decode(meta: Buffer) -> Frame:
         _unpack_runs(view, raw_at, n_raw),
         _unpack_runs(view, raw_at + 12 * n_raw, n_packed),
         payload_size=size, payload_sum=payload_sum, meta_sum=meta_sum,
+        content_sum=_SUM.unpack_from(view, end)[0] if flags else None,
     )  # fmt: skip
     return _check_sizes(frame)
 
@@ -214,3 +225,11 @@ def payload_matches(meta: Buffer, frame: Frame, payload: Buffer) -> bool:
     head = bytearray(meta)
     head[HEADER_SIZE - 16 : HEADER_SIZE] = bytes(16)
     return payload_digest((payload,), xxhash.xxh3_64_intdigest(head)) == frame.payload_sum
+
+
+def content_matches(frame: Frame, content: Iterable[Buffer]) -> bool:
+    """True if `content`, the pages of a frame, raw ones, then packed, is what was read at the
+    source. One whose pages are all raw needs no sum of its own: the payload's is theirs."""
+    if frame.content_sum is None:
+        return not len(frame.packed[0])
+    return payload_digest(content, 0) == frame.content_sum

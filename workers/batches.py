@@ -26,13 +26,15 @@ _MUST_SAVE = 0.03
 
 @dataclass(slots=True)
 class Batch:
-    """A batch as it will travel. `payload` may point into guest memory."""
+    """A batch as it will travel. `payload` may point into guest memory. `plain`: its packed pages
+    before they were packed."""
 
     codec: int
     zero: Runs
     raw: Runs
     packed: Runs
     payload: list[Buffer]
+    plain: Buffer = b""
 
     @property
     def size(self) -> int:
@@ -153,10 +155,10 @@ class BatchMaker:
         self._row.add(f"{name}_pages", n_good)
         wire_id = CODECS[name].wire_id
         if everything:
-            return Batch(wire_id, zero, NO_RUNS, runs_of(pages), [packed])
+            return Batch(wire_id, zero, NO_RUNS, runs_of(pages), [packed], plain)
         self._row.add("raw_pages", len(pages) - n_good)
         raw, rest = pages[~good], flat(content[~good])
-        return Batch(wire_id, zero, runs_of(raw), runs_of(pages[good]), [rest, packed])
+        return Batch(wire_id, zero, runs_of(raw), runs_of(pages[good]), [rest, packed], plain)
 
 
 def flat(content: npt.NDArray[np.uint64]) -> memoryview:

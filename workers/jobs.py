@@ -67,6 +67,14 @@ class Digest(Job, frozen=True, tag="digest"):
     part: int
 
 
+class Check(Job, frozen=True, tag="check"):
+    """Coordinator to receiver: what of part `part` of a block did not come with a sum must be
+    zero."""
+
+    block: int
+    part: int
+
+
 class Postcopy(Job, frozen=True, tag="postcopy"):
     """Coordinator to sender: from now on claim pages, piece by piece, and stand aside for urgent
     requests; to receiver: from now on install pages in the guest. Answered with Ready."""
@@ -135,6 +143,14 @@ class DigestDone(Job, frozen=True, tag="digest-done"):
     digest: bytes
 
 
+class CheckDone(Job, frozen=True, tag="check-done"):
+    """Receiver: so many pages of the part hold something that nobody sent."""
+
+    block: int
+    part: int
+    wrong: int
+
+
 class Failed(Job, frozen=True, tag="failed"):
     """Any: it cannot go on, and why. The class travels by name, never as code."""
 
@@ -143,8 +159,8 @@ class Failed(Job, frozen=True, tag="failed"):
 
 
 AnyJob = (
-    Open | Listen | Extent | Barrier | Scan | Digest | Stop | Postcopy | Unlink | Relink | Hold
-    | Finish | Ready | ExtentDone | BarrierDone | ScanDone | DigestDone | Failed
+    Open | Listen | Extent | Barrier | Scan | Digest | Check | Stop | Postcopy | Unlink | Relink
+    | Hold | Finish | Ready | ExtentDone | BarrierDone | ScanDone | DigestDone | CheckDone | Failed
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -16,11 +16,17 @@ import zmq
 
 from ..transport.channel import ReceivingChannel
 from ..transport.codecs import Decoders
-from ..transport.errors import LocalProtocolError, RemoteProtocolError, WorkerDied
+from ..transport.errors import (
+    LocalProtocolError,
+    RemoteProtocolError,
+    VerificationFailed,
+    WorkerDied,
+)
 from ..transport.links import NOBLOCK, Endpoint, bind, connect, parse_endpoint, short, unbind
 from ..transport.pages import PAGE_SIZE, Runs, check_runs, total_pages
-from ..transport.wire import Buffer, Frame
+from ..transport.wire import Buffer, Frame, content_matches
 from . import jobs
+from .checks import Checks, ReadBack
 from .counters import Counters
 from .digest import CHUNK_BYTES, part_digest
 from .guests.base import ArmedMemory
@@ -55,7 +61,8 @@ class ReceiverJob:
     and has the others spin; waiting here instead leaves the processor to the senders (two
     receivers, one fresh file: half the processor time a byte, same rate).
     `guest`: what postcopy needs; `installing`: the guest runs already; `dial`: `listen` is where
-    the sender does, and we connect.
+    the sender does, and we connect. `checks`: what is written is
+    read back, some of it or (`read_all`) all.
     """
 
     blocks: list[RamBlock]
@@ -67,11 +74,15 @@ class ReceiverJob:
     guest: ArmedGuest | None = None
     installing: bool = False
     dial: bool = False
+    checks: Checks | None = None
+    read_all: bool = False
 
     def close(self) -> None:
         """In the receiver, when nothing looks at any of it: it may have another job after this."""
         self.writing = None  # traced, it holds the ring
         self.counters.close()
+        if self.checks is not None:
+            self.checks.close()
         for block in self.blocks:
             block.file.close()
 
@@ -98,6 +109,9 @@ class Receiver:
         self.channel = ReceivingChannel()
         self.decoders = Decoders()
         self.placer: FramePlacer | None = None
+        self.read_back: ReadBack | None = None
+        if job.checks is not None:
+            self.read_back = ReadBack(job.blocks, job.checks, job.read_all)
         if job.installing:
             self._start_installing()
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -119,6 +133,7 @@ class Receiver:
             else:
                 self.socket.close()
             self.context.term()
+            self.read_back = None  # its views end before their segment
 
     def _link(self) -> Endpoint | None:
         """Listen, or dial; where we listen. `prefix`: what stands before an answer on a ROUTER."""
@@ -129,7 +144,7 @@ class Receiver:
             self.socket.send(b"")  # we are here
             return None
         self.prefix = [self.job.token]
-        self.socket, endpoint = bind(self.context, where, control=False)
+        self.socket, endpoint = bind(self.context, where)
         return endpoint
 
     def _commands(self) -> bool:
@@ -143,6 +158,11 @@ class Receiver:
                     block = self.job.blocks[job.block]
                     digest = part_digest(block, job.part, bytearray(CHUNK_BYTES))
                     self.desk.say(jobs.DigestDone(job.block, job.part, digest))
+                case jobs.Check():
+                    if self.read_back is None:
+                        raise LocalProtocolError("a check of what was never read back")
+                    wrong = self.read_back.unsent(job.block, job.part)
+                    self.desk.say(jobs.CheckDone(job.block, job.part, wrong))
                 case jobs.Postcopy():
                     self._start_installing()
                     self.desk.say(jobs.Ready())
@@ -208,6 +228,8 @@ class Receiver:
         if n_packed:
             codec = self.decoders.get(frame.codec)
             unpacked = codec.decompress(view[raw:], n_packed * PAGE_SIZE)
+            if self.read_back is not None and not content_matches(frame, (view[:raw], unpacked)):
+                raise self._not_the_same(frame, frame.packed, "was to get other than was read")
         if not self.job.writing.acquire(timeout=_LOCK_SECONDS):
             raise WorkerDied("another receiver does not finish a write")
         try:
@@ -220,9 +242,28 @@ class Receiver:
                 self.placer.place(frame.block, frame.zero, b"")
         finally:
             self.job.writing.release()
+        if self.read_back is not None:
+            self._compare(frame, (view[:raw], unpacked))
         if self.placer is not None:
             self.placer.tell_arrivals(frame.block, (frame.raw, frame.packed, frame.zero))
         self._count(frame, n_packed)
+
+    def _compare(self, frame: Frame, contents: tuple[Buffer, Buffer]) -> None:
+        """Read back what was placed: raw pages, packed pages."""
+        assert self.read_back is not None
+        self.read_back.note(frame.block, frame.zero, False)
+        for runs, content in zip((frame.raw, frame.packed), contents, strict=True):
+            if not self.read_back.same(frame.block, runs, content, frame.seq):
+                raise self._not_the_same(frame, runs, "does not hold what was written")
+            self.read_back.note(frame.block, runs, True)
+
+    def _not_the_same(self, frame: Frame, runs: Runs, what: str) -> VerificationFailed:
+        block = self.job.blocks[frame.block]
+        return VerificationFailed(
+            f"{block.file.name} {what}, in some of {total_pages(runs)} pages from page "
+            f"{int(runs[0][0])} of {block.name}",
+            blocks=[block.name],
+        )
 
     def _count(self, frame: Frame, n_packed: int) -> None:
         zero, raw = total_pages(frame.zero), total_pages(frame.raw)

@@ -40,7 +40,7 @@ from ..transport.links import (
     unbind,
 )
 from ..transport.pages import NO_RUNS, PAGE_SIZE, Pages, runs_of, total_pages
-from ..transport.wire import MAX_RUNS, Frame, Kind, encode_data
+from ..transport.wire import MAX_RUNS, Frame, Kind, encode_data, payload_digest
 from . import jobs
 from .bandwidth import Bandwidth
 from .batches import Batch, BatchMaker, BlockReader, page_hashes
@@ -75,7 +75,8 @@ STALL_SECONDS = 30.0
 @dataclass
 class SenderJob:
     """Everything a sender needs, pickled into it once. `preemption`: for postcopy; `route`: without
-    preemption, the pipe of requests to be answered in line (postcopy.py)."""
+    preemption, the pipe of requests to be answered in line (postcopy.py); `sums`: frames have sums
+    of their pages as they were read (checks.py)."""
 
     blocks: list[RamBlock]
     table: PageTable
@@ -89,6 +90,7 @@ class SenderJob:
     tos: int = 0
     preemption: Preemption | None = None
     route: Any = None
+    sums: bool = False
 
     def close(self) -> None:
         """In the sender, when nothing looks at any of it: it may have another job after this."""
@@ -217,9 +219,7 @@ class Sender:
 
     def _listen(self, job: jobs.Listen) -> None:
         """Let the receiver connect; its first message says that it has."""
-        self.socket, self.bound = bind(
-            self.context, parse_endpoint(job.endpoint), control=False, tos=self.job.tos
-        )
+        self.socket, self.bound = bind(self.context, parse_endpoint(job.endpoint), tos=self.job.tos)
         self.peer = job.token
         self.poller.register(self.socket, zmq.POLLIN)
         self.desk.say(jobs.Ready(short(self.bound)))
@@ -395,7 +395,7 @@ class Sender:
         meta = encode_data(
             Frame(
                 Kind.DATA, self.channel.next_seq(), self.channel.round, block, batch.codec,
-                batch.zero, batch.raw, batch.packed,
+                batch.zero, batch.raw, batch.packed, content_sum=self._content_sum(batch),
             ),
             batch.payload,
         )  # fmt: skip
@@ -410,6 +410,12 @@ class Sender:
         else:
             self.socket.send(meta)
         self._read_answers()
+
+    def _content_sum(self, batch: Batch) -> int | None:
+        """Of a batch whose pages are all raw the payload's sum is theirs."""
+        if not self.job.sums or not batch.plain:
+            return None
+        return payload_digest([*batch.payload[:-1], batch.plain], 0)
 
     def _record(self, sent: _Sent, batch: Batch, meta: int) -> None:
         """Own the pages before their first byte is sent."""

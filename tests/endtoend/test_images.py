@@ -1,6 +1,8 @@
 """Memory images, end to end with real worker processes: every byte, at every setting."""
 
+import json
 import os
+import random
 import struct
 
 import pytest
@@ -8,6 +10,7 @@ from helpers import PAGE, blocks_on_disk, pattern, same_file
 from helpers import pageferry as run
 
 import pageferry
+from pageferry.transport.errors import VerificationFailed
 
 PAGES = 3000
 
@@ -75,7 +78,7 @@ def test_holes_stay_holes(tmp_path):
             assert a.read(1 << 20) == b.read(1 << 20)
 
 
-def _core(tmp_path, segments):
+def _core(tmp_path, segments, gap=b"gap!"):
     """An ELF core: a note segment, then PT_LOADs of given sizes at unaligned offsets."""
     note = struct.pack("<III", 5, 64, 1) + b"CORE\0\0\0\0" + bytes(range(64))
     headers = 64 + 56 * (1 + len(segments))
@@ -86,8 +89,8 @@ def _core(tmp_path, segments):
     for content in segments:
         n = len(content)
         programs.append(struct.pack("<IIQQQQQQ", 1, 7, offset, 0, address, n, n, 0))
-        body += content + b"gap!"
-        offset += n + 4
+        body += content + gap
+        offset += n + len(gap)
         address += 1 << 24
     ident = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)
     head = ident + struct.pack(
@@ -104,6 +107,16 @@ def test_elf_core_arrives_byte_for_byte(tmp_path):
     report = pageferry.migrate(f"image:{core}", f"image:{out}", workers=2, verify=True)
     assert same_file(core, out)
     assert len(report["verified"]) == 3
+
+
+def test_what_is_no_memory_may_be_more_than_a_message(tmp_path):
+    """As much of an ELF core as a stranger may not say at once: it travels in parts."""
+    core = _core(
+        tmp_path, [pattern(30, 1), pattern(20, 2)], gap=random.Random(5).randbytes(9 << 20)
+    )
+    out = tmp_path / "out.core"
+    pageferry.migrate(f"image:{core}", f"image:{out}", workers=1)
+    assert same_file(core, out)
 
 
 def test_replaces_what_was_there_only_when_whole(image, tmp_path):
@@ -157,7 +170,7 @@ def test_shm_segment(image):
 def test_command_line_says_what_it_did(image, tmp_path):
     done = run("copy", f"image:{image}", f"image:{tmp_path / 'o'}", "--verify")
     assert done.returncode == 0
-    assert "completed, digests equal" in done.stdout
+    assert "completed, verified" in done.stdout
     assert "round 1" in done.stderr or "completed" in done.stderr
 
 
@@ -176,3 +189,36 @@ def test_a_core_of_many_segments(tmp_path):
     out = tmp_path / "out.core"
     pageferry.migrate(f"image:{core}", f"image:{out}", verify=True)
     assert same_file(core, out)
+
+
+def test_images_are_verified_unless_that_is_not_wanted(image, tmp_path):
+    """By default; and a sum of each page costs no second reading of the source."""
+    out = tmp_path / "out"
+    report = pageferry.migrate(f"image:{image}", f"image:{out}")
+    assert report["verified"] == ["page-sums"]
+    assert "verified" not in pageferry.migrate(f"image:{image}", f"image:{out}", verify=False)
+    assert "verified" not in json.loads(
+        run("copy", f"image:{image}", f"image:{out}", "--no-verify", "--json").stdout
+    )
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_what_nobody_sent_is_found(tmp_path, codec):
+    """Somebody writes the destination meanwhile, where the source has a hole."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    with open(source, "wb") as f:
+        f.write(pattern(100))
+        f.truncate(400 * PAGE)
+
+    def spoil(name, data):
+        if name == "MIGRATION_PASS":
+            with open(out, "r+b") as f:
+                f.seek(300 * PAGE)
+                f.write(b"x")
+
+    def on_started(migration):
+        migration.on_event = spoil
+
+    out.write_bytes(b"x" * (400 * PAGE))
+    with pytest.raises(VerificationFailed, match="ram"):
+        pageferry.migrate(f"image:{source}", f"ram:{out}", codec=codec, on_started=on_started)

@@ -14,10 +14,11 @@ from pageferry.transport.errors import (
     DestinationError,
     RemoteProtocolError,
     SourceError,
+    VerificationFailed,
 )
 from pageferry.transport.messages import PROTOCOL, Block, Hello
 from pageferry.transport.pages import PAGE_SIZE, pages_of
-from pageferry.workers.guests.image import ImageDestination, ImageSource, ImageState
+from pageferry.workers.guests.image import ImageDestination, ImageSource, ImageState, sum_of
 from pageferry.workers.guests.uri import GuestUri
 
 examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -379,17 +380,31 @@ def test_a_guest_that_does_not_arrive_leaves_nothing(tmp_path, end):
     assert os.listdir(tmp_path) == ["vm"]
 
 
+def state_of(*pieces):
+    return msgspec.msgpack.encode(ImageState(list(pieces), sum_of(list(pieces))))
+
+
+@pytest.mark.parametrize("state", [ImageState([(0, b"x")], 1), ImageState([], 1)])
+def test_state_that_was_damaged(tmp_path, state):
+    destination = laid_out(tmp_path / "vm", Block("ram", PAGE_SIZE))
+    try:
+        with pytest.raises(VerificationFailed, match="damaged"):
+            destination.load_state("image", msgspec.msgpack.encode(state), False)
+    finally:
+        destination.discard()
+
+
 @pytest.mark.parametrize(
     "state",
     [
         b"",
         b"garbage",
-        msgspec.msgpack.encode({"pieces": [[0]]}),
-        msgspec.msgpack.encode({"pieces": [[0, "text"]]}),
-        msgspec.msgpack.encode({"pieces": [[-1, b"x"]]}),
-        msgspec.msgpack.encode({"pieces": [[PAGE_SIZE, b"x"]]}),
-        msgspec.msgpack.encode({"pieces": [[0, b"fine"], [PAGE_SIZE - 1, b"xy"]]}),
-        msgspec.msgpack.encode({"pieces": [[2**63, b"x"]]}),
+        msgspec.msgpack.encode({"pieces": [[0]], "sum": 0}),
+        msgspec.msgpack.encode({"pieces": [[0, "text"]], "sum": 0}),
+        state_of((-1, b"x")),
+        state_of((PAGE_SIZE, b"x")),
+        state_of((0, b"fine"), (PAGE_SIZE - 1, b"xy")),
+        state_of((2**63, b"x")),
         b"\x81\xa6pieces" + b"\x91" * 100_000,
     ],
     ids=[

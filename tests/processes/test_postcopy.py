@@ -366,7 +366,8 @@ class AtTheDestination:
     async def listening(self):
         """Where it listens, once it does."""
         ready = await self.coordinator.hear(jobs.Ready)
-        return parse_endpoint(self.listen).sibling(ready.endpoint)
+        where = parse_endpoint(self.listen)
+        return where if where.scheme == "ipc" else where.sibling(ready.endpoint)
 
     def waits(self):
         return self.latency.numbers()

@@ -4,21 +4,24 @@ import asyncio
 import os
 import random
 import signal
+import zlib
 
 import numpy as np
 import pytest
+import xxhash
 import zmq
 from coordinator import Coordinator
 from helpers import PAGE, pattern
 
 from pageferry.transport.channel import Acked, SendingChannel, Synced
-from pageferry.transport.errors import RemoteProtocolError, WorkerDied
+from pageferry.transport.errors import RemoteProtocolError, VerificationFailed, WorkerDied
 from pageferry.transport.links import connect, parse_endpoint
 from pageferry.transport.messages import Block
 from pageferry.transport.pages import NO_RUNS
 from pageferry.transport.wire import Frame, Kind, decode, encode_control, encode_data
 from pageferry.workers import jobs, receiver, sender
 from pageferry.workers.bandwidth import Bandwidth
+from pageferry.workers.checks import Checks
 from pageferry.workers.counters import Counters
 from pageferry.workers.forking import context
 from pageferry.workers.page_table import CLEAN, DIRTY, PageTable
@@ -39,15 +42,17 @@ def _block(path, content=b""):
 # ---- a receiver, with the test as its sender ---------------------------------------------
 
 
-async def _with_receiver(tmp_path, body, fresh=True, content=b""):
+async def _with_receiver(tmp_path, body, fresh=True, content=b"", checked=False):
     block = _block(tmp_path / "memory", content)
     counters = Counters(1)
+    checks = Checks([PAGES]) if checked else None
     coordinator = Coordinator(counters)
     zmq_context = zmq.Context()
     try:
         job = receiver.ReceiverJob(
-            [block], counters, f"ipc://{tmp_path}/c", TOKEN, [fresh], context().Lock()
-        )
+            [block], counters, f"ipc://{tmp_path}/c", TOKEN, [fresh], context().Lock(),
+            checks=checks,
+        )  # fmt: skip
         await coordinator.pool.start(receiver.main, [job])
         await coordinator.hear(jobs.Ready)
         socket = connect(zmq_context, parse_endpoint(f"ipc://{tmp_path}/c"), TOKEN, control=False)
@@ -57,6 +62,8 @@ async def _with_receiver(tmp_path, body, fresh=True, content=b""):
         await coordinator.pool.close()
         zmq_context.term()
         counters.close()
+        if checks is not None:
+            checks.close()
         block.file.close()
 
 
@@ -198,6 +205,68 @@ def test_pages_outside_of_memory_end_it(tmp_path, block_, page):
         assert block.read(0, PAGES * PAGE) == bytes(PAGES * PAGE)
 
     asyncio.run(_with_receiver(tmp_path, body))
+
+
+def _packed(line, page, data, *, content_sum):
+    """A packed frame that says `content_sum` of its pages."""
+    frame = Frame(
+        Kind.DATA, line.channel.next_seq(), 1, 0, 3, NO_RUNS, NO_RUNS,
+        (np.array([page]), np.array([len(data) // PAGE])), content_sum=content_sum,
+    )  # fmt: skip
+    payload = zlib.compress(data)
+    line.channel.sent(frame.seq, len(payload), len(data) // PAGE)
+    line.socket.send_multipart([encode_data(frame, [payload]), payload])
+
+
+def test_what_is_placed_is_read_back(tmp_path):
+    """Raw and packed pages count as read back, those that are zero again do not."""
+    data = pattern(8)
+
+    async def body(coordinator, line, block):
+        line.send(0, b"a" * (4 * PAGE))
+        _packed(line, 8, data, content_sum=xxhash.xxh3_64_intdigest(data))
+        line.zero(2, 1)  # not cleared in a fresh block: it must show
+        assert (await line.settle())[1] == []
+        os.pwrite(block.file.fd, b"x", 40 * PAGE)
+        coordinator.say(jobs.Check(0, 0))
+        assert await coordinator.hear(jobs.CheckDone) == jobs.CheckDone(0, 0, 2)
+
+    asyncio.run(_with_receiver(tmp_path, body, checked=True))
+
+
+def test_pages_that_come_out_otherwise_end_it(tmp_path):
+    """What was packed is not what was read at the source."""
+
+    async def body(coordinator, line, block):
+        _packed(line, 8, b"a" * PAGE, content_sum=xxhash.xxh3_64_intdigest(b"b" * PAGE))
+        error = await coordinator.failure(VerificationFailed)
+        assert "from page 8 of ram" in error.message
+        assert block.read(8 * PAGE, PAGE) == bytes(PAGE)  # nothing of it was written
+
+    asyncio.run(_with_receiver(tmp_path, body, checked=True))
+
+
+def test_a_page_that_is_two_things_at_once_ends_it(tmp_path):
+    """A frame that writes a page twice: it does not hold what was written first."""
+
+    async def body(coordinator, line, block):
+        runs = (np.array([3]), np.array([1]))
+        parts = [b"a" * PAGE, zlib.compress(b"b" * PAGE)]
+        total = xxhash.xxh3_64_intdigest(b"a" * PAGE + b"b" * PAGE)
+        frame = Frame(Kind.DATA, 0, 1, 0, 3, NO_RUNS, runs, runs, content_sum=total)
+        line.socket.send_multipart([encode_data(frame, parts), b"".join(parts)])
+        error = await coordinator.failure(VerificationFailed)
+        assert "does not hold what was written" in error.message
+
+    asyncio.run(_with_receiver(tmp_path, body, checked=True))
+
+
+def test_packed_pages_without_a_sum_end_it(tmp_path):
+    async def body(coordinator, line, block):
+        _packed(line, 8, b"a" * PAGE, content_sum=None)
+        await coordinator.failure(VerificationFailed)
+
+    asyncio.run(_with_receiver(tmp_path, body, checked=True))
 
 
 def test_strays_are_dropped_and_counted(tmp_path):

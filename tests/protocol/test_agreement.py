@@ -11,6 +11,7 @@ from pageferry.transport.messages import (
     MAX_BLOCK_SIZE,
     MAX_BLOCKS,
     MAX_WORKERS,
+    PAGE_SUMS,
     POSTCOPY,
     PROTOCOL,
     Block,
@@ -162,3 +163,21 @@ def test_the_kind_matters_only_if_one_is_expected():
     """A receiver may be there for one kind of guest."""
     check_hello(GOOD, "demo")
     assert refusal(GOOD, "image") == "kind"
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "ram\x1b[2J", "ram\n", "\u202eram"])
+def test_a_name_of_a_block_can_be_shown(name):
+    """It is in errors and logs."""
+    assert refusal(with_blocks(Block(name, 4096))).startswith("block ")
+
+
+def test_what_is_refused_can_be_shown():
+    with pytest.raises(PeerRefused) as caught:
+        check_hello(msgspec.structs.replace(GOOD, capabilities=["\x1b[2J"]), None)
+    assert caught.value.message.isprintable()
+
+
+def test_page_sums_and_postcopy_exclude_each_other():
+    hello = msgspec.structs.replace(GOOD, blocks=[Block("ram", 8192)])
+    both = msgspec.structs.replace(hello, capabilities=[POSTCOPY, PAGE_SUMS])
+    assert refusal(both) == "capabilities"

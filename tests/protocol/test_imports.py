@@ -47,6 +47,11 @@ STREAMS = {
     "start_server", "start_unix_server", "open_connection", "open_unix_connection",
     "create_server", "create_unix_server", "create_connection", "create_unix_connection",
 }  # fmt: skip
+# Objects that are made of bytes: by a process from its own parent, over the socket pair that it was
+# born with, and by nobody else.
+PICKLING = {"pickle", "_pickle", "marshal", "shelve", "cloudpickle", "dill", "jsonpickle"}
+PICKLING_MODULES = {"workers/reserve.py"}
+PICKLED = {"recv_pyobj", "send_pyobj"}
 SYSTEM_CALLS = {"ctypes", "fcntl", "_ctypes"}
 # What a batch has done is in one file, and one module knows how.
 DATABASE_MODULES = {"pipeline/batch_state.py"}
@@ -144,6 +149,11 @@ def opens_sockets(name, tree):
     return found
 
 
+def pickles(name, tree):
+    """What makes objects of bytes that came from somewhere."""
+    return (roots(name, tree) & PICKLING) | (method_calls(tree) & PICKLED)
+
+
 MODULES = files()
 
 
@@ -174,6 +184,12 @@ def test_only_links_opens_sockets():
     """Others get theirs from there."""
     names = [name for name in MODULES if not name.startswith(BENCHMARK)]
     assert everywhere(opens_sockets, names) == {}
+
+
+def test_no_pickle_on_any_socket():
+    """What comes from a peer is numbers, strings and bytes."""
+    names = [name for name in MODULES if name not in PICKLING_MODULES]
+    assert everywhere(pickles, names) == {}
 
 
 def test_only_the_kernel_folder_makes_system_calls():
@@ -219,6 +235,9 @@ def test_nobody_imports_by_name_what_he_could_not_import():
         (io, "pipeline/x.py", "from .control import Control", {"pipeline.control.Control"}),
         (io, "pipeline/x.py", "from ..transport.links import bind", {"transport.links.bind"}),
         (io, "pipeline/x.py", "from ..transport.pages import runs_of\nimport os", set()),
+        (pickles, "transport/x.py", "import pickle", {"pickle"}),
+        (pickles, "transport/x.py", "sock.recv_pyobj()", {"recv_pyobj"}),
+        (pickles, "transport/x.py", "sock.recv()", set()),
         (opens_sockets, "workers/x.py", "import socket", {"import socket"}),
         (opens_sockets, "workers/x.py", "import zmq\nzmq.Context().socket(1)", {"socket"}),
         (opens_sockets, "workers/x.py", "import zmq.asyncio\ns.bind('tcp://*:1')", {"bind"}),

@@ -17,7 +17,7 @@ examples = settings(max_examples=150, deadline=None, derandomize=True, database=
 def test_defaults_are_legal_and_workers_follow_the_cpus():
     """At most 8, as many as this process may use."""
     default = Parameters()
-    assert (default.codec, default.level, default.verify) == ("auto", None, False)
+    assert (default.codec, default.level, default.verify) == ("auto", None, None)
     assert (default.max_bandwidth, default.downtime_limit) == (0, 0.3)
     checked = Parameters().checked()
     assert checked.workers == default_workers()

@@ -130,7 +130,7 @@ def test_what_comes_from_elsewhere_is_text():
         ),
         (
             {"status": "completed", "total-time": 10, "verified": []},
-            "Completed in 10 ms; digests equal at both ends.",
+            "Completed in 10 ms; verified: the destination holds what was read at the source.",
         ),
         (
             {"status": "completed", "total-time": 10, "oracle": {"ok": True}},

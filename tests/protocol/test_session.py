@@ -45,6 +45,7 @@ from pageferry.transport.messages import (
     Running,
     Serving,
     StateLoaded,
+    StatePart,
     Welcome,
     decode,
     encode,
@@ -66,6 +67,7 @@ EXAMPLES = {
     Digests: Digests([b"x" * 16]),
     Contents: Contents(0, [1], [1], b"x" * 16),
     Held: Held(b"\x80"),
+    StatePart: StatePart(b"part"),
     DeviceState: DeviceState("demo", b"state"),
     StateLoaded: StateLoaded(),
     Run: Run(),
@@ -97,6 +99,7 @@ CONVERSATION = {
     (Phase.COMPARING, D, Held): Phase.MOVING,
     (Phase.MOVING, S, DigestRequest): Phase.DIGESTING,
     (Phase.DIGESTING, D, Digests): Phase.MOVING,
+    (Phase.MOVING, S, StatePart): Phase.MOVING,
     (Phase.MOVING, S, DeviceState): Phase.LOADING,
     (Phase.LOADING, D, StateLoaded): Phase.LOADED,
     (Phase.LOADED, S, Run): Phase.STARTING,
@@ -311,10 +314,31 @@ any_message = st.one_of(*(messages_of(kind) for kind in EXAMPLES))
 @given(any_message)
 @examples
 def test_messages_round_trip(message):
-    """Every message with any value in its fields."""
+    """Every message with any value in its fields; what a person reads is made readable."""
     data = encode(message)
+    if message != (message := messages._readable(message)):
+        assert all(map(str.isprintable, texts_of(message)))
     assert decode(data) == message
     assert decode(memoryview(data)) == message
+
+
+def texts_of(message):
+    return [getattr(message, name) for name in messages._TEXTS[type(message)]]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cannot write /tmp/é: no space", "cannot write /tmp/é: no space"),
+        ("\x1b]0;owned\x07\x1b[2J\r\nall is well", "�]0;owned��[2J��all is well"),
+        ("\u202egpj.exe\u2028", "�gpj.exe�"),
+        ("x" * 10_000, "x" * messages.MAX_TEXT),
+    ],
+)
+def test_a_peer_says_nothing_to_the_terminal(text, shown):
+    """Escapes, line ends, reversals, and more than anybody reads."""
+    assert decode(encode(Abort("PeerLost", text))) == Abort("PeerLost", shown)
+    assert decode(encode(Running(text))).detail == shown
 
 
 def understood(data):

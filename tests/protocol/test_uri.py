@@ -152,7 +152,9 @@ def test_channels_are_beside_the_control_endpoint():
     assert ipc.sibling("ipc:/run/x.0") == Endpoint("ipc", path="/run/x.0")
     for endpoint, where in (
         (tcp, "ipc:/run/x"), (ipc, "tcp:5000"), (tcp, "tcp:65536"), (tcp, "tcp:"), (tcp, ""),
-        (tcp, "tcp:-1"), (tcp, "tcp:²"), (tcp, "tcp:" + "9" * 5000), (tcp, "tcp:1 "),
+        (tcp, "tcp:0"), (ipc, "ipc:/run/y.0"), (ipc, "ipc:/run/x"), (ipc, "ipc:/run/x/../y.0"),
+        (ipc, "ipc:/run/x." + "9" * 101), (ipc, "ipc:/run/x.\0"), (tcp, "tcp:-1"),
+        (tcp, "tcp:²"), (tcp, "tcp:" + "9" * 5000), (tcp, "tcp:1 "),
     ):  # fmt: skip
         with pytest.raises(ConnectError, match="not beside"):
             endpoint.sibling(where)

@@ -22,9 +22,11 @@ from pageferry.transport.wire import (
     Damaged,
     Frame,
     Kind,
+    content_matches,
     decode,
     encode_control,
     encode_data,
+    payload_digest,
     payload_matches,
 )
 
@@ -198,7 +200,8 @@ def test_largest_frame_is_accepted():
     payload = [bytes(half * PAGE_SIZE), b"x"]
     got = decode(encode_data(Frame(Kind.DATA, 0, 1, 0, 1, zero, single, single), payload))
     assert got.page_total == MAX_RUNS + MAX_BATCH_PAGES
-    assert len(encode_data(Frame(Kind.DATA, 0, 1, 0, 1, zero, zero, zero), payload)) == MAX_META
+    frame = Frame(Kind.DATA, 0, 1, 0, 1, zero, zero, zero, content_sum=1)
+    assert len(encode_data(frame, payload)) == MAX_META
 
 
 # ---- damage --------------------------------------------------------------------------------
@@ -367,3 +370,38 @@ def test_an_intact_frame_is_within_bounds_or_refused(kind, lengths, size, body):
         assert frame.payload_size <= MAX_PAYLOAD
         assert 0 <= frame.raw_size <= frame.payload_size
         assert (frame.packed_size > 0) == (lengths[2] > 0)
+
+
+# ---- sums of the pages themselves ---------------------------------------------------------
+
+
+def test_the_sum_of_the_pages_arrives():
+    """Behind the runs, and it is the pages' as they were before they were packed."""
+    frame, payload = example_frame()
+    pages = [b"".join(payload[:2]), b"\x07" * (5 * PAGE_SIZE)]
+    meta = encode_data(replace(frame, content_sum=payload_digest(pages, 0)), payload)
+    got = decode(meta)
+    assert payload_matches(meta, got, b"".join(payload))
+    assert pairs(got.packed) == [(9, 1), (20, 4)]
+    assert content_matches(got, pages)
+    assert not content_matches(got, [pages[0], b"\x08" + pages[1][1:]])
+
+
+def test_packed_pages_need_a_sum_and_raw_ones_do_not():
+    frame, payload = example_frame()
+    assert not content_matches(decode(encode_data(frame, payload)), [b""])
+    raw = Frame(Kind.DATA, 1, raw=runs((6, 1)))
+    assert content_matches(decode(encode_data(raw, [bytes(PAGE_SIZE)])), [bytes(PAGE_SIZE)])
+
+
+@pytest.mark.parametrize("extra", [b"", b"1234567", b"123456789"])
+def test_a_sum_that_is_announced_is_there(extra):
+    assert isinstance(fails(forge(flags=1, extra=extra)), RemoteProtocolError)
+    assert fails(forge(flags=1, extra=b"12345678")) is None
+
+
+def test_control_frames_have_no_flags():
+    meta = encode_control(Frame(Kind.ACK, 1, last=2))
+    fields = list(HEADER.unpack_from(meta))
+    fields[4] = 1
+    assert isinstance(fails(seal(fields[:-1], meta[HEADER_SIZE:])), RemoteProtocolError)

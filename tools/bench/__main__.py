@@ -31,6 +31,7 @@ from . import (
     throughput,
     trace,
     tune,
+    verify,
     vm,
     web,
 )
@@ -244,6 +245,19 @@ def trace_command(json_file: str | None, pageferry: str, before: str, **options:
     """What --trace costs, off and on: time, processor time, latency of faults."""
     plan = trace.Plan(before=shlex.split(before), **options)
     _run(lambda lab: trace.measure(lab, plan), json_file, pageferry)
+
+
+@cli.command("verify")
+@_size_option("1G", "Of the image.")
+@_list_option("--contents", tuple(verify.CASES), ("random", "text", "sparse"), "What it holds.")
+@click.option("--directory", type=click.Path(file_okay=False, exists=True),
+              default="/dev/shm", show_default=True,
+              help="Where the image is, and its copy. In memory it costs most.")  # fmt: skip
+@_common_options(reps=7)
+def verify_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """What verification costs: off, by default, and with all of it read back."""
+    plan = verify.Plan(**options)
+    _run(lambda lab: verify.measure(lab, plan), json_file, pageferry)
 
 
 @cli.command("startup")

@@ -50,7 +50,7 @@ class Row:
 def measure(lab: Lab, plan: Plan) -> tuple[str, list[dict[str, Any]]]:
     """Copies of one image by both methods in turn."""
     source, destination = lab.path("sparse", plan.directory), lab.path("copy", plan.directory)
-    _make(source, plan)
+    make(source, plan.size, plan.data, plan.directory)
     rows: list[Row] = []
     methods: dict[str, Callable[[Lab, str, str, Row], None]] = {"pageferry copy": _pageferry}
     if shutil.which("cp") is not None:
@@ -75,19 +75,19 @@ def measure(lab: Lab, plan: Plan) -> tuple[str, list[dict[str, Any]]]:
     return f"{title}\n{_table(rows)}", [asdict(row) for row in rows]
 
 
-def _make(path: str, plan: Plan) -> None:
+def make(path: str, size: int, data: int, directory: str) -> None:
     """`data` random bytes in equal distances over `size`."""
-    pieces = max(1, plan.data // _PIECE)
+    pieces = max(1, data // _PIECE)
     rng = np.random.default_rng(11)
     try:
         with open(path, "wb") as f:
-            f.truncate(plan.size)
+            f.truncate(size)
             for i in range(pieces):
-                f.seek(i * (plan.size // pieces) // _PIECE * _PIECE)
+                f.seek(i * (size // pieces) // _PIECE * _PIECE)
                 f.write(rng.bytes(_PIECE))
             os.fsync(f.fileno())
     except OSError as e:
-        raise BenchError(f"cannot make a sparse file in {plan.directory}: {e.strerror}") from e
+        raise BenchError(f"cannot make a sparse file in {directory}: {e.strerror}") from e
 
 
 def _pageferry(lab: Lab, source: str, destination: str, row: Row) -> None:

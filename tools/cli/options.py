@@ -76,9 +76,10 @@ def memory_options(function: F) -> F:
                          help="4 KiB pages in a frame."),
             click.option("--quit-source", is_flag=True,
                          help="End a VM here once it runs there. Default: it stays paused."),
-            click.option("--verify", is_flag=True,
-                         help="Compare digests of all memory before the guest runs; a running "
-                         "guest stands still meanwhile."),
+            click.option("--verify/--no-verify", default=None,
+                         help="Compare what is there with what was read here. Default: for images. "
+                         "Of a running guest, which stands still meanwhile, all memory is read "
+                         "again."),
         ]
     ):  # fmt: skip
         function = option(function)

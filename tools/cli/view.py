@@ -167,7 +167,7 @@ def _goal(report: dict[str, Any]) -> str:
 def _verdict(report: dict[str, Any]) -> str:
     text = str(report["status"])
     if "verified" in report:
-        text += ", digests equal"
+        text += ", verified"
     if "oracle" in report:
         oracle = report["oracle"]
         text += (

@@ -87,7 +87,7 @@ def verdict(report: Mapping[str, Any]) -> str:
             above = ", which is more than the" if down > limit else " of"
             text += f"{above} {format_seconds(limit)} allowed"
     if "verified" in report:
-        text += "; digests equal at both ends"
+        text += "; verified: the destination holds what was read at the source"
     oracle = mapping(report.get("oracle"))
     if oracle.get("ok") is True:
         text += "; every byte of the demo guest is right"

@@ -10,8 +10,14 @@ from __future__ import annotations
 import os
 
 import msgspec
+import xxhash
 
-from ...transport.errors import DestinationError, RemoteProtocolError, SourceError
+from ...transport.errors import (
+    DestinationError,
+    RemoteProtocolError,
+    SourceError,
+    VerificationFailed,
+)
 from ...transport.messages import MAX_BLOCKS, Block, Hello
 from ..ram import RamBlock, RamFile
 from .base import DestinationGuest, SourceGuest, layout_size
@@ -24,9 +30,18 @@ _ELF_MAGIC, _ET_CORE = b"\x7fELF", 4
 
 
 class ImageState(msgspec.Struct, frozen=True):
-    """The parts of an image that are no RAM: (offset, bytes)."""
+    """The parts of an image that are no RAM: (offset, bytes). `sum`: of these (xxh3-64)."""
 
     pieces: list[tuple[int, bytes]]
+    sum: int
+
+
+def sum_of(pieces: list[tuple[int, bytes]]) -> int:
+    state = xxhash.xxh3_64()
+    for offset, data in pieces:
+        state.update(f"{offset} {len(data)} ".encode())
+        state.update(data)
+    return state.intdigest()
 
 
 class ImageSource(SourceGuest):
@@ -47,7 +62,7 @@ class ImageSource(SourceGuest):
         self.blocks = [RamBlock(spec, self._file, spec.offset) for spec in specs]
 
     def save_state(self) -> bytes:
-        return msgspec.msgpack.encode(ImageState(self._skeleton))
+        return msgspec.msgpack.encode(ImageState(self._skeleton, sum_of(self._skeleton)))
 
     def close(self) -> None:
         self._file.close()
@@ -128,16 +143,21 @@ class ImageDestination(DestinationGuest):
     def _write_pieces(self, state: bytes) -> None:
         assert self._new is not None
         try:
-            pieces = msgspec.msgpack.decode(state, type=ImageState).pieces
+            said = msgspec.msgpack.decode(state, type=ImageState)
         except msgspec.DecodeError as e:
             raise RemoteProtocolError(f"image state that makes no sense: {e}") from e
-        for offset, data in pieces:
+        if sum_of(said.pieces) != said.sum:
+            raise VerificationFailed("what belongs to no memory of the image came damaged")
+        for offset, data in said.pieces:
             if offset < 0 or offset + len(data) > self._size:
                 raise RemoteProtocolError(f"image state outside of the image, at {offset}")
             try:
                 os.pwrite(self._new.fd, data, offset)
+                there = os.pread(self._new.fd, len(data), offset)
             except OSError as e:
                 raise DestinationError(f"cannot write {self._path}: {e.strerror}") from e
+            if there != data:
+                raise VerificationFailed(f"{self._path} does not hold what was written at {offset}")
 
     def run(self) -> str:
         assert self._new is not None

@@ -1,0 +1,271 @@
+"""Peers that mean harm: what they say is bounded before it is memory, ends at most their own
+migration, and never reaches the terminal. Strangers beside a job that goes on."""
+
+import contextlib
+import json
+import signal
+import uuid
+
+import msgspec
+import psutil
+import pytest
+import zmq
+from helpers import PAGE, Running, pattern, receiver
+from helpers import pageferry as run
+from raw_peer import GREETING, RawPeer, long_frame, ready
+
+from pageferry.transport import messages
+from pageferry.transport.messages import (
+    PAGE_SUMS,
+    PROTOCOL,
+    Abort,
+    Block,
+    Contents,
+    DeviceState,
+    DigestRequest,
+    Discard,
+    Hello,
+    Missing,
+    Ping,
+    Refused,
+    Run,
+    StatePart,
+    Welcome,
+    decode,
+    encode,
+)
+from pageferry.workers.guests.image import ImageState, sum_of
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "source.mem"
+    path.write_bytes(pattern(500))
+    return path
+
+
+def _listening(process):
+    """The TCP ports of a receiver: control, and those of its channels."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    return {
+        connection.laddr.port
+        for one in family
+        for connection in one.net_connections("tcp")
+        if connection.status == "LISTEN"
+    }
+
+
+# ---- strangers ------------------------------------------------------------------------------
+
+# To libzmq the first is a peer of ZMTP 1.0, which has no handshake: it may stay, and is a stray.
+TOLERATED = "no ZMTP"
+STRANGE = {
+    TOLERATED: b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10,
+    "another greeting": b"\xff" + b"\xee" * 63 + bytes(100),
+    "a mechanism that there is not": GREETING[:12] + b"CURVE".ljust(20, b"\0") + bytes(32 + 64),
+    "a message for a handshake": GREETING + b"\x00\x05hello",
+    "a command without an end": GREETING + b"\x06" + (1 << 40).to_bytes(8, "big"),
+    "2^62 bytes": GREETING + ready(b"x") + long_frame(1 << 62),
+    "all bits": GREETING + ready(b"x") + b"\xff" * 64,
+    "more than a Hello": GREETING + ready(b"x") + long_frame(messages.MAX_TO_DESTINATION + 1),
+}
+
+
+def test_strangers_are_dropped_and_the_job_goes_on(tmp_path, image):
+    """Whatever they begin with, on the control port and on the channels' ports."""
+    out = tmp_path / "out"
+    image.write_bytes(pattern(4_000))
+    with (
+        receiver("--into", f"image:{out}", "--once") as there,
+        Running("send", f"image:{image}", there.endpoint, "--max-bandwidth", "100kB",
+                "--batch-pages", "16", "--workers", "2", "--codec", "none",
+                "--monitor", f"unix:{tmp_path}/m") as sending,
+        contextlib.ExitStack() as stack,
+    ):  # fmt: skip
+        sending.error_line("round 1")
+        control = int(there.endpoint.rpartition(":")[2])
+        ports = _listening(there.process)
+        assert len(ports) == 3
+        peers = []
+        for name, data in STRANGE.items():
+            for port in ports if name != "more than a Hello" else {control}:
+                peer = RawPeer(port, greeted=False)
+                stack.callback(peer.close)
+                with contextlib.suppress(ConnectionError):
+                    peer.send(data)
+                if name != TOLERATED:
+                    peers.append(peer)
+        for peer in peers:
+            peer.wait_until_dropped()
+        assert sending.process.poll() is None, sending.finish()
+        assert run("set", f"unix:{tmp_path}/m", "max-bandwidth=0").returncode == 0
+        code, _, err = sending.finish()
+        assert code == 0, err
+        assert there.finish()[0] == 0
+    assert out.read_bytes() == image.read_bytes()
+
+
+def test_claims_take_no_memory(image, tmp_path):
+    """Strangers that announce the most that is let through, and say no more: the receiver never
+    uses a quarter of that."""
+    with (
+        receiver("--into", f"image:{tmp_path}/out", "--once") as there,
+        contextlib.ExitStack() as stack,
+    ):
+        port = int(there.endpoint.rpartition(":")[2])
+        for i in range(100):
+            peer = RawPeer(port, identity=b"stranger%d" % i)
+            stack.callback(peer.close)
+            peer.send(long_frame(messages.MAX_TO_DESTINATION) + bytes(100))
+        assert run("send", f"image:{image}", there.endpoint).returncode == 0
+        code, out, err = there.finish()
+    assert code == 0, err
+    peaks = [process["peak-memory"] for process in json.loads(out)["processes"]]
+    assert max(peaks) < 100 * messages.MAX_TO_DESTINATION // 4
+
+
+# ---- a source ------------------------------------------------------------------------------
+
+
+class HostileSource:
+    """Says what the test wants to a receiver; hears its answers, pings left out."""
+
+    def __init__(self, context, endpoint):
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.setsockopt(zmq.ROUTING_ID, uuid.uuid4().bytes)
+        self.socket.connect(endpoint)
+
+    def say(self, *what):
+        for message in what:
+            self.socket.send(message if isinstance(message, bytes) else encode(message))
+
+    def hear(self):
+        while True:
+            assert self.socket.poll(60_000), "it says nothing"
+            message = decode(self.socket.recv())
+            if not isinstance(message, Ping):
+                return message
+
+    def close(self):
+        self.socket.close()
+
+
+def hello(**changes):
+    fields = {
+        "protocol": PROTOCOL, "version": "1", "uuid": str(uuid.uuid4()), "kind": "image",
+        "blocks": [Block("ram", 100 * PAGE)], "workers": 1, "batch_pages": 256,
+        "image_size": 100 * PAGE,
+    }  # fmt: skip
+    return Hello(**(fields | changes))
+
+
+def state(*pieces):
+    return msgspec.msgpack.encode(ImageState(list(pieces), sum_of(list(pieces))))
+
+
+SUMS = {"capabilities": [PAGE_SUMS]}
+SAID = {
+    "garbage": ({}, [b"\xc1garbage"]),
+    "Run before anything": ({}, [Run()]),
+    "a second Hello": ({}, [hello()]),
+    "pages behind the end": ({}, [Discard(0, [99], [2])]),
+    "pages before the beginning": ({}, [Discard(0, [-1], [1])]),
+    "more pages than a number holds": ({}, [Discard(0, [1 << 63], [1])]),
+    "pages of another block": ({}, [Discard(1, [0], [1])]),
+    "a negative block": ({}, [Discard(-1, [0], [1])]),
+    "more starts than counts": ({}, [Discard(0, [0, 1], [1])]),
+    "contents that nobody compares": ({}, [Contents(0, [0], [1], bytes(16))]),
+    "pages to come later": ({}, [Missing(0, [0], [1])]),
+    "postcopy out of nothing": ({}, [DeviceState("image", b"", True, True)]),
+    "a state that makes no sense": ({}, [DeviceState("image", b"\xc1")]),
+    "a state outside of the image": ({}, [DeviceState("image", state((1 << 40, b"x")))]),
+    "a state above the bound": (
+        {}, [StatePart(bytes(messages.STATE_PART))] * (messages.MAX_STATE // messages.STATE_PART)
+        + [StatePart(b"x")],
+    ),
+    "unverified": (SUMS, [DeviceState("image", state())]),
+    "another verification": (SUMS, [DigestRequest()]),
+    "verification nobody announced": ({}, [DigestRequest([b"\0"])]),
+    "all was there": (SUMS, [DigestRequest([b"\x80"])]),
+    "bits of another layout": (SUMS, [DigestRequest([b"\0\0"])]),
+    "bits of other blocks": (SUMS, [DigestRequest([])]),
+}  # fmt: skip
+
+
+def test_a_hostile_source_ends_its_own_migration_only(image, tmp_path):
+    """Each is told that it broke the protocol; nothing is left of it; the next one is welcome."""
+    into = tmp_path / "into"
+    into.mkdir()
+    with (
+        receiver("--into", f"image:{into}/out") as there,
+        zmq.Context() as context,
+    ):
+        for what, (changes, said) in SAID.items():
+            source = HostileSource(context, there.endpoint)
+            source.say(hello(**changes))
+            welcome = source.hear()
+            while isinstance(welcome, Refused) and welcome.field == "busy":
+                source.say(hello(**changes))
+                welcome = source.hear()
+            assert isinstance(welcome, Welcome), (what, welcome)
+            source.say(*said)
+            answer = source.hear()
+            assert isinstance(answer, Abort), (what, answer)
+            assert answer.error == "RemoteProtocolError", (what, answer)
+            source.close()
+            assert list(into.iterdir()) == [], what
+        sent = run("send", f"image:{image}", there.endpoint)
+        while sent.returncode == 6 and "busy" in sent.stderr:
+            sent = run("send", f"image:{image}", there.endpoint)
+        assert sent.returncode == 0, sent.stderr
+        there.process.send_signal(signal.SIGINT)
+        there.finish()
+    assert (into / "out").read_bytes() == image.read_bytes()
+
+
+# ---- a destination -------------------------------------------------------------------------
+
+
+def welcome(**changes):
+    fields = {
+        "version": "1", "endpoints": ["tcp:9"], "tokens": [b"t" * 16], "fresh": [True],
+    }  # fmt: skip
+    return Welcome(**(fields | changes))
+
+
+ANSWERED = {
+    "garbage": (b"\xc1\xff", 5, "does not answer as"),
+    "a Hello": (hello(), 5, "does not answer as"),
+    "an escape": (Refused("PeerRefused", "x", "\x1b[2J\r\nno"), 6, "[2J"),
+    "an error that there is not": (Refused("os.system", "x", "no"), 1, "no"),
+    "a short token": (welcome(tokens=[b"t"]), 8, "token"),
+    "no token": (welcome(tokens=[]), 8, "channels"),
+    "a long token": (welcome(tokens=[b"t" * 1000]), 8, "token"),
+    "a socket of this host": (welcome(endpoints=["ipc:/run/dbus"]), 5, "not beside"),
+    "no port": (welcome(endpoints=["tcp:0"]), 5, "not beside"),
+    "postcopy": (welcome(urgent=("tcp:9", b"t" * 16)), 8, "channels"),
+    "blocks that there are not": (welcome(fresh=[True] * 9), 8, "Welcome"),
+    "digests of other blocks": (welcome(have=[b""] * 9), 8, "Welcome"),
+    "digests of another layout": (welcome(have=[b"x" * 16]), 8, "digests"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ANSWERED)
+def test_a_hostile_destination(image, what):
+    """One clear error at the source, of one line, and nothing for the terminal to act on."""
+    answer, code, text = ANSWERED[what]
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as there:
+        there.linger = 0
+        port = there.bind_to_random_port("tcp://127.0.0.1")
+        endpoint = f"tcp://127.0.0.1:{port}"
+        with Running("send", f"image:{image}", endpoint, "--workers", "1", "--json") as sending:
+            assert there.poll(60_000)
+            identity, said = there.recv_multipart()
+            assert isinstance(decode(said), Hello)
+            there.send_multipart([identity, answer if type(answer) is bytes else encode(answer)])
+            got, out, err = sending.finish()
+    assert got == code, err
+    assert text in json.loads(out)["error"]["message"]
+    assert all(line.isprintable() for line in err.splitlines())
+    assert "Traceback" not in err
