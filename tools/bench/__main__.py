@@ -21,6 +21,7 @@ from . import (
     demo,
     drain,
     eta,
+    keys,
     kills,
     links,
     many,
@@ -244,6 +245,17 @@ def trace_command(json_file: str | None, pageferry: str, before: str, **options:
     """What --trace costs, off and on: time, processor time, latency of faults."""
     plan = trace.Plan(before=shlex.split(before), **options)
     _run(lambda lab: trace.measure(lab, plan), json_file, pageferry)
+
+
+@cli.command("keys")
+@_size_option("1G", "Memory that is sent.")
+@_list_option("--contents", KINDS, ("random",), "What the memory holds.")
+@click.option("--codec", default="none", show_default=True, help="What it is sent with.")
+@click.option("--workers", default="2", show_default=True, help="Channels.")
+@_common_options(reps=7)
+def keys_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """What --keys costs, without and with: time, processor time, latency of faults."""
+    _run(lambda lab: keys.measure(lab, keys.Plan(**options)), json_file, pageferry)
 
 
 @cli.command("startup")

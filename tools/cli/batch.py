@@ -25,7 +25,14 @@ from ...transport.errors import Cancelled, PageferryError, UsageError
 from ...workers.forking import warm_up
 from ...workers.guests import GuestUri, parse_guest
 from .batch_view import BatchView, batch_summary, make_batch_view, status_table
-from .options import given_options, integer, memory_options, page_options, trace_option
+from .options import (
+    given_options,
+    integer,
+    key_options,
+    memory_options,
+    page_options,
+    trace_option,
+)
 from .reporting import Outcome, check_report, ending, served, write_report
 from .running import Interrupts
 
@@ -75,6 +82,7 @@ def batch_command() -> None:
               "time. Default: 2s.")  # fmt: skip
 @click.option("--fleet", metavar="ADDRESS", help="The dask scheduler that knows the hosts which "
               "items name, such as tcp://192.0.2.1:8786.")  # fmt: skip
+@key_options
 @memory_options
 @trace_option
 @page_options

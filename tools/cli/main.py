@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "recover": ("control", False, "Connect a paused postcopy again."),
     "serve": ("serve", True, "Serve a snapshot's memory to those who restore it."),
     "restore": ("restore", True, "Serve a monitor's page faults from a snapshot."),
+    "keys": ("keys", False, "Make, show, allow and revoke keys."),
     "check": ("check", False, "Show what this host can do."),
 }
 
