@@ -8,6 +8,7 @@ control link, and forgotten with it: so whoever can join them was told in this m
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from functools import lru_cache
 
 from ..transport.curve import Binds, Dials, Pair, is_key
@@ -100,6 +101,21 @@ def dialling(parameters: Parameters, endpoint: Endpoint) -> Dialling | None:
         return Dialling(directory, directory.server(endpoint.host, parameters.peer))
     check_open(endpoint, insecure=parameters.insecure, listens=False)
     return None
+
+
+def check_links(links: Iterable[tuple[Parameters, Endpoint, bool]]) -> None:
+    """UsageError, before anything moves, if one of many will not do. Each: what it is moved with,
+    where to, and whether its source, and so its keys, are at this host."""
+    seen = set()
+    for p, endpoint, here in links:
+        what = (p.keys, p.peer, p.insecure, endpoint.host, endpoint.scheme, here)
+        if what in seen:
+            continue
+        seen.add(what)
+        if here:
+            dialling(p, endpoint)
+        elif not p.keys:
+            check_open(endpoint, insecure=p.insecure, listens=False)
 
 
 def listening(endpoint: Endpoint, keys: str, *, insecure: bool) -> KeyDirectory | None:

@@ -209,6 +209,10 @@ def test_a_batch(ends, image, tmp_path):
     ends.here.revoke("there")
     ends.here.allow(ends.there.public, "127.0.0.1")
     (tmp_path / "to").mkdir()
+    # nothing begins if one of the items will not do
+    failed(pageferry("batch", str(image), "tcp://192.0.2.7:1"), 2, "--insecure")
+    away = ("batch", str(image), "tcp://192.0.2.7:1", "--keys", ends.here.path)
+    failed(pageferry(*away), 2, "--name 192.0.2.7")
     with ends.receiver("--into", f"image:{tmp_path}/to/") as receiving:
         done = pageferry("batch", str(image), receiving.endpoint, "--keys", ends.here.path,
                          "--state", str(tmp_path / "state"))  # fmt: skip

@@ -20,8 +20,10 @@ from ...pipeline.batch_state import BatchState, Row, look
 from ...pipeline.fleet import Fleet, check_dask
 from ...pipeline.manifest import Item, changed, load
 from ...pipeline.planner import ENDED, State
+from ...pipeline.security import check_links
 from ...pipeline.tracing import recording
 from ...transport.errors import Cancelled, PageferryError, UsageError
+from ...transport.links import parse_endpoint
 from ...workers.forking import warm_up
 from ...workers.guests import GuestUri, parse_guest
 from .batch_view import BatchView, batch_summary, make_batch_view, status_table
@@ -110,6 +112,11 @@ def run_command(
     manifest = load(what, destination, given_options(options))
     if not _needs_fleet(manifest.items, fleet) and fleet is not None:
         raise UsageError("--fleet is for items that name the `host` of their source, and none does")
+    check_links(
+        (item.parameters(), parse_endpoint(item.destination), not item.hosts)
+        for item in manifest.items
+        if item.to_receiver
+    )
     if state_path is None:
         is_file = os.path.isfile(what) and what.endswith((".toml", ".yaml", ".yml", ".json"))
         state_path = f"{what}.state" if is_file else "pageferry-batch.state"
