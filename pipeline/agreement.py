@@ -8,6 +8,7 @@ from __future__ import annotations
 import uuid
 
 from .._version import __version__
+from ..transport.curve import is_key
 from ..transport.errors import PeerRefused
 from ..transport.messages import (
     DIRECT,
@@ -22,6 +23,7 @@ from ..transport.messages import (
     SAMPLE,
     Block,
     Hello,
+    Resume,
     printable,
 )
 from ..transport.pages import PAGE_SIZE
@@ -62,6 +64,17 @@ def check_hello(hello: Hello, expected_kind: str | None) -> None:
         _check_postcopy(hello.blocks)
     if not 0 <= hello.image_size <= MAX_BLOCK_SIZE:
         raise _refusal("image-size", hello.image_size, f"up to {MAX_BLOCK_SIZE}")
+
+
+def check_key(message: Hello | Resume, *, secured: bool) -> None:
+    """PeerRefused if its key of the channels is none, or if it wants a channel that has no keys."""
+    if not is_key(message.key) if secured else message.key:
+        raise _refusal("key", repr(message.key[:64]), "a key" if secured else "none")
+    if secured and isinstance(message, Hello) and DIRECT in message.capabilities:
+        raise PeerRefused(
+            "postcopy-link direct is not encrypted, and keys are wanted here: leave it out",
+            field=DIRECT,
+        )
 
 
 def _check_trial(hello: Hello) -> None:

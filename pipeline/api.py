@@ -216,7 +216,7 @@ async def copy(
     The sockets are in the abstract namespace: a crash leaves no file. Anybody on this host
     could connect to one, so the destination listens to nobody but our own source.
     """
-    parameters.checked()
+    parameters = parameters.checked().on_this_host()
     _not_the_same(source, destination)
     warm_up()
     endpoint = Endpoint("ipc", path=f"@pageferry-{os.getpid()}-{secrets.token_hex(8)}")
@@ -285,12 +285,13 @@ async def restore(
         identity = secrets.token_bytes(16)
         if isinstance(source, GuestUri):
             endpoint = Endpoint("ipc", path=f"@pageferry-{os.getpid()}-{secrets.token_hex(8)}")
+            parameters = parameters.on_this_host()
             server = await open_server(stack, source, endpoint, parameters, only=identity)
             serving = asyncio.ensure_future(server.run())
             stack.push_async_callback(_end, serving)
         else:
             endpoint = source
-        restoring = Restoring(endpoint, uffd_socket, on_progress, identity)
+        restoring = Restoring(endpoint, uffd_socket, on_progress, identity, parameters)
         if monitor is not None:
             where = await stack.enter_async_context(serve_monitor(monitor, restoring))
             restoring.on_event = where.emit

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from ..transport.curve import Binds, Dials
 from ..transport.errors import LocalProtocolError
 from ..transport.links import TOS_BULK
 from ..transport.messages import DIRECT, POSTCOPY
@@ -95,15 +96,15 @@ class Background:
             raise LocalProtocolError(f"the postcopy process said {answer!r}")
         return answer.endpoint
 
-    def dial(self, endpoint: str, token: bytes) -> None:
+    def dial(self, endpoint: str, token: bytes, curve: Dials | None = None) -> None:
         """Connect it to the destination's fault process."""
         assert self.pool is not None
-        self.pool.say_all(jobs.Open(endpoint, token))
+        self.pool.say_all(jobs.Open(endpoint, token, curve))
 
-    async def listen(self, endpoint: str, token: bytes) -> str:
+    async def listen(self, endpoint: str, token: bytes, curve: Binds | None = None) -> str:
         """Let the destination's fault process connect; where."""
         assert self.pool is not None
-        self.pool.say_all(jobs.Listen(endpoint, token))
+        self.pool.say_all(jobs.Listen(endpoint, token, curve))
         return await self._ready()
 
     async def drained(self) -> None:

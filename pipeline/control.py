@@ -9,6 +9,7 @@ well. Runs in the coordinator's event loop; nothing that blocks may run there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -19,6 +20,8 @@ from ..transport.session import Phase, Role, Session
 
 PING_SECONDS = 1.0
 LOST_SECONDS = 4.0
+# ZeroMQ takes a message at once, or does not as long as nobody can be connected.
+LAST_SECONDS = 1.0
 
 
 class Control:
@@ -120,9 +123,14 @@ class Control:
     async def pause(self, error: PageferryError) -> None:
         """Tell the peer that this connection is over, if it may be told."""
         if self.session.may_pause:
-            await self.say(messages.Paused(error.message))
+            await self._say_last(messages.Paused(error.message))
 
     async def abort(self, error: PageferryError) -> None:
         """Tell the peer that it is over, if it may be told."""
         if self.session.may_abort:
-            await self.say(messages.abort_for(error))
+            await self._say_last(messages.abort_for(error))
+
+    async def _say_last(self, message: messages.AnyMessage) -> None:
+        """A peer that wants other keys has no queue for what is said to it."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.say(message), LAST_SECONDS)

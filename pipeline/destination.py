@@ -23,6 +23,7 @@ import zmq.asyncio
 
 from .._version import __version__
 from ..transport import messages
+from ..transport.curve import Binds
 from ..transport.errors import (
     Cancelled,
     DestinationError,
@@ -36,7 +37,8 @@ from ..transport.errors import (
     UsageError,
     as_ours,
 )
-from ..transport.links import Endpoint, bind, unbind
+from ..transport.keys import KeyDirectory
+from ..transport.links import Endpoint, Gate, bind, sender_key, unbind
 from ..transport.messages import DIRECT, MAX_WORKERS, PAGE_SUMS, POSTCOPY, READ_BACK, SAMPLE
 from ..transport.pages import PAGE_SIZE, Runs
 from ..transport.session import Role
@@ -51,12 +53,13 @@ from ..workers.guests.sample import SampleDestination, first_touch
 from ..workers.pool import Pool, Worker
 from ..workers.reserve import Reserve
 from . import narration
-from .agreement import check_hello
+from .agreement import check_hello, check_key
 from .blocking import Blocking, to_its_end
 from .callbacks import tell
 from .control import Control
 from .faults import Faults
 from .journal import Journal
+from .security import LOOK_SECONDS, ChannelKeys, Peer, listening, same_peer
 from .state import IN_POSTCOPY, Status, advance
 from .statistics import Statistics
 
@@ -83,9 +86,13 @@ class Arrival:
         on_progress: Progress | None,
         on_event: Callable[[str, dict[str, Any]], None],
         reserve: Reserve | None = None,
+        peer: Peer | None = None,
     ) -> None:
         self._reserve = reserve
         self.hello = hello
+        self.peer = peer
+        self._channel_keys = ChannelKeys(peer is not None)
+        self._their_key = hello.key
         self.journal = Journal("destination", hello.uuid)
         self.control = control
         control.note = self.journal.control
@@ -255,7 +262,7 @@ class Arrival:
     async def _set_up(self) -> None:
         # at once, so that the source knows whom it talks to, and then while memory is laid out
         await self.control.say(messages.Ping(0))
-        self._task(self.control.keep_alive())
+        self._keep_contact(self.control)
         try:
             # a trial run never meets what is to arrive here
             self.guest = SampleDestination() if self.trial else self._open_guest(self.hello)
@@ -283,9 +290,21 @@ class Arrival:
                 urgent,
                 list(self.guest.have),
                 self.guest.compares,
+                self._channel_keys.public,
             )
         )
         self._task(self._watch())
+
+    def _keep_contact(self, control: Control) -> None:
+        self._task(control.keep_alive())
+        if self.peer is not None:
+            self._task(self._watch_key(self.peer))
+
+    async def _watch_key(self, peer: Peer) -> None:
+        """A source whose key is revoked is cut off: see `fail` for what becomes of its guest."""
+        while True:
+            peer.check()
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def _start_faults(self) -> tuple[str, bytes]:
         """The fault process, before anything can touch the memory."""
@@ -304,7 +323,10 @@ class Arrival:
         )  # fmt: skip
         self.statistics.urgent = self._faults.counters
         token = secrets.token_bytes(16)
-        return await self._faults.start(token), token
+        return await self._faults.start(token, curve=self._curve()), token
+
+    def _curve(self) -> Binds | None:
+        return self._channel_keys.binds(self._their_key, self.hello.uuid)
 
     async def _start_receivers(self, *, installing: bool) -> list[str]:
         assert self.guest is not None and self._counters is not None
@@ -314,13 +336,13 @@ class Arrival:
         # those of a postcopy lower their priority for good
         reserve = self._reserve if self._faults is None else None
         self._pool = Pool("receiver", self._counters, self._on_job, self.fail, reserve)
-        writing = context().Lock()
+        writing, curve = context().Lock(), self._curve()
         payloads = [
             receiver.ReceiverJob(
                 self.guest.blocks, self._counters, self._listen_at(i), self._tokens[i],
                 self.guest.fresh, writing,
                 self._faults.for_receivers() if self._faults is not None else None, installing,
-                checks=self._checks, read_all=READ_BACK in self.hello.capabilities,
+                checks=self._checks, read_all=READ_BACK in self.hello.capabilities, curve=curve,
             )
             for i in range(n)
         ]  # fmt: skip
@@ -612,9 +634,11 @@ class Arrival:
         await control.say(messages.Ping(0))
         if self._pausing is not None:
             await asyncio.shield(self._pausing)
-        self._task(control.keep_alive())
+        self._keep_contact(control)
+        self._channel_keys = ChannelKeys(self.peer is not None)
+        self._their_key = message.key
         token = secrets.token_bytes(16)
-        urgent = await self._faults.relink(token)
+        urgent = await self._faults.relink(token, curve=self._curve())
         endpoints = await self._start_receivers(installing=True)
         self._task(self._watch())
         if self.status is not Status.POSTCOPY_RECOVER or self.control is not control:
@@ -623,7 +647,11 @@ class Arrival:
         self._become(Status.POSTCOPY_ACTIVE)
         await control.say(
             messages.Resumed(
-                endpoints, self._tokens, (urgent, token), self._faults.received.packed()
+                endpoints,
+                self._tokens,
+                (urgent, token),
+                self._faults.received.packed(),
+                self._channel_keys.public,
             )
         )
 
@@ -753,7 +781,8 @@ class Destination:
     """Listens at an endpoint; one migration at a time.
 
     `open_guest(hello)` says into what; with `only` nobody but the source whose identity that
-    is (a shared secret) is welcome. `reserve`: where receivers come from.
+    is (a shared secret) is welcome. `reserve`: where receivers come from. `keys`: a directory of
+    keys; without one it listens where other hosts reach it only if `insecure` says so.
     """
 
     def __init__(
@@ -765,13 +794,22 @@ class Destination:
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
         only: bytes | None = None,
         reserve: Reserve | None = None,
+        keys: str = "",
+        insecure: bool = False,
     ) -> None:
         self._only = only
         self._reserve = reserve
+        self._keys: KeyDirectory | None = listening(endpoint, keys, insecure=insecure)
         self._context = zmq.asyncio.Context()
+        self._gate = Gate(self._context, self._keys) if self._keys is not None else None
+        self._attending: asyncio.Future[None] | None = None
         try:
-            sock, self.endpoint = bind(self._context, endpoint, control=messages.MAX_TO_DESTINATION)
+            sock, self.endpoint = bind(
+                self._context, endpoint, control=messages.MAX_TO_DESTINATION, gatekeeper=self._keys
+            )
         except BaseException:
+            if self._gate is not None:
+                self._gate.close()
             self._context.term()
             raise
         self._socket: Any = sock
@@ -848,8 +886,7 @@ class Destination:
         reading: asyncio.Task[Any] | None = None
         try:
             while self.arrival is None:
-                identity, data = await self._next_message()
-                self.arrival = self._greet(identity, data)
+                self.arrival = self._greet(*await self._next_message())
             running = asyncio.ensure_future(self.arrival.run())
             reading = asyncio.ensure_future(self._dispatch())
             try:
@@ -873,18 +910,23 @@ class Destination:
                 self.arrival.guest.close()
             self.arrival = None
 
-    async def _next_message(self) -> tuple[bytes, bytes]:
+    async def _next_message(self) -> tuple[bytes, bytes, Peer | None]:
+        """An identity, a message, and whose it is if there are keys."""
+        if self._gate is not None and self._attending is None:
+            self._attending = asyncio.ensure_future(self._gate.attend())
         while True:
             if self._incoming is None:
-                self._incoming = asyncio.ensure_future(self._socket.recv_multipart())
+                self._incoming = asyncio.ensure_future(self._socket.recv_multipart(copy=False))
             # Whoever waits may be cancelled when it has come already: then it is the next one's. It
             # may be the Hello of a source that knocked as the last migration ended.
             parts = await asyncio.shield(self._incoming)
             self._incoming = None
-            if len(parts) == 2 and self._only in (None, parts[0][:16]):
-                return parts[0], parts[1]
+            if len(parts) == 2 and self._only in (None, parts[0].bytes[:16]):
+                keys = self._keys
+                peer = Peer(keys, sender_key(parts[1])) if keys is not None else None
+                return parts[0].bytes, parts[1].bytes, peer
 
-    def _greet(self, identity: bytes, data: bytes) -> Arrival | None:
+    def _greet(self, identity: bytes, data: bytes, peer: Peer | None) -> Arrival | None:
         """The arrival that a Hello begins, or None for anything else."""
 
         async def transmit(answer: bytes) -> None:
@@ -898,10 +940,17 @@ class Destination:
             hello = control.heard(data)
         except RemoteProtocolError:
             return None
-        if isinstance(hello, messages.Resume):
-            self._resume(identity, hello, control)
+        assert isinstance(hello, messages.Hello | messages.Resume)
+        try:
+            if peer is not None:
+                peer.check()  # it may be connected for long
+            check_key(hello, secured=peer is not None)
+        except PeerRefused as e:
+            self._refuse(control, e)
             return None
-        assert isinstance(hello, messages.Hello)
+        if isinstance(hello, messages.Resume):
+            self._resume(identity, hello, control, peer)
+            return None
         if self._is_busy(hello):
             self._refuse(control, PeerRefused("the destination is busy", field="busy"))
             return None
@@ -913,7 +962,7 @@ class Destination:
         self._identity = identity
         arrival = Arrival(
             hello, control, self.endpoint, self._open_guest,
-            self._progress, self._event, self._reserve,
+            self._progress, self._event, self._reserve, peer,
         )  # fmt: skip
         if not arrival.trial:  # nothing arrives, and nothing is told of its end
             tell(self.on_arrival, arrival)
@@ -922,7 +971,9 @@ class Destination:
     def _is_busy(self, hello: messages.Hello) -> bool:
         return self.arrival is not None
 
-    def _resume(self, identity: bytes, message: messages.Resume, control: Control) -> None:
+    def _resume(
+        self, identity: bytes, message: messages.Resume, control: Control, peer: Peer | None
+    ) -> None:
         """The source of a postcopy is back: it is who begins with the same 16 secret bytes."""
         arrival = self.arrival
         if self._ended is not None and self._ended[:2] == (message.uuid, identity[:16]):
@@ -934,6 +985,7 @@ class Destination:
             and arrival.status in IN_POSTCOPY
             and identity[:16] == self._identity[:16]
             and len(identity) > 16
+            and same_peer(arrival.peer, peer)
         )
         if arrival is not None and arrival.hello.uuid == message.uuid and arrival.starting:
             self._refuse(control, PeerRefused(
@@ -967,12 +1019,13 @@ class Destination:
     async def _dispatch(self) -> None:
         """Give the source's messages to the arrival, turn others away."""
         while True:
-            sender_, data = await self._next_message()
-            if sender_ == self._identity:
-                assert self.arrival is not None
+            sender_, data, peer = await self._next_message()
+            if sender_ != self._identity:
+                self._greet(sender_, data, peer)
+                continue
+            assert self.arrival is not None
+            if same_peer(self.arrival.peer, peer):
                 self.arrival.heard(data)
-            else:
-                self._greet(sender_, data)
 
     def close(self) -> None:
         """Stop listening. Idempotent."""
@@ -982,5 +1035,9 @@ class Destination:
                 self._incoming.cancel()
                 self._incoming = None
             unbind(self._socket, self.endpoint)
+            if self._attending is not None:
+                self._attending.cancel()
+            if self._gate is not None:
+                self._gate.close()
             self._context.term()
             self._socket = None

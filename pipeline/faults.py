@@ -13,6 +13,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from ..transport.curve import Binds, Dials
 from ..transport.errors import LocalProtocolError, PeerLost
 from ..workers import fault, jobs
 from ..workers.counters import Counters, FrozenCounters
@@ -68,14 +69,14 @@ class Faults:
     def for_receivers(self) -> ArmedGuest:
         return ArmedGuest(self._memory, self.received, self._waiting, self._tell, self._removing)
 
-    async def start(self, token: bytes, dial: str = "") -> str:
+    async def start(self, token: bytes, dial: str = "", curve: Binds | Dials | None = None) -> str:
         """Start the fault process; where it listens, unless it is to `dial`. Also after it died:
-        nothing is forgotten that the guest does not ask for again."""
+        nothing is forgotten that the guest does not ask for again. `curve`: only with keys."""
         job = fault.FaultJob(
             self._blocks, self._memory, self.received, self._waiting, self._arrivals,
             self._latency, self.counters, dial or self._listen, token,
             self._direct, bool(dial), self._removing,
-            self._reading,
+            self._reading, curve,
         )  # fmt: skip
         self._answers = asyncio.Queue()
         self.pool = Pool("fault", self.counters, self._on_job, self._on_failure)
@@ -115,18 +116,18 @@ class Faults:
         if self.alive and self.pool is not None:
             self.pool.say_all(jobs.Unlink())
 
-    async def relink(self, token: bytes, dial: str = "") -> str:
+    async def relink(self, token: bytes, dial: str = "", curve: Binds | Dials | None = None) -> str:
         """Listen (or dial) again, with a new process if the old one is gone."""
         if not self.alive:
             await self.stop()
-            return await self.start(token, dial)
+            return await self.start(token, dial, curve)
         assert self.pool is not None
-        self.pool.say_all(jobs.Relink(token, dial))
+        self.pool.say_all(jobs.Relink(token, dial, curve))
         try:
             return await asyncio.wait_for(self._ready(token), RELINK_SECONDS)
         except TimeoutError:
             await self.stop()  # it does not move any more: another one takes its place
-            return await self.start(token, dial)
+            return await self.start(token, dial, curve)
 
     async def hold(self, on: bool) -> None:
         """Leave who touches a missing page asleep while it is said which are missing; or serve

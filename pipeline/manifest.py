@@ -69,6 +69,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     postcopy_link: str | None = None
     quit_source: bool | None = None
     goal: str | None = None
+    keys: str | None = None
+    peer: str | None = None
+    insecure: bool | None = None
 
 
 class _Defaults(Settings, frozen=True, kw_only=True):
@@ -382,6 +385,11 @@ def _item(data: dict[str, Any], where: str, folder: str, retries: int) -> Item:
         _at(where, "destination", lambda: _check_absolute(where_to))
     to = _at(where, "destination", lambda: _destination(where_to, folder, hosts))
     settings = Settings(**{f: getattr(raw, f) for f in Settings.__struct_fields__})
+    if settings.keys:
+        if hosts and not os.path.isabs(settings.keys):
+            raise UsageError(f"{where}: keys: at another host a path must be absolute")
+        keys = os.path.join(folder, settings.keys)
+        settings = msgspec.structs.replace(settings, keys=keys)
     item = Item(
         name=name,
         source=source,

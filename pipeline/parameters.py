@@ -40,7 +40,9 @@ class Parameters:
     channel is, zmq or direct (a connection of its own); `quit_source`: a VM that has moved is
     ended here; `verify`: None for yes if nobody writes the memory; `goal`: workers and
     codec are chosen while it runs (goals.py), up to so many workers and only this codec, unless
-    that is auto; "" for none."""
+    that is auto; "" for none; `keys`: a directory of keys (keys.py), "" for none; `peer`: the name
+    that the other end has in it, "" for the one that fits the address; `insecure`: without keys to
+    another host."""
 
     workers: int = 0
     codec: str = "auto"
@@ -57,6 +59,9 @@ class Parameters:
     postcopy_link: str = "zmq"
     quit_source: bool = False
     goal: str = ""
+    keys: str = ""
+    peer: str = ""
+    insecure: bool = False
 
     def checked(self) -> Parameters:
         """With defaults filled in, or UsageError that names the parameter."""
@@ -74,6 +79,7 @@ class Parameters:
         p.postcopy_rounds  # noqa: B018  raises if `postcopy` makes no sense
         if p.postcopy_link not in ("zmq", "direct"):
             raise UsageError(f"postcopy-link is zmq or direct, not {p.postcopy_link!r}")
+        p._check_keys()
         if p.postcopy != NEVER and p.verify:
             raise UsageError(
                 "verify compares memory before the guest runs, and postcopy moves it afterwards: "
@@ -86,6 +92,20 @@ class Parameters:
         elif p.level is not None:
             raise UsageError(f"level needs a codec: one of {', '.join(CODECS)}")
         return p
+
+    def _check_keys(self) -> None:
+        if self.keys and self.insecure:
+            raise UsageError("keys and insecure: leave one of them out")
+        if self.peer and not self.keys:
+            raise UsageError("peer names one of the keys in a directory: say keys as well")
+        if self.keys and self.postcopy_link == "direct":
+            raise UsageError(
+                "postcopy-link direct is not encrypted: leave it out where there are keys"
+            )
+
+    def on_this_host(self) -> Parameters:
+        """For a migration that has both its ends here: no keys."""
+        return replace(self, keys="", peer="", insecure=False)
 
     @property
     def postcopy_rounds(self) -> int | None:

@@ -22,6 +22,7 @@ from .callbacks import tell
 from .control import Control
 from .destination import Arrival, Destination, OpenGuest
 from .parameters import default_workers
+from .security import Peer, same_peer
 from .state import Status
 
 # Report or error, and what the source calls it.
@@ -32,11 +33,18 @@ class Reception(Destination):
     """Listens at an endpoint; up to `at_once` migrations at a time, more are refused as busy."""
 
     def __init__(
-        self, endpoint: Endpoint, open_guest: OpenGuest, on_end: OnEnd, *, at_once: int
+        self,
+        endpoint: Endpoint,
+        open_guest: OpenGuest,
+        on_end: OnEnd,
+        *,
+        at_once: int,
+        keys: str = "",
+        insecure: bool = False,
     ) -> None:
         # as many as these have by default (batch.py), however many they had at some time
         self._workers = Reserve(max(at_once, default_workers()))
-        super().__init__(endpoint, open_guest, reserve=self._workers)
+        super().__init__(endpoint, open_guest, reserve=self._workers, keys=keys, insecure=insecure)
         self._on_end = on_end
         self._at_once = at_once
         self._arrivals: dict[bytes, Arrival] = {}
@@ -78,18 +86,21 @@ class Reception(Destination):
             return False  # it may take that one's place, or finds the file locked
         return len(self._arrivals) >= self._at_once
 
-    def _resume(self, identity: bytes, message: messages.Resume, control: Control) -> None:
+    def _resume(
+        self, identity: bytes, message: messages.Resume, control: Control, peer: Peer | None
+    ) -> None:
         self._refuse(control, PeerRefused("nothing that was paused is known here", field="uuid"))
 
     async def serve(self) -> None:
         """Receive until cancelled; then what is under way is ended, each with its report."""
         try:
             while True:
-                identity, data = await self._next_message()
+                identity, data, peer = await self._next_message()
                 known = self._arrivals.get(identity)
                 if known is not None:
-                    known.heard(data)
-                elif (arrival := self._greet(identity, data)) is not None:
+                    if same_peer(known.peer, peer):
+                        known.heard(data)
+                elif (arrival := self._greet(identity, data, peer)) is not None:
                     arrival.slot = self._free_slot()
                     self._arrivals[identity] = arrival
                     task = asyncio.get_running_loop().create_task(self._receive(identity, arrival))

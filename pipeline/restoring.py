@@ -34,6 +34,7 @@ from ..transport.errors import (
     SourceError,
     as_ours,
 )
+from ..transport.handshake import refusal
 from ..transport.links import Endpoint, connect, probe
 from ..transport.messages import Block
 from ..transport.pages import PAGE_SIZE, mark, runs_of
@@ -51,6 +52,8 @@ from .callbacks import tell
 from .control import Control
 from .faults import Faults
 from .journal import Journal
+from .parameters import Parameters
+from .security import LOOK_SECONDS, ChannelKeys, dialling
 from .state import Status, advance
 from .statistics import Statistics
 
@@ -110,8 +113,11 @@ class Restoring:
         uffd_socket: str,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
         identity: bytes | None = None,
+        parameters: Parameters | None = None,
     ) -> None:
         self.endpoint = endpoint
+        self._dialling = dialling(parameters or Parameters(), endpoint)
+        self._channel_keys = ChannelKeys(False)
         self.journal = Journal("restore", "")
         self.status = Status.NONE
         self.statistics = Statistics("destination")
@@ -268,7 +274,12 @@ class Restoring:
         # the first 16 bytes are who we are; each connection is a new one
         identity = self._identity + self._attempts.to_bytes(4, "big")
         self._attempts += 1
-        sock = connect(zmq_context, self.endpoint, identity, control=True)
+        curve = self._dialling.curve if self._dialling is not None else None
+        self._channel_keys = ChannelKeys(curve is not None)
+        watching: list[Any] = []
+        sock = connect(
+            zmq_context, self.endpoint, identity, control=True, curve=curve, watched=watching
+        )
         control = Control(Role.DESTINATION, sock.send, f"the source at {self.endpoint}")
         control.note = self.journal.control
         heard: asyncio.Queue[messages.AnyMessage] = asyncio.Queue()
@@ -276,6 +287,8 @@ class Restoring:
             loop.create_task(c)
             for c in (self._read(sock, control, heard), self._conversation(control, heard))
         ]
+        handshake = loop.create_task(self._watch_handshake(watching[0]))
+        handshake.add_done_callback(self._ended)
         try:
             await asyncio.wait([*tasks, self._failure], return_when=asyncio.FIRST_COMPLETED)
             for task in (tasks[1], tasks[0]):
@@ -288,14 +301,26 @@ class Restoring:
                 await (control.pause(e) if control.session.may_pause else control.abort(e))
             raise
         finally:
-            for task in tasks:
+            for task in (*tasks, handshake):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, handshake, return_exceptions=True)
+            watching[0].close()
+            sock.disable_monitor()
             if self._failure.done():
                 self._failure.exception()
             await self._drop_workers()
             sock.close()
             zmq_context.term()
+
+    async def _watch_handshake(self, watching: Any) -> None:
+        """Not to be let in, or to find somebody else, is an error; and so is a source whose key is
+        revoked."""
+        curve = self._dialling.curve if self._dialling is not None else None
+        if (error := await refusal(watching, self.endpoint, curve)) is not None:
+            raise error
+        while self._dialling is not None:
+            await asyncio.sleep(LOOK_SECONDS)
+            self._dialling.check()
 
     async def _read(
         self, sock: Any, control: Control, heard: asyncio.Queue[messages.AnyMessage]
@@ -496,7 +521,7 @@ class Restoring:
         runs = sorted((r.first, r.pages) for r in self._memory.regions)
         return messages.Layout(
             self._memory.regions[0].page_size, [r[0] for r in runs], [r[1] for r in runs],
-            b"" if first else self._faults.received.packed()[0],
+            b"" if first else self._faults.received.packed()[0], self._channel_keys.public,
         )  # fmt: skip
 
     def _expect(self, serving: messages.Serving) -> None:
@@ -533,7 +558,8 @@ class Restoring:
             self._faults.renew_lock(context().Lock())
             self._locks_may_be_held = False
         where = str(self.endpoint.sibling(serving.urgent[0]))
-        await self._faults.relink(serving.urgent[1], where)
+        curve = self._channel_keys.dials(serving.key)
+        await self._faults.relink(serving.urgent[1], where, curve)
         self._pool = Pool("receiver", self._counters, self._on_job, self._fail)
         writing = context().Lock()
         self._ready = asyncio.Queue()
@@ -543,6 +569,7 @@ class Restoring:
                 receiver.ReceiverJob(
                     self._blocks, self._counters, str(self.endpoint.sibling(endpoint)), token,
                     [True], writing, self._faults.for_receivers(), installing=True, dial=True,
+                    curve=curve,
                 )
                 for endpoint, token in zip(serving.endpoints, serving.tokens, strict=True)
             ],

@@ -34,7 +34,8 @@ from ..transport.errors import (
     SourceError,
     as_ours,
 )
-from ..transport.links import Endpoint, bind, unbind
+from ..transport.keys import KeyDirectory
+from ..transport.links import Endpoint, Gate, bind, sender_key, unbind
 from ..transport.messages import MAX_WORKERS
 from ..transport.pages import NO_RUNS, PAGE_SIZE, Runs, mark, runs_of
 from ..transport.session import Role
@@ -54,6 +55,7 @@ from .control import Control
 from .crew import Crew
 from .journal import Journal
 from .parameters import Parameters
+from .security import LOOK_SECONDS, ChannelKeys, Peer, listening, same_peer
 from .state import Status
 from .statistics import Statistics
 
@@ -88,8 +90,12 @@ class Pulled:
         parameters: Parameters,
         control: Control,
         snapshot: str,
+        peer: Peer | None = None,
     ) -> None:
         self.name = name
+        self.peer = peer
+        self._channel_keys = ChannelKeys(peer is not None)
+        self._their_key = b""
         self.journal = Journal("source", "", f"destination {name}")
         control.note = self.journal.control
         self._snapshot = snapshot
@@ -177,6 +183,8 @@ class Pulled:
 
     async def _serve(self) -> dict[str, Any]:
         self._task(self.control.keep_alive())
+        if self.peer is not None:
+            self._task(self._watch_key(self.peer))
         await self.control.say(
             messages.Offer(
                 __version__, self._snapshot, [b.spec for b in self._guest.blocks],
@@ -187,8 +195,11 @@ class Pulled:
         self.statistics.set_up = time.monotonic()
         endpoints, tokens, urgent = await self._start()
         await self.control.say(
-            messages.Serving(endpoints, tokens, urgent, missing[0].tolist(), missing[1].tolist())
-        )
+            messages.Serving(
+                endpoints, tokens, urgent, missing[0].tolist(), missing[1].tolist(),
+                self._channel_keys.public,
+            )
+        )  # fmt: skip
         await self._next(messages.Armed)
         self.journal.became(Status.POSTCOPY_ACTIVE)
         await self.journal.during("SendBackground", self._send)
@@ -197,8 +208,15 @@ class Pulled:
         self.journal.became(Status.COMPLETED)
         return self.statistics.report(Status.COMPLETED, None)
 
+    async def _watch_key(self, peer: Peer) -> None:
+        """A destination whose key is revoked is cut off; its guest sleeps on what is missing."""
+        while True:
+            peer.check()
+            await asyncio.sleep(LOOK_SECONDS)
+
     async def _lay_out(self, layout: messages.Layout) -> Runs:
         """Take its pages into the table; those that hold something."""
+        self._their_key = layout.key
         host = layout.page_size // PAGE_SIZE
         if layout.page_size not in (PAGE_SIZE, MAX_HOST_PAGES * PAGE_SIZE):
             raise RemoteProtocolError(f"host pages of {layout.page_size} bytes")
@@ -242,11 +260,12 @@ class Pulled:
         await self._crew.gather(jobs.Ready)
         self._task(self._watch())
         tokens = [secrets.token_bytes(16) for _ in range(p.workers)]
+        curve = self._channel_keys.binds(self._their_key, self._snapshot)
         for worker, token in zip(self._crew.pool.workers, tokens, strict=True):
-            worker.say(jobs.Listen(self._listen_at(worker.index), token))
+            worker.say(jobs.Listen(self._listen_at(worker.index), token, curve))
         where = await self._crew.gather(jobs.Ready)
         key = secrets.token_bytes(16)
-        urgent = await self._background.listen(self._listen_at(MAX_WORKERS), key)
+        urgent = await self._background.listen(self._listen_at(MAX_WORKERS), key, curve)
         return [where[i].endpoint for i in range(p.workers)], tokens, (urgent, key)
 
     def _listen_at(self, channel: int) -> str:
@@ -312,13 +331,19 @@ class Server:
         self._pulled: dict[bytes, Pulled] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._count = 0
+        self._keys: KeyDirectory | None = listening(
+            endpoint, parameters.keys, insecure=parameters.insecure
+        )
         self._context = zmq.asyncio.Context()
+        self._gate = Gate(self._context, self._keys) if self._keys is not None else None
         try:
             self._socket: Any
             self._socket, self.endpoint = bind(
-                self._context, endpoint, control=messages.MAX_TO_SERVER
+                self._context, endpoint, control=messages.MAX_TO_SERVER, gatekeeper=self._keys
             )
         except BaseException:
+            if self._gate is not None:
+                self._gate.close()
             self._context.term()
             raise
 
@@ -331,17 +356,23 @@ class Server:
 
     async def run(self) -> None:
         """Serve until cancelled."""
+        attending = None
+        if self._gate is not None:
+            attending = asyncio.ensure_future(self._gate.attend())
         try:
             while True:
-                parts = await self._socket.recv_multipart()
-                if len(parts) != 2 or self._only not in (None, parts[0][:16]):
+                parts = await self._socket.recv_multipart(copy=False)
+                if len(parts) != 2 or self._only not in (None, parts[0].bytes[:16]):
                     continue
-                identity, data = parts
-                if identity in self._pulled:
+                identity, data = parts[0].bytes, parts[1].bytes
+                peer = Peer(self._keys, sender_key(parts[1])) if self._keys is not None else None
+                if identity not in self._pulled:
+                    await self._greet(identity, data, peer)
+                elif same_peer(self._pulled[identity].peer, peer):
                     self._pulled[identity].heard(data)
-                else:
-                    await self._greet(identity, data)
         finally:
+            if attending is not None:
+                attending.cancel()
             for pulled in self.destinations:
                 pulled.end()
             await to_its_end(self._wait_for_all())
@@ -349,7 +380,7 @@ class Server:
     async def _wait_for_all(self) -> None:
         await asyncio.gather(*self._running, return_exceptions=True)
 
-    async def _greet(self, identity: bytes, data: bytes) -> None:
+    async def _greet(self, identity: bytes, data: bytes, peer: Peer | None) -> None:
         async def transmit(answer: bytes) -> None:
             with contextlib.suppress(zmq.ZMQError):  # gone: heartbeats will tell
                 await self._socket.send_multipart([identity, answer])
@@ -365,13 +396,19 @@ class Server:
             problem = f"this end speaks protocol {messages.PROTOCOL} (pageferry {__version__})"
         elif len(self._pulled) >= MAX_DESTINATIONS:
             problem = f"{MAX_DESTINATIONS} destinations are served already"
+        try:
+            if peer is not None:
+                peer.check()  # it may be connected for long
+        except PeerRefused as e:
+            problem = e.message
         if problem:
             await control.say(messages.Refused(PeerRefused.__name__, "serve", problem))
             return
         self._count += 1
         pulled = Pulled(
-            str(self._count), self._guest, self.endpoint, self._parameters, control, self._snapshot
-        )
+            str(self._count), self._guest, self.endpoint, self._parameters, control,
+            self._snapshot, peer,
+        )  # fmt: skip
         self._pulled[identity] = pulled
         task = asyncio.get_running_loop().create_task(self._serve(identity, pulled))
         self._running.add(task)
@@ -395,6 +432,8 @@ class Server:
         """Stop listening. Idempotent."""
         if self._socket is not None:
             unbind(self._socket, self.endpoint)
+            if self._gate is not None:
+                self._gate.close()
             self._context.term()
             self._socket = None
 

@@ -33,6 +33,7 @@ from ..transport.errors import (
     UsageError,
     as_ours,
 )
+from ..transport.handshake import refusal
 from ..transport.links import TOKEN_BYTES, Endpoint, connect, parse_endpoint, probe
 from ..transport.pages import PAGE_SIZE, Runs, complement, runs_of, total_pages
 from ..transport.session import Phase, Role
@@ -61,6 +62,7 @@ from .crew import Crew, extents
 from .goals import Seeker
 from .journal import Journal
 from .parameters import NEVER, Parameters, changed
+from .security import LOOK_SECONDS, ChannelKeys, check_open, dialling
 from .state import FINAL, IN_POSTCOPY, Status
 from .statistics import RoundCost, Statistics
 from .steering import Steering
@@ -110,6 +112,8 @@ class Source:
         self.guest = guest
         self.endpoint = endpoint
         self.parameters = parameters
+        self._dialling = dialling(parameters, endpoint)
+        self._channel_keys = ChannelKeys(False)
         self.convergence = Convergence(
             parameters.downtime_limit, parameters.max_rounds, parameters.max_bandwidth
         )
@@ -271,7 +275,9 @@ class Source:
                 f"there is nothing to recover: the migration is {self.core.status.value}"
             )
         if where:
-            parse_endpoint(where)
+            there = parse_endpoint(where)
+            if self._dialling is None:
+                check_open(there, insecure=self.parameters.insecure, listens=False)
         self._events.put_nowait(core.RecoverAsked(where or ""))
 
     # ---- the run -------------------------------------------------------------------------
@@ -465,11 +471,15 @@ class Source:
         self.journal.info(narration.connected(welcome, str(self.endpoint), self.guest.kind, specs))
         self._fresh, self._have = welcome.fresh, welcome.have
         self._compares = welcome.compares
-        await self._open(welcome.endpoints, welcome.tokens, welcome.urgent)
+        await self._open(welcome.endpoints, welcome.tokens, welcome.urgent, welcome.key)
         return core.ChannelsReady()
 
     async def _open(
-        self, endpoints: list[str], tokens: list[bytes], urgent: tuple[str, bytes] | None
+        self,
+        endpoints: list[str],
+        tokens: list[bytes],
+        urgent: tuple[str, bytes] | None,
+        key: bytes,
     ) -> None:
         """Connect the processes that were started to the channels the destination offers."""
         assert self._crew is not None
@@ -479,13 +489,14 @@ class Source:
             raise RemoteProtocolError("the channels do not match what was asked for")
         if any(len(token) != TOKEN_BYTES for token in [*tokens, *([urgent[1]] if urgent else [])]):
             raise RemoteProtocolError("a channel's token is of another length than it can be")
+        curve = self._channel_keys.dials(key)
         await self._crew.gather(jobs.Ready)
         self._opened = True
         workers = self._crew.pool.workers
         for worker, where, token in zip(workers, endpoints, tokens, strict=True):
-            worker.say(jobs.Open(str(self.endpoint.sibling(where)), token))
+            worker.say(jobs.Open(str(self.endpoint.sibling(where)), token, curve))
         if self._background is not None and urgent is not None:
-            self._background.dial(str(self.endpoint.sibling(urgent[0])), urgent[1])
+            self._background.dial(str(self.endpoint.sibling(urgent[0])), urgent[1], curve)
 
     def _make_shared_memory(self) -> None:
         p = self.parameters
@@ -549,6 +560,7 @@ class Source:
                 *(self._background.capabilities if self._background is not None else ()),
             ],
             name=self.name,
+            key=self._new_channel_keys(),
         )  # fmt: skip
         answer = await self._first_words(hello)
         assert isinstance(answer, messages.Welcome)
@@ -557,16 +569,26 @@ class Source:
             raise RemoteProtocolError("Welcome does not match what was asked for")
         return answer
 
+    def _new_channel_keys(self) -> bytes:
+        """For a connection that begins; what the destination is to know of them."""
+        self._channel_keys = ChannelKeys(self._dialling is not None)
+        return self._channel_keys.public
+
     async def _first_words(self, message: messages.Hello | messages.Resume) -> messages.AnyMessage:
         """Connect the control link, say `message`; its answer, or the error in it."""
         self._context = zmq.asyncio.Context()
         # the first 16 bytes are who we are; a connection that broke is not to be taken up again
         identity = self._identity + bytes([self._connections % 256] if self._connections else [])
         self._connections += 1
-        self._socket = connect(self._context, self.endpoint, identity, control=True)
+        curve = self._dialling.curve if self._dialling is not None else None
+        watching: list[Any] = []
+        self._socket = connect(
+            self._context, self.endpoint, identity, control=True, curve=curve, watched=watching
+        )
         self._control = Control(Role.SOURCE, self._socket.send, f"the receiver at {self.endpoint}")
         self._control.note = self.journal.control
         self._task(self._read_control(), link=True)
+        self._task(self._watch_handshake(self._socket, watching[0]), link=True)
         asking = self._task(self._control.ask(message))
         if not await self._control.first_sign(HELLO_SECONDS):
             raise self._no_pageferry()
@@ -576,6 +598,22 @@ class Source:
         if isinstance(answer, messages.Refused):
             raise messages.error_of(answer)
         return answer
+
+    async def _watch_handshake(self, sock: Any, watching: Any) -> None:
+        """Not to be let in, or to find somebody else, is an error; and so is a peer whose key is
+        revoked, for as long as the connection is needed."""
+        curve = self._dialling.curve if self._dialling is not None else None
+        try:
+            error = await refusal(watching, self.endpoint, curve)
+        finally:
+            watching.close()
+            sock.disable_monitor()
+        if error is not None:
+            raise error
+        while self._dialling is not None:
+            await asyncio.sleep(LOOK_SECONDS)
+            if not self.core.run_said or self.core.leaving:
+                self._dialling.check()
 
     def _no_pageferry(self) -> ConnectError:
         return ConnectError(
@@ -926,7 +964,9 @@ class Source:
         self._task(self._watch())
         starting = self._task(self._start_senders())
         answer = await self._first_words(
-            messages.Resume(messages.PROTOCOL, self.uuid, self.parameters.workers)
+            messages.Resume(
+                messages.PROTOCOL, self.uuid, self.parameters.workers, self._new_channel_keys()
+            )
         )
         await starting
         if isinstance(answer, messages.Ended):  # its word for it was lost
@@ -940,7 +980,7 @@ class Source:
             self._table.resume(i, unpack(bits, block.pages))
             if block.spec.page_size > PAGE_SIZE:
                 self._table.whole_host_pages(i, block.spec.page_size // PAGE_SIZE)
-        await self._open(answer.endpoints, answer.tokens, answer.urgent)
+        await self._open(answer.endpoints, answer.tokens, answer.urgent, answer.key)
         self.statistics.extra.pop("paused-because", None)
         self.statistics.extra["recoveries"] = self.statistics.extra.get("recoveries", 0) + 1
         return core.Reconnected(self._remaining())

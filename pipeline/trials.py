@@ -67,6 +67,8 @@ class TrialRuns:
         warm_up()
         self._sample = sample
         self._parameters = parameters or Parameters()
+        if endpoint is None:
+            self._parameters = self._parameters.on_this_host()
         self._listening: Destination | None = None
         # A receiver elsewhere knows a source by it: there each trial is another one.
         self._identity: bytes | None = None

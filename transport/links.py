@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import ipaddress
 import os
 import re
 import select
@@ -22,7 +23,14 @@ from typing import Any, Protocol
 import zmq
 from zmq.utils import garbage
 
-from .errors import ConnectError, DestinationError, RemoteProtocolError, UsageError
+from .curve import Binds, Dials, Gatekeeper, zap_answer
+from .errors import (
+    ConnectError,
+    DestinationError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    UsageError,
+)
 from .messages import MAX_MESSAGE
 from .wire import MAX_PAYLOAD
 
@@ -44,6 +52,11 @@ CONNECT_SECONDS = 5.0
 _READ = 1 << 18
 _MOST_OUTPUT = 8 << 20
 _MOST_STRANGERS = 16
+# Where libzmq asks who may connect (RFC 27).
+_ZAP = "inproc://zeromq.zap.01"
+# How ZMTP's greeting begins (RFC 23): signature and version. Who hears that says the mechanism that
+# it wants (20 bytes), and hangs up if ours, which would follow, is another one.
+_GREETING, _SAYS_MECHANISM = b"\xff" + bytes(8) + b"\x7f\x03\x00", 32
 # What routers and queues on the way may go by (RFC 4594): bulk is AF11, urgent AF22. Linux' own
 # pfifo_fast and prio put the first behind everything and the second before (bits 0x08 and 0x10).
 TOS_BULK, TOS_URGENT = 0x28, 0x50
@@ -65,6 +78,15 @@ class Endpoint:
             return f"ipc://{self.path}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"tcp://{host}:{self.port}"
+
+    @property
+    def local(self) -> bool:
+        """Nobody at another host reaches it: a unix socket, or loopback."""
+        if self.scheme == "ipc" or self.host == "localhost":
+            return True
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(self.host).is_loopback
+        return False
 
     def sibling(self, where: str) -> Endpoint:
         """The channel endpoint `where` ("tcp:PORT", "ipc:PATH") beside this control endpoint."""
@@ -110,15 +132,7 @@ def probe(endpoint: Endpoint) -> None:
     ZeroMQ retries for ever and does not say why; a plain connect does.
     """
     try:
-        if endpoint.scheme == "ipc":
-            with socket.socket(socket.AF_UNIX) as s:
-                s.settimeout(CONNECT_SECONDS)
-                path = endpoint.path
-                s.connect(f"\0{path[1:]}" if path.startswith("@") else path)
-        else:
-            address = (endpoint.host, endpoint.port)
-            with socket.create_connection(address, timeout=CONNECT_SECONDS):
-                pass
+        _plain_connection(endpoint).close()
     except TimeoutError as e:
         raise ConnectError(f"{endpoint} does not answer: check the address and firewalls") from e
     except OSError as e:
@@ -126,6 +140,32 @@ def probe(endpoint: Endpoint) -> None:
             f"cannot connect to {endpoint} ({e.strerror or e}): is `pageferry receive` running "
             f"there?"
         ) from e
+
+
+def _plain_connection(endpoint: Endpoint) -> socket.socket:
+    if endpoint.scheme != "ipc":
+        return socket.create_connection((endpoint.host, endpoint.port), timeout=CONNECT_SECONDS)
+    s = socket.socket(socket.AF_UNIX)
+    try:
+        s.settimeout(CONNECT_SECONDS)
+        path = endpoint.path
+        s.connect(f"\0{path[1:]}" if path.startswith("@") else path)
+    except BaseException:
+        s.close()
+        raise
+    return s
+
+
+def mechanism(endpoint: Endpoint) -> str:
+    """What the ZeroMQ there wants of who connects: CURVE, NULL; "" if it is none or is silent."""
+    greeting = b""
+    with contextlib.suppress(OSError), _plain_connection(endpoint) as s:
+        s.sendall(_GREETING)
+        while len(greeting) < _SAYS_MECHANISM and (data := s.recv(_SAYS_MECHANISM)):
+            greeting += data
+    if len(greeting) < _SAYS_MECHANISM or greeting[:1] + greeting[9:10] != b"\xff\x7f":
+        return ""
+    return greeting[12:_SAYS_MECHANISM].rstrip(b"\0").decode(errors="replace")
 
 
 def _prepare(
@@ -141,16 +181,63 @@ def _prepare(
         sock.setsockopt(zmq.IPV6, 1)
 
 
+class Gate:
+    """Says, in a context that listens with keys, who may connect: libzmq asks it of each
+    connection, and refuses where there is none (ZAP_ENFORCE_DOMAIN). Make it before `bind`."""
+
+    def __init__(self, context: Any, gatekeeper: Gatekeeper) -> None:
+        self._gatekeeper = gatekeeper
+        self.socket = context.socket(zmq.REP)
+        self.socket.linger = 0
+        self.socket.bind(_ZAP)
+
+    @property
+    def fd(self) -> int:
+        return int(self.socket.getsockopt(zmq.FD))
+
+    def answer(self) -> None:
+        """Answer what was asked; never blocks. For sockets that are polled."""
+        while int(self.socket.getsockopt(EVENTS)) & POLLIN:
+            request = self.socket.recv_multipart(NOBLOCK)
+            self.socket.send_multipart(zap_answer(request, self._gatekeeper))
+
+    async def attend(self) -> None:
+        """Answer, until cancelled. For sockets of zmq.asyncio."""
+        while True:
+            request = await self.socket.recv_multipart()
+            await self.socket.send_multipart(zap_answer(request, self._gatekeeper))
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.socket.close()
+
+
+def sender_key(frame: Any) -> bytes:
+    """Who sent a message on a socket that has a Gate: its key, which the handshake has proved."""
+    return str(frame.get("User-Id")).encode()
+
+
 def bind(
-    context: Any, endpoint: Endpoint, *, control: int = 0, tos: int = 0
+    context: Any,
+    endpoint: Endpoint,
+    *,
+    control: int = 0,
+    tos: int = 0,
+    gatekeeper: Gatekeeper | None = None,
 ) -> tuple[Any, Endpoint]:
     """A listening ROUTER at `endpoint`, and where it really listens (port 0: the kernel's pick).
-    `control`: it is a control link's, with messages of so many bytes at the most."""
+    `control`: it is a control link's, with messages of so many bytes at the most; `gatekeeper`:
+    only with keys; the context has a Gate."""
     sock = context.socket(zmq.ROUTER)
     _prepare(sock, control or MAX_PAYLOAD + 65536, endpoint, tos)
     if control:
         sock.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
     sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    if gatekeeper is not None:
+        sock.setsockopt(zmq.CURVE_SERVER, 1)
+        sock.setsockopt(zmq.CURVE_SECRETKEY, gatekeeper.secret)
+        sock.setsockopt(zmq.ZAP_DOMAIN, gatekeeper.domain.encode())
+        sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
     # A peer whose connection broke comes back under its own token.
     sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -218,14 +305,32 @@ def connect(
     control: bool,
     tos: int = 0,
     data: bool = False,
+    curve: Dials | None = None,
+    watched: list[Any] | None = None,
 ) -> Any:
-    """A DEALER whose identity is `token`, connecting to `endpoint`; `data`: pages come on it."""
+    """A DEALER whose identity is `token`, connecting to `endpoint`; `data`: pages come on it;
+    `curve`: only with keys. `watched`: gets a socket for `refusal` (handshake.py), which the caller
+    closes."""
     sock = context.socket(zmq.DEALER)
     largest = MAX_PAYLOAD + 65536 if data else 65536
     _prepare(sock, MAX_MESSAGE if control else largest, endpoint, tos)
     sock.setsockopt(zmq.ROUTING_ID, token)
+    if curve is not None:
+        sock.setsockopt(zmq.CURVE_SERVERKEY, curve.server)
+        sock.setsockopt(zmq.CURVE_PUBLICKEY, curve.public)
+        sock.setsockopt(zmq.CURVE_SECRETKEY, curve.secret)
+    if watched is not None:
+        watched.append(sock.get_monitor_socket(_HANDSHAKES))
     sock.connect(str(endpoint))
     return sock
+
+
+_HANDSHAKES = int(
+    zmq.Event.HANDSHAKE_SUCCEEDED
+    | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+    | zmq.Event.HANDSHAKE_FAILED_AUTH
+)
 
 
 def let_go_of_sent() -> None:
@@ -252,10 +357,11 @@ class UrgentLink(Protocol):
     @property
     def fd(self) -> int: ...
 
-    def listen(self, endpoint: Endpoint, token: bytes) -> Endpoint:
-        """Destination: take messages of the peer that knows `token`; where it listens."""
+    def listen(self, endpoint: Endpoint, token: bytes, curve: Binds | None = None) -> Endpoint:
+        """Destination: take messages of the peer that knows `token`; where it listens. `curve`:
+        only with keys; LocalProtocolError if there can be none."""
 
-    def dial(self, endpoint: Endpoint, token: bytes) -> None:
+    def dial(self, endpoint: Endpoint, token: bytes, curve: Dials | None = None) -> None:
         """Source: connect to where the destination listens."""
 
     def send(self, data: bytes) -> bool:
@@ -286,6 +392,8 @@ class ZmqLink:
         self._socket: Any = None
         self._endpoint: Endpoint | None = None
         self._token = b""
+        self._gate: Gate | None = None
+        self._both: select.epoll | None = None  # socket and gate
 
     @property
     def connected(self) -> bool:
@@ -293,16 +401,26 @@ class ZmqLink:
 
     @property
     def fd(self) -> int:
+        if self._both is not None:
+            return self._both.fileno()
         return int(self._socket.getsockopt(zmq.FD))
 
-    def listen(self, endpoint: Endpoint, token: bytes) -> Endpoint:
+    def listen(self, endpoint: Endpoint, token: bytes, curve: Binds | None = None) -> Endpoint:
         self._token = token
-        self._socket, self._endpoint = bind(self._context, endpoint, tos=TOS_URGENT)
+        if curve is not None:
+            self._gate = Gate(self._context, curve)
+        self._socket, self._endpoint = bind(
+            self._context, endpoint, tos=TOS_URGENT, gatekeeper=curve
+        )
+        if self._gate is not None:
+            self._both = select.epoll()
+            for fd in (int(self._socket.getsockopt(zmq.FD)), self._gate.fd):
+                self._both.register(fd, select.EPOLLIN)
         return self._endpoint
 
-    def dial(self, endpoint: Endpoint, token: bytes) -> None:
+    def dial(self, endpoint: Endpoint, token: bytes, curve: Dials | None = None) -> None:
         self._socket = connect(
-            self._context, endpoint, token, control=False, tos=TOS_URGENT, data=True
+            self._context, endpoint, token, control=False, tos=TOS_URGENT, data=True, curve=curve
         )
 
     def send(self, data: bytes) -> bool:
@@ -319,10 +437,14 @@ class ZmqLink:
         return True
 
     def flush(self) -> None:
-        """libzmq does."""
+        """libzmq does; but a peer that comes back is let in here, if nobody receives meanwhile."""
+        if self._gate is not None:
+            self._gate.answer()
 
     def receive(self) -> bytes | None:
         sock = self._socket
+        if self._gate is not None:
+            self._gate.answer()
         while sock.getsockopt(EVENTS) & POLLIN:
             if not self._token:
                 return bytes(sock.recv(NOBLOCK))
@@ -338,6 +460,11 @@ class ZmqLink:
             else:
                 self._socket.close()
             self._socket = None
+        if self._both is not None:
+            self._both.close()
+            self._both = None
+        if self._gate is not None:
+            self._gate.close()
         self._context.term()
 
 
@@ -368,7 +495,8 @@ class DirectLink:
     def fd(self) -> int:
         return self._epoll.fileno()
 
-    def listen(self, endpoint: Endpoint, token: bytes) -> Endpoint:
+    def listen(self, endpoint: Endpoint, token: bytes, curve: Binds | None = None) -> Endpoint:
+        _no_keys(curve)
         self._token = token
         family, address = _socket_address(endpoint)
         if endpoint.scheme == "ipc" and not endpoint.path.startswith("@"):
@@ -391,7 +519,8 @@ class DirectLink:
             self._endpoint = Endpoint("tcp", endpoint.host, self._listening.getsockname()[1])
         return self._endpoint
 
-    def dial(self, endpoint: Endpoint, token: bytes) -> None:
+    def dial(self, endpoint: Endpoint, token: bytes, curve: Dials | None = None) -> None:
+        _no_keys(curve)
         family, address = _socket_address(endpoint)
         peer = socket.socket(family)
         peer.settimeout(CONNECT_SECONDS)
@@ -571,6 +700,12 @@ class DirectLink:
         self._peer = None
         self._strangers.clear()
         self._epoll.close()
+
+
+def _no_keys(curve: Binds | Dials | None) -> None:
+    """Whoever has keys must not come here: Parameters and Hello are checked."""
+    if curve is not None:
+        raise LocalProtocolError("a direct link is not encrypted")
 
 
 def _socket_address(endpoint: Endpoint) -> tuple[socket.AddressFamily, Any]:

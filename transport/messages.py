@@ -51,8 +51,10 @@ class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offset: int = 0
 
 
-class Hello(Message, frozen=True, tag="hello"):
-    """Source: what is about to come. The destination checks every field."""
+class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
+    """Source: what is about to come. The destination checks every field. `key`: only with keys,
+    here and in all other messages that have one: the public key that this end has on the channels
+    of this connection, made for them alone."""
 
     protocol: int
     version: str
@@ -64,9 +66,10 @@ class Hello(Message, frozen=True, tag="hello"):
     capabilities: list[str] = []
     image_size: int = 0
     name: str = ""  # what it is to be called, where many arrive
+    key: bytes = b""
 
 
-class Welcome(Message, frozen=True, tag="welcome"):
+class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     """Destination: RAM is laid out, receivers listen. One endpoint and one token a channel.
 
     An endpoint is "tcp:PORT" (the host is the one the source dialled) or "ipc:PATH".
@@ -84,6 +87,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     urgent: tuple[str, bytes] | None = None
     have: list[bytes] = []
     compares: bool = False
+    key: bytes = b""
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -200,15 +204,16 @@ class Ended(Message, frozen=True, tag="ended"):
     statistics: dict[str, int] = {}
 
 
-class Resume(Message, frozen=True, tag="resume"):
+class Resume(Message, frozen=True, tag="resume", omit_defaults=True):
     """Source: the connection of a postcopy broke; go on with `workers` channels."""
 
     protocol: int
     uuid: str
     workers: int
+    key: bytes = b""
 
 
-class Resumed(Message, frozen=True, tag="resumed"):
+class Resumed(Message, frozen=True, tag="resumed", omit_defaults=True):
     """Destination: new channels, as in Welcome, and what has arrived: a bit a page, a string a
     block (numpy's packbits order)."""
 
@@ -216,6 +221,7 @@ class Resumed(Message, frozen=True, tag="resumed"):
     tokens: list[bytes]
     urgent: tuple[str, bytes]
     received: list[bytes]
+    key: bytes = b""
 
 
 class Pull(Message, frozen=True, tag="pull"):
@@ -234,7 +240,7 @@ class Offer(Message, frozen=True, tag="offer"):
     workers: int
 
 
-class Layout(Message, frozen=True, tag="layout"):
+class Layout(Message, frozen=True, tag="layout", omit_defaults=True):
     """Destination: these pages of block 0, on host pages of `page_size` bytes; `received`: those
     that are here already, a bit a page (numpy's packbits order), empty for none."""
 
@@ -242,9 +248,10 @@ class Layout(Message, frozen=True, tag="layout"):
     starts: list[int]
     counts: list[int]
     received: bytes = b""
+    key: bytes = b""
 
 
-class Serving(Message, frozen=True, tag="serving"):
+class Serving(Message, frozen=True, tag="serving", omit_defaults=True):
     """Source: where to connect, as in Welcome; these pages hold something, all others are zero."""
 
     endpoints: list[str]
@@ -252,6 +259,7 @@ class Serving(Message, frozen=True, tag="serving"):
     urgent: tuple[str, bytes]
     starts: list[int]
     counts: list[int]
+    key: bytes = b""
 
 
 class Armed(Message, frozen=True, tag="armed"):

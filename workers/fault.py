@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ..transport.curve import Binds, Dials
 from ..transport.errors import GuestGone, LocalProtocolError, RemoteProtocolError, WorkerDied
 from ..transport.links import UrgentLink, parse_endpoint, short, urgent_link
 from ..transport.pages import PAGE_SIZE
@@ -60,7 +61,7 @@ class FaultJob:
     """Everything it needs, pickled into it once. `arrivals`: the pipe from the receivers; `direct`:
     the channel is a connection of its own; `dial`: `listen` is where the source listens;
     `removing`: a lock, if the guest may give memory back (placing.py); `reading`: a word that is
-    not 0 while what it gave back is read and not yet marked."""
+    not 0 while what it gave back is read and not yet marked; `curve`: only with keys."""
 
     blocks: list[RamBlock]
     memory: ArmedMemory
@@ -75,6 +76,7 @@ class FaultJob:
     dial: bool = False
     removing: Any = None
     reading: Segment | None = None
+    curve: Binds | Dials | None = None
 
 
 @dataclass(slots=True)
@@ -131,7 +133,7 @@ class FaultProcess:
         os.set_blocking(self.arrivals, False)
         for fd in (self.desk.pipe.fileno(), self.uffd, self.arrivals):
             self.poll.register(fd, select.POLLIN)
-        self._link(self.job.listen, self.job.token, dial=self.job.dial)
+        self._link(self.job.listen, self.job.token, self.job.curve, dial=self.job.dial)
         # whoever was read by a process before this one sleeps and is told of no more
         for region in self.job.memory.regions:
             wake(self.uffd, region.address, region.pages * PAGE_SIZE)
@@ -192,7 +194,7 @@ class FaultProcess:
                 case jobs.Relink() as job:
                     self._unlink()
                     where = job.endpoint or self.job.listen
-                    self._link(where, job.token, dial=bool(job.endpoint))
+                    self._link(where, job.token, job.curve, dial=bool(job.endpoint))
                 case jobs.Hold() as job:
                     self._hold(job.on)
                     self.desk.say(jobs.Ready(token=job.token))
@@ -203,14 +205,16 @@ class FaultProcess:
                     raise LocalProtocolError(f"the fault process was told {job!r}")
         return True
 
-    def _link(self, where: str, token: bytes, *, dial: bool) -> None:
+    def _link(self, where: str, token: bytes, curve: Binds | Dials | None, *, dial: bool) -> None:
         self.session = Requesting()
         self.link = urgent_link(self.job.direct, self.priority)
         endpoint = ""
         if dial:
-            self.link.dial(parse_endpoint(where), token)
+            assert not isinstance(curve, Binds)
+            self.link.dial(parse_endpoint(where), token, curve)
         else:
-            endpoint = short(self.link.listen(parse_endpoint(where), token))
+            assert not isinstance(curve, Dials)
+            endpoint = short(self.link.listen(parse_endpoint(where), token, curve))
         self.linked_fd = self.link.fd
         self.poll.register(self.linked_fd, select.POLLIN)
         for wanted in self.wanted.values():

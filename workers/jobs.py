@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from ..transport.curve import Binds, Dials
 from ..transport.errors import PageferryError, as_ours, by_name
 
 
@@ -16,10 +17,11 @@ class Job(msgspec.Struct, frozen=True, tag_field="type"):
 
 
 class Open(Job, frozen=True, tag="open"):
-    """Coordinator to sender: connect to your receiver."""
+    """Coordinator to sender: connect to your receiver. `curve`: only with keys, here and below."""
 
     endpoint: str
     token: bytes
+    curve: Dials | None = None
 
 
 class Listen(Job, frozen=True, tag="listen"):
@@ -28,6 +30,7 @@ class Listen(Job, frozen=True, tag="listen"):
 
     endpoint: str
     token: bytes
+    curve: Binds | None = None
 
 
 class Extent(Job, frozen=True, tag="extent"):
@@ -90,6 +93,7 @@ class Relink(Job, frozen=True, tag="relink"):
 
     token: bytes
     endpoint: str = ""  # dial here, instead of listening
+    curve: Binds | Dials | None = None
 
 
 class Hold(Job, frozen=True, tag="hold"):

@@ -114,10 +114,10 @@ class PostcopyProcess:
                 case jobs.Stop():
                     return False
                 case jobs.Open() as job:
-                    self.link.dial(parse_endpoint(job.endpoint), job.token)
+                    self.link.dial(parse_endpoint(job.endpoint), job.token, job.curve)
                     self.poll.register(self.link.fd, select.POLLIN)
                 case jobs.Listen() as job:
-                    where = self.link.listen(parse_endpoint(job.endpoint), job.token)
+                    where = self.link.listen(parse_endpoint(job.endpoint), job.token, job.curve)
                     self.poll.register(self.link.fd, select.POLLIN)
                     self.desk.say(jobs.Ready(short(where)))
                 case jobs.Finish():

@@ -16,13 +16,23 @@ import zmq
 
 from ..transport.channel import ReceivingChannel
 from ..transport.codecs import Decoders
+from ..transport.curve import Binds, Dials
 from ..transport.errors import (
     LocalProtocolError,
     RemoteProtocolError,
     VerificationFailed,
     WorkerDied,
 )
-from ..transport.links import NOBLOCK, Endpoint, bind, connect, parse_endpoint, short, unbind
+from ..transport.links import (
+    NOBLOCK,
+    Endpoint,
+    Gate,
+    bind,
+    connect,
+    parse_endpoint,
+    short,
+    unbind,
+)
 from ..transport.pages import PAGE_SIZE, Runs, check_runs, total_pages
 from ..transport.wire import Buffer, Frame, content_matches
 from . import jobs
@@ -61,8 +71,8 @@ class ReceiverJob:
     and has the others spin; waiting here instead leaves the processor to the senders (two
     receivers, one fresh file: half the processor time a byte, same rate).
     `guest`: what postcopy needs; `installing`: the guest runs already; `dial`: `listen` is where
-    the sender does, and we connect. `checks`: what is written is
-    read back, some of it or (`read_all`) all.
+    the sender does, and we connect. `checks`: what is written is read back, some of it or
+    (`read_all`) all; `curve`: only with keys.
     """
 
     blocks: list[RamBlock]
@@ -76,6 +86,7 @@ class ReceiverJob:
     dial: bool = False
     checks: Checks | None = None
     read_all: bool = False
+    curve: Binds | Dials | None = None
 
     def close(self) -> None:
         """In the receiver, when nothing looks at any of it: it may have another job after this."""
@@ -115,6 +126,7 @@ class Receiver:
         if job.installing:
             self._start_installing()
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.gate: Gate | None = None
 
     def run(self) -> None:
         endpoint = self._link()
@@ -123,28 +135,40 @@ class Receiver:
             poller = zmq.Poller()
             poller.register(self.desk.pipe.fileno(), zmq.POLLIN)
             poller.register(self.socket, zmq.POLLIN)
+            if self.gate is not None:
+                poller.register(self.gate.socket, zmq.POLLIN)
             while self._commands():
                 while self._message():
                     pass
+                if self.gate is not None:
+                    self.gate.answer()
                 poller.poll(int(HEARTBEAT_SECONDS * 1000))
         finally:
             if endpoint is not None:
                 unbind(self.socket, endpoint)
             else:
                 self.socket.close()
+            if self.gate is not None:
+                self.gate.close()
             self.context.term()
             self.read_back = None  # its views end before their segment
 
     def _link(self) -> Endpoint | None:
         """Listen, or dial; where we listen. `prefix`: what stands before an answer on a ROUTER."""
-        where = parse_endpoint(self.job.listen)
+        where, curve = parse_endpoint(self.job.listen), self.job.curve
         if self.job.dial:
+            assert not isinstance(curve, Binds)
             self.prefix: list[bytes] = []
-            self.socket = connect(self.context, where, self.job.token, control=False, data=True)
+            self.socket = connect(
+                self.context, where, self.job.token, control=False, data=True, curve=curve
+            )
             self.socket.send(b"")  # we are here
             return None
         self.prefix = [self.job.token]
-        self.socket, endpoint = bind(self.context, where)
+        assert not isinstance(curve, Dials)
+        if curve is not None:
+            self.gate = Gate(self.context, curve)
+        self.socket, endpoint = bind(self.context, where, gatekeeper=curve)
         return endpoint
 
     def _commands(self) -> bool:

@@ -33,6 +33,7 @@ from ..transport.links import (
     POLLIN,
     SNDMORE,
     Endpoint,
+    Gate,
     bind,
     connect,
     parse_endpoint,
@@ -151,6 +152,7 @@ class Sender:
         # where the receiver dials us: its identity
         self.peer, self.peer_came = b"", False
         self.bound: Endpoint | None = None
+        self.gate: Gate | None = None
         self.round_trip = float("inf")  # the shortest seen, seconds
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket: zmq.Socket[bytes] | None = None
@@ -178,6 +180,8 @@ class Sender:
                 unbind(self.socket, self.bound)
             elif self.socket is not None:
                 self.socket.close()
+            if self.gate is not None:
+                self.gate.close()
             self.context.term()
 
     def _take_jobs(self) -> None:
@@ -192,8 +196,9 @@ class Sender:
             case jobs.Open():
                 endpoint = parse_endpoint(job.endpoint)
                 self.socket = connect(
-                    self.context, endpoint, job.token, control=False, tos=self.job.tos
-                )
+                    self.context, endpoint, job.token, control=False, tos=self.job.tos,
+                    curve=job.curve,
+                )  # fmt: skip
                 self.poller.register(self.socket, zmq.POLLIN)
             case jobs.Listen():
                 self._listen(job)
@@ -219,7 +224,12 @@ class Sender:
 
     def _listen(self, job: jobs.Listen) -> None:
         """Let the receiver connect; its first message says that it has."""
-        self.socket, self.bound = bind(self.context, parse_endpoint(job.endpoint), tos=self.job.tos)
+        if job.curve is not None:
+            self.gate = Gate(self.context, job.curve)
+            self.poller.register(self.gate.socket, zmq.POLLIN)
+        self.socket, self.bound = bind(
+            self.context, parse_endpoint(job.endpoint), tos=self.job.tos, gatekeeper=job.curve
+        )
         self.peer = job.token
         self.poller.register(self.socket, zmq.POLLIN)
         self.desk.say(jobs.Ready(short(self.bound)))
@@ -476,6 +486,8 @@ class Sender:
     def _wait(self) -> None:
         """Sleep until the receiver or the coordinator says something, or a little while."""
         self.poller.poll(int(HEARTBEAT_SECONDS * 1000))
+        if self.gate is not None:
+            self.gate.answer()
         self._take_jobs()
         if self.socket is not None:
             self._read_answers()

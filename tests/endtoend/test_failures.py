@@ -57,7 +57,10 @@ def _children(process, name):
         (["send", "{image}", "tcp://127.0.0.1"], 2, "tcp://HOST:PORT"),
         (["send", "{image}", "tcp://127.0.0.1:1"], 5, "pageferry receive"),
         (["send", "{image}", "ipc:///tmp/no/such/socket"], 5, "cannot connect"),
-        (["receive", "--listen", "tcp://192.0.2.1:0"], 4, "cannot listen"),
+        (["receive", "--listen", "tcp://192.0.2.1:0", "--insecure"], 4, "cannot listen"),
+        (["receive", "--listen", "tcp://192.0.2.1:0"], 2, "--keys DIR"),
+        (["receive", "--listen", "tcp://0.0.0.0:0"], 2, "--insecure"),
+        (["send", "{image}", "tcp://192.0.2.1:1"], 2, "in the clear"),
         (["receive", "--listen", "here"], 2, "tcp://HOST:PORT"),
     ],
 )

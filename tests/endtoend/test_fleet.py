@@ -73,7 +73,7 @@ def batch(hosts, tmp_path):
 
     def write(*items, **top):
         path = tmp_path / "m.json"
-        top = {"defaults": {"workers": 1}, "backoff": "10ms"} | top
+        top = {"defaults": {"workers": 1, "insecure": True}, "backoff": "10ms"} | top
         path.write_text(json.dumps(top | {"items": items}))
         return ("batch", str(path), "--fleet", SCHEDULER, "--state", str(tmp_path / "state"))
 
@@ -83,7 +83,9 @@ def batch(hosts, tmp_path):
 def arriving(hosts):
     """kvm3 takes images."""
     there = hosts["kvm3"]
-    return receiver("--into", f"image:{there.images}/", listen=TO, within=there.within)
+    return receiver(
+        "--into", f"image:{there.images}/", "--insecure", listen=TO, within=there.within
+    )
 
 
 def resume(hosts, tmp_path, *more):
@@ -99,7 +101,9 @@ def test_each_from_its_host(hosts, files, batch, tmp_path):
     what it has itself. To go on with what is complete needs no fleet."""
     guest = {"name": "guest", "host": "kvm1", "source": "demo:?size=4M&rate=500",
              "destination": f"tcp://{NET}.4:4445"}  # fmt: skip
-    away = receiver("--once", listen=f"tcp://{NET}.4:4445", within=hosts["kvm3"].within)
+    away = receiver(
+        "--once", "--insecure", listen=f"tcp://{NET}.4:4445", within=hosts["kvm3"].within
+    )
     with arriving(hosts) as there, away as guests:
         before = hosts["boss"].carried()
         done = hosts.first.run(*batch(
@@ -227,7 +231,7 @@ def test_a_guest_that_had_leave_to_go(hosts, batch, tmp_path, name, number, inte
     spare = hosts.workers[name]
     guest = {"name": "guest", "host": name, "source": "demo:?size=4M",
              "destination": f"tcp://{NET}.4:4445"}  # fmt: skip
-    with receiver(listen=f"tcp://{NET}.4:4445", within=hosts["kvm3"].within):
+    with receiver("--insecure", listen=f"tcp://{NET}.4:4445", within=hosts["kvm3"].within):
         done = subprocess.run(
             [*hosts.first.within, sys.executable, "-c", _AT_THE_HANDOVER, *batch(guest)],
             env=os.environ | {"WORKER": str(spare.pid), "SIGNAL": str(int(number)),

@@ -91,13 +91,15 @@ def _move(pair, way, monitor, listen="tcp://127.0.0.1:0", within=((), ())):
     speed. The sender's report."""
     limit = "9s" if way == "never" else "1ms"  # which no round meets: postcopy must end it
     slow = ("--max-bandwidth", SLOW, "--max-postcopy-bandwidth", SLOW)
+    trusted = ("--insecure",) if within[0] else ()
     with (
         receiver(
-            "--into", f"qemu:{pair.there.qmp_path}", "--once", listen=listen, within=within[1]
+            "--into", f"qemu:{pair.there.qmp_path}", "--once", *trusted, listen=listen,
+            within=within[1],
         ) as receiving,
         Running(
             "send", f"qemu:{pair.here.qmp_path}", receiving.endpoint, "--json", "--codec", "lz4",
-            "--postcopy", way, "--downtime-limit", limit, "--monitor", monitor, *slow,
+            "--postcopy", way, "--downtime-limit", limit, "--monitor", monitor, *slow, *trusted,
             within=within[0],
         ) as sending,
     ):  # fmt: skip

@@ -18,6 +18,7 @@ SANS_IO = {
     *(f"transport/{name}.py" for name in ("wire", "channel", "session", "messages", "pages")),
     *(f"transport/{name}.py" for name in ("errors", "quantities", "urgent", "__init__")),
     "transport/codecs/__init__.py",
+    "transport/curve.py",
     "transport/codecs/choice.py",
     *(f"pipeline/{name}.py" for name in ("migration", "state", "convergence", "partition")),
     *(f"pipeline/{name}.py" for name in ("agreement", "pacing", "parameters", "__init__")),

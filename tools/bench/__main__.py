@@ -21,6 +21,7 @@ from . import (
     demo,
     drain,
     eta,
+    keys,
     kills,
     links,
     many,
@@ -258,6 +259,17 @@ def verify_command(json_file: str | None, pageferry: str, **options: Any) -> Non
     """What verification costs: off, by default, and with all of it read back."""
     plan = verify.Plan(**options)
     _run(lambda lab: verify.measure(lab, plan), json_file, pageferry)
+
+
+@cli.command("keys")
+@_size_option("1G", "Memory that is sent.")
+@_list_option("--contents", KINDS, ("random",), "What the memory holds.")
+@click.option("--codec", default="none", show_default=True, help="What it is sent with.")
+@click.option("--workers", default="2", show_default=True, help="Channels.")
+@_common_options(reps=7)
+def keys_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """What --keys costs, without and with: time, processor time, latency of faults."""
+    _run(lambda lab: keys.measure(lab, keys.Plan(**options)), json_file, pageferry)
 
 
 @cli.command("startup")

@@ -144,13 +144,13 @@ def _move(lab: Lab, link: Link, size: int, guest: str, options: Iterable[str]) -
     quiet = ["--json", "--quiet"]
     receive = lab.start(
         [*link.destination, *lab.pageferry, "receive", "--listen", f"tcp://{link.host}:0",
-         "--into", "demo:", "--once", *quiet]
+         "--into", "demo:", "--once", *link.options, *quiet]
     )  # fmt: skip
     try:
         endpoint = wait_for("the receiver to listen", lambda: endpoint_of(receive))
         sending = lab.start(
             [*link.source, *lab.pageferry, "send", guest, endpoint, "--postcopy", "now",
-             *options, *quiet]
+             *link.options, *options, *quiet]
         )  # fmt: skip
         try:
             sending.join(_patience(size))

@@ -20,12 +20,21 @@ from ...pipeline.batch_state import BatchState, Row, look
 from ...pipeline.fleet import Fleet, check_dask
 from ...pipeline.manifest import Item, changed, load
 from ...pipeline.planner import ENDED, State
+from ...pipeline.security import check_links
 from ...pipeline.tracing import recording
 from ...transport.errors import Cancelled, PageferryError, UsageError
+from ...transport.links import parse_endpoint
 from ...workers.forking import warm_up
 from ...workers.guests import GuestUri, parse_guest
 from .batch_view import BatchView, batch_summary, make_batch_view, status_table
-from .options import given_options, integer, memory_options, page_options, trace_option
+from .options import (
+    given_options,
+    integer,
+    key_options,
+    memory_options,
+    page_options,
+    trace_option,
+)
 from .reporting import Outcome, check_report, ending, served, write_report
 from .running import Interrupts
 
@@ -75,6 +84,7 @@ def batch_command() -> None:
               "time. Default: 2s.")  # fmt: skip
 @click.option("--fleet", metavar="ADDRESS", help="The dask scheduler that knows the hosts which "
               "items name, such as tcp://192.0.2.1:8786.")  # fmt: skip
+@key_options
 @memory_options
 @trace_option
 @page_options
@@ -102,6 +112,11 @@ def run_command(
     manifest = load(what, destination, given_options(options))
     if not _needs_fleet(manifest.items, fleet) and fleet is not None:
         raise UsageError("--fleet is for items that name the `host` of their source, and none does")
+    check_links(
+        (item.parameters(), parse_endpoint(item.destination), not item.hosts)
+        for item in manifest.items
+        if item.to_receiver
+    )
     if state_path is None:
         is_file = os.path.isfile(what) and what.endswith((".toml", ".yaml", ".yml", ".json"))
         state_path = f"{what}.state" if is_file else "pageferry-batch.state"

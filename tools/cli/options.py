@@ -39,6 +39,22 @@ def web_option(function: F) -> F:
     return web(function)
 
 
+def key_options(function: F) -> F:
+    """What everything that connects to a peer takes."""
+    peer = click.option("--peer", metavar="NAME", default="", help="The name that the other end "
+                        "has in DIR, if it is not the address's host.")  # fmt: skip
+    return listening_options(peer(function))
+
+
+def listening_options(function: F) -> F:
+    """What everything that listens takes."""
+    keys = click.option("--keys", metavar="DIR", default="", help="Encrypt; peers are those whose "
+                        "keys are in DIR (`pageferry keys`).")  # fmt: skip
+    insecure = click.option("--insecure", is_flag=True, help="Go to other hosts without keys: for "
+                            "a network that is trusted.")  # fmt: skip
+    return keys(insecure(function))
+
+
 def memory_options(function: F) -> F:
     """What is said of a migration itself."""
     for option in reversed(
@@ -112,6 +128,8 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
         shown = name.replace("_", "-")
         if name == "no_preempt":
             given["preempt"] = False
+        elif name == "keys":
+            given["keys"] = os.path.abspath(value)
         elif name != "profile":
             given[shown] = integer(shown, value) if name in _NUMBERS else value
     if options.get("profile") is None:
@@ -144,6 +162,9 @@ def parameters(options: dict[str, Any]) -> Parameters:
         postcopy_link=options["postcopy_link"],
         max_postcopy_bandwidth=parse_rate(options["max_postcopy_bandwidth"]),
         postcopy_latency_target=parse_duration(options["postcopy_latency_target"]),
+        keys=options.get("keys", ""),
+        peer=options.get("peer", ""),
+        insecure=options.get("insecure", False),
     ).checked()
 
 

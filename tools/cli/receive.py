@@ -17,7 +17,7 @@ from ...workers.guests import GuestUri, is_directory, parse_guest
 from .copy import checked_oracle
 from .log_lines import escaped
 from .main import error_object
-from .options import integer, output_options, page_options
+from .options import integer, listening_options, output_options, page_options
 from .reporting import received
 from .running import Interrupts, run, show
 from .view import View
@@ -34,6 +34,7 @@ from .view import View
 @click.option("--at-once", metavar="N", default="4", show_default=True, help="How many images may "
               "arrive at a time, with --into image:DIR/.")  # fmt: skip
 @click.option("--once", is_flag=True, help="End after one migration, with its exit code.")
+@listening_options
 @page_options
 @output_options
 def receive_command(
@@ -50,6 +51,8 @@ def receive_command(
     pageferry receive --listen tcp://192.0.2.7:4444 --into image:/var/lib/vm.mem --once
     """
     endpoint = parse_endpoint(listen)
+    if options["keys"] and options["insecure"]:
+        raise UsageError("--keys and --insecure: leave one of them out")
     if into is not None and qemu_command is not None:
         raise UsageError("--into and --qemu-command: leave one of them out")
     guest = None if into is None else parse_guest(into)
@@ -60,7 +63,10 @@ def receive_command(
         return
 
     async def start(view: View, interrupts: Interrupts) -> None:
-        destination = Destination(endpoint, api.opener(guest, qemu_command), expected, view)
+        destination = Destination(
+            endpoint, api.opener(guest, qemu_command), expected, view, keys=options["keys"],
+            insecure=options["insecure"],
+        )  # fmt: skip
         try:
             if once:
                 interrupts.attach(_OneArrival(destination, interrupts))
@@ -111,7 +117,10 @@ def _receive_many(
                 took = format_seconds(report["total-time"] / 1000)
                 view.say(f"{escaped(name)}: {size} in {took}")
 
-        destination = Reception(endpoint, api.opener(into), ended, at_once=at_once)
+        destination = Reception(
+            endpoint, api.opener(into), ended, at_once=at_once, keys=options["keys"],
+            insecure=options["insecure"],
+        )  # fmt: skip
         try:
             async with received(options, destination, into, view, many=True):
                 _say_listening(destination, view, as_json)

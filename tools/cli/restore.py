@@ -10,7 +10,7 @@ from ...pipeline import api
 from ...pipeline.parameters import Parameters
 from ...transport.links import Endpoint, parse_endpoint
 from ...workers.guests import GuestUri, parse_guest
-from .options import output_options, page_options
+from .options import key_options, output_options, page_options
 from .reporting import recorded
 from .running import Interrupts, run
 from .view import View
@@ -20,6 +20,7 @@ from .view import View
 @click.argument("source")
 @click.option("--uffd-socket", required=True, metavar="PATH", help="Where the monitor connects and "
               "hands over its userfaultfd, as Firecracker does (backend_type Uffd).")  # fmt: skip
+@key_options
 @page_options
 @output_options
 def restore_command(source: str, uffd_socket: str, **options: Any) -> None:
@@ -35,7 +36,9 @@ def restore_command(source: str, uffd_socket: str, **options: Any) -> None:
         where = parse_endpoint(source)
     else:
         where = parse_guest(source)
-    parameters = Parameters(postcopy="now").checked()
+    parameters = Parameters(
+        postcopy="now", keys=options["keys"], peer=options["peer"], insecure=options["insecure"]
+    ).checked()
 
     async def start(view: View, interrupts: Interrupts) -> dict[str, Any]:
         async with recorded(

@@ -9,7 +9,7 @@ import click
 from ...pipeline import api
 from ...transport.links import parse_endpoint
 from ...workers.guests import parse_guest
-from .options import migration_options, parameters
+from .options import key_options, migration_options, parameters
 from .reporting import recorded
 from .running import Interrupts, run
 from .view import View
@@ -19,6 +19,7 @@ from .view import View
 @click.argument("source")
 @click.argument("endpoint")
 @click.option("--name", default="", help="What it is to be called in a receiver's directory.")
+@key_options
 @migration_options
 def send_command(source: str, endpoint: str, name: str, **options: Any) -> None:
     """Move the guest SOURCE to the `pageferry receive` at ENDPOINT (tcp://HOST:PORT, ipc://PATH).

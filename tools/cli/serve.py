@@ -15,7 +15,7 @@ from ...transport.links import parse_endpoint
 from ...transport.quantities import format_bytes, format_seconds, parse_rate
 from ...workers.guests import parse_guest
 from .main import error_object
-from .options import integer, trace_option
+from .options import integer, listening_options, trace_option
 from .running import Interrupts, run
 from .view import View
 
@@ -29,6 +29,7 @@ from .view import View
 @click.option("--level", metavar="N", help="The codec's level.")
 @click.option("--max-postcopy-bandwidth", metavar="RATE", default="0",
               help="For the background of each destination. Default: no limit.")  # fmt: skip
+@listening_options
 @trace_option
 @click.option("--json", "as_json", is_flag=True, help="A JSON object a line on stdout.")
 @click.option("--quiet", is_flag=True, help="Say nothing.")
@@ -45,6 +46,8 @@ def serve_command(source: str, listen: str, **options: Any) -> None:
         level=integer("level", options["level"]),
         max_postcopy_bandwidth=parse_rate(options["max_postcopy_bandwidth"]),
         postcopy="now",
+        keys=options["keys"],
+        insecure=options["insecure"],
     ).checked()
     as_json, quiet = options["as_json"], options["quiet"]
 

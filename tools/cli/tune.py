@@ -37,7 +37,7 @@ from ...transport.quantities import parse_rate, parse_size
 from ...transport.wire import MAX_BATCH_PAGES
 from ...workers.guests import GuestUri, parse_guest
 from ..report.tuning_curves import check_curves, draw_curves
-from .options import integer
+from .options import integer, key_options
 from .running import Interrupts
 from .tune_view import TuneView, make_tune_view, tune_summary
 
@@ -62,6 +62,7 @@ _ADDRESSES = ("tcp://", "ipc://")
               help="4 KiB pages in a frame to try.")  # fmt: skip
 @click.option("--max-bandwidth", metavar="RATE", default="0",
               help="Of each trial. Default: no limit.")  # fmt: skip
+@key_options
 @click.option("--exhaustive", is_flag=True, help="Try all combinations, to see what that finds.")
 @click.option("--repeats", metavar="N", default="3", show_default=True,
               help="How often, with --exhaustive.")  # fmt: skip
@@ -88,7 +89,10 @@ def tune_command(source: str, destination: str | None, **options: Any) -> None:
     if size < _LEAST_SAMPLE:
         raise UsageError("--sample must be at least 4M: less says nothing of a migration")
     space = space_of(options["workers"], options["codecs"], options["batches"])
-    common = Parameters(max_bandwidth=parse_rate(options["max_bandwidth"])).checked()
+    common = Parameters(
+        max_bandwidth=parse_rate(options["max_bandwidth"]), keys=options["keys"],
+        peer=options["peer"], insecure=options["insecure"],
+    ).checked()  # fmt: skip
     if options["curves"] is not None:
         check_curves(options["curves"])
     if options["profile"] is not None:

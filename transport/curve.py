@@ -1,0 +1,105 @@
+"""Who may join a link: the keys of both its ends (CurveZMQ, RFC 26) and ZAP's answers (RFC 27).
+
+Keys are Curve25519's, in Z85 (RFC 32): 40 characters. Who listens has a secret key, and says of
+each client key whether it may connect; who connects knows the one public key that must be at the
+other end. Sans-IO: no file, no socket; nothing here makes a key.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+KEY_CHARACTERS = 40
+Z85 = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
+_VALUES = {character: value for value, character in enumerate(Z85)}
+_GROUP = 5  # characters, for 4 bytes
+
+
+class Pair(NamedTuple):
+    """A public key and its secret one, in Z85."""
+
+    public: bytes
+    secret: bytes
+
+    def __repr__(self) -> str:  # a secret is nothing to print
+        return f"<Pair {self.public.decode(errors='replace')}>"
+
+
+class Dials(msgspec.Struct, frozen=True, tag="dials"):
+    """What who connects has: the key that must be at the other end, and its own."""
+
+    server: bytes
+    public: bytes
+    secret: bytes
+
+    def __repr__(self) -> str:
+        return f"<Dials {self.server.decode(errors='replace')}>"
+
+
+class Binds(msgspec.Struct, frozen=True, tag="binds"):
+    """What the channels of one connection listen with: a key that only its other end was told, and
+    the one client that may join. `domain`: the uuid of what moves."""
+
+    secret: bytes
+    client: bytes
+    domain: str
+
+    def __repr__(self) -> str:
+        return f"<Binds {self.domain}>"
+
+    def admits(self, key: bytes) -> bool:
+        return hmac.compare_digest(key, self.client)
+
+
+class Gatekeeper(Protocol):
+    """Who listens: its secret key, a name for the log of libzmq, and whom it lets in."""
+
+    @property
+    def secret(self) -> bytes: ...
+
+    @property
+    def domain(self) -> str: ...
+
+    def admits(self, key: bytes) -> bool: ...
+
+
+def is_key(text: bytes) -> bool:
+    """True if `text` is a key: 40 characters of Z85 that stand for 32 bytes."""
+    if len(text) != KEY_CHARACTERS or not all(character in _VALUES for character in text):
+        return False
+    groups = (text[at : at + _GROUP] for at in range(0, KEY_CHARACTERS, _GROUP))
+    return all(_number(group) < 1 << 32 for group in groups)
+
+
+def _number(group: bytes) -> int:
+    number = 0
+    for character in group:
+        number = number * 85 + _VALUES[character]
+    return number
+
+
+def as_text(key: bytes) -> bytes:
+    """A key of 32 bytes in Z85."""
+    text = bytearray()
+    for at in range(0, len(key), 4):
+        number = int.from_bytes(key[at : at + 4], "big")
+        text += bytes(Z85[number // 85**place % 85] for place in range(_GROUP - 1, -1, -1))
+    return bytes(text)
+
+
+def zap_answer(request: Sequence[bytes], gatekeeper: Gatekeeper) -> list[bytes]:
+    """The answer to what libzmq asks of a connection: version, number, domain, address, identity,
+    mechanism, key. Whatever is not exactly that, and admitted, is turned away. The user id of
+    messages that come on it is the key, in Z85."""
+    number = request[1] if len(request) > 1 else b""
+    key = b""
+    if len(request) == 7 and request[0] == b"1.0" and request[5] == b"CURVE":
+        key = as_text(request[6]) if len(request[6]) == 32 else b""
+    admitted = bool(key) and request[2] == gatekeeper.domain.encode() and gatekeeper.admits(key)
+    if admitted:
+        return [b"1.0", number, b"200", b"", key, b""]
+    return [b"1.0", number, b"400", b"not listed", b"", b""]
