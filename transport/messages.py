@@ -13,7 +13,7 @@ from .errors import PageferryError, RemoteProtocolError, by_name
 from .pages import Runs, check_runs
 
 # A session of another number is refused: both ends say theirs first.
-PROTOCOL = 2
+PROTOCOL = 3
 # What a destination says: a bit a page at the most.
 MAX_MESSAGE = 256 << 20
 # What anybody may say to somebody who listens: libzmq keeps that much of each stranger.

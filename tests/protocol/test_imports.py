@@ -51,7 +51,7 @@ STREAMS = {
 # Objects that are made of bytes: by a process from its own parent, over the socket pair that it was
 # born with, and by nobody else.
 PICKLING = {"pickle", "_pickle", "marshal", "shelve", "cloudpickle", "dill", "jsonpickle"}
-PICKLING_MODULES = {"workers/reserve.py"}
+PICKLING_MODULES = {"workers/leash.py"}
 PICKLED = {"recv_pyobj", "send_pyobj"}
 SYSTEM_CALLS = {"ctypes", "fcntl", "_ctypes"}
 # What a batch has done is in one file, and one module knows how.
