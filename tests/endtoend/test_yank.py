@@ -312,18 +312,18 @@ def test_a_qemu_that_hangs(when, tmp_path):
 
             async def go():
                 waiting = open_destination(parse_guest(f"qemu:{there.qmp_path}"))
-                async with (
-                    Ends(source, waiting, **SLOW) as ends,
-                    contextlib.AsyncExitStack() as till,
-                ):
+                till = contextlib.AsyncExitStack()
 
-                    async def hang():
-                        till.enter_context(stopped(vm.pid))
+                async def hang():
+                    till.enter_context(stopped(vm.pid))
 
+                ends = Ends(source, waiting, **SLOW)
+                if when is Status.DEVICE:
+                    ends.source.before_stop = hang
+                async with ends, till:
                     await ends.status(Status.ACTIVE)
                     if when is Status.ACTIVE:
                         await hang()
-                    ends.source.before_stop = hang
                     ends.source.set_parameters({"max-bandwidth": 0, "downtime-limit": 60_000})
                     await until_async(lambda: asks(ends.source, vm), "QEMU is asked")
                     assert ends.source.core.status is when
