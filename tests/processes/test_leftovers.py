@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -108,7 +109,9 @@ def test_a_live_owner_s_names_stay_and_a_dead_one_s_go():
 def test_a_coordinator_that_is_killed_alone_leaves_nothing():
     """Its helpers see it, and clean up."""
     with Owner() as owner:
-        folders = [name for name in os.listdir("/tmp") if f"-{owner.process.pid}-" in name]
+        folders = [
+            name for name in os.listdir(tempfile.gettempdir()) if f"-{owner.process.pid}-" in name
+        ]
         assert len(folders) == 2  # its own, and the one of its fork server's socket
         owner.process.kill()
         owner.close()
@@ -279,13 +282,17 @@ def test_a_run_that_is_killed_and_the_next_start():
         kill_family(dead.process.pid)
         dead.finish()
         pid = f"pageferry-{dead.process.pid}-"
-        left = [n for n in (*os.listdir("/dev/shm"), *os.listdir("/tmp")) if pid in n]
+        left = [
+            n for n in (*os.listdir("/dev/shm"), *os.listdir(tempfile.gettempdir())) if pid in n
+        ]
         assert len(left) > 6
         shown = json.loads(pageferry("clean", "--dry-run", "--json").stdout)
         assert {Path(row["path"]).name for row in shown["leftovers"]} >= set(left)
         done = pageferry("copy", "demo:?size=1M", "demo:")
         assert done.returncode == 0, done.stderr
-        assert not [n for n in (*os.listdir("/dev/shm"), *os.listdir("/tmp")) if pid in n]
+        assert not [
+            n for n in (*os.listdir("/dev/shm"), *os.listdir(tempfile.gettempdir())) if pid in n
+        ]
         assert "nothing was left" in pageferry("clean").stdout
         code, out, err = live.finish()
         assert code == 0, err
