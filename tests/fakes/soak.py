@@ -36,7 +36,7 @@ from pageferry.pipeline.destination import Destination
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.source import Source
 from pageferry.pipeline.state import Status
-from pageferry.transport.errors import Cancelled, PeerLost, UsageError
+from pageferry.transport.errors import Cancelled, NotConverging, PeerLost, UsageError
 from pageferry.transport.keys import KeyDirectory
 from pageferry.transport.links import Endpoint
 from pageferry.workers.forking import start_process, warm_up
@@ -198,8 +198,9 @@ class Soak:
         try:
             await source.run()
             await arriving
-        except (Cancelled, PeerLost) as e:
-            if not trip.cut or source.core.status is Status.COMPLETED:
+        except (Cancelled, PeerLost, NotConverging) as e:
+            wanted = bool(trip.cut) or isinstance(e, NotConverging)  # on a loaded host
+            if not wanted or source.core.status is Status.COMPLETED:
                 raise
             self._look(self._guest)  # it runs here
             return type(e).__name__.lower()
