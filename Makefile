@@ -1,16 +1,22 @@
 # make demo   set up, then live-migrate a running guest and check every byte of it
 # make test   set up, then run all tests
+# make soak   one demo guest after another there and back 1,000 times (TRIPS=N)
 # make lint   ruff and mypy; make bench: the benchmark against its peers
 
 VENV   ?= .venv
 PYTHON := $(VENV)/bin/python
 # Test files at the same time. Each needs a /dev/shm of its own, and that needs root.
 JOBS   ?= $(if $(filter 0,$(shell id -u)),2,0)
+# Of `make soak`.
+TRIPS  ?= 1000
 
-.PHONY: demo test lint bench picture clean
+.PHONY: demo test soak lint bench picture clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/pageferry copy 'demo:?size=512M&content=text&rate=20000' demo:
+
+soak: $(VENV)/.test
+	@$(PYTHON) tests/fakes/soak.py --trips $(TRIPS)
 
 test: $(VENV)/.test
 	@$(PYTHON) -m pytest -n $(JOBS) --dist loadfile

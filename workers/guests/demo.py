@@ -142,10 +142,10 @@ class GuestProcess:
         if self._segment is not None:
             self._segment.close()
 
-    def ask(self, what: str, registers: Registers | None = None) -> Answer:
+    def ask(self, what: str, registers: Registers | None = None, path: str = "") -> Answer:
         """One command, one answer; SourceError if the guest is gone."""
         try:
-            self._ours.send_bytes(msgspec.msgpack.encode(Command(what, registers)))
+            self._ours.send_bytes(msgspec.msgpack.encode(Command(what, registers, path)))
             began = time.monotonic()
             while not self._ours.poll(Patience.LOOK_SECONDS):
                 if self.patience.over(began, _ANSWER_SECONDS):
@@ -214,23 +214,24 @@ class DemoSource(SourceGuest):
     def __init__(self, uri: GuestUri) -> None:
         registers = _registers(uri)
         size, page_size = _memory_size(uri)
+        with contextlib.closing(HandoverSocket()) as handover:
+            self._own(GuestProcess(size, page_size, registers, handover.path), handover, size)
+
+    def _own(self, guest: GuestProcess, handover: HandoverSocket, size: int) -> None:
+        """Let `guest` run, and see what it writes. It is ours from here on."""
+        self._guest = guest
         self.image_size = size
         self._scanner: PagemapScanner | None = None
         self._uffd = -1
-        handover = HandoverSocket()
         try:
-            self._guest = GuestProcess(size, page_size, registers, handover.path)
-            try:
-                mappings, descriptors = handover.accept(self._guest.has_ended)
-                self._attach(mappings[0].base_host_virt_addr, descriptors)
-            except BaseException:
-                self._guest.close()
-                raise
-        finally:
-            handover.close()
-        self.blocks = [RamBlock(Block("demo.ram", size, page_size), self._guest.file, 0)]
+            mappings, descriptors = handover.accept(guest.has_ended)
+            self._attach(mappings[0].base_host_virt_addr, descriptors)
+        except BaseException:
+            guest.close()
+            raise
+        self.blocks = [RamBlock(Block("demo.ram", size, guest.page_size), guest.file, 0)]
         self._stopped = False
-        self._guest.ask("run")
+        guest.ask("run")
 
     def _attach(self, base: int, descriptors: list[int]) -> None:
         self._base = base
@@ -288,6 +289,19 @@ class DemoSource(SourceGuest):
         if self._uffd >= 0:
             os.close(self._uffd)
             self._uffd = -1
+
+
+class MovingOn(DemoSource):
+    """A demo guest that has arrived here, on its way again."""
+
+    def __init__(self, guest: GuestProcess, size: int) -> None:
+        with contextlib.closing(HandoverSocket()) as handover:
+            try:
+                guest.ask("hand-over", path=handover.path)
+            except BaseException:
+                guest.close()
+                raise
+            self._own(guest, handover, size)
 
 
 # Until the registers come.
@@ -357,6 +371,15 @@ class DemoDestination(DestinationGuest):
     def check(self) -> None:
         if self._guest is not None and self._guest.has_ended():
             raise GuestGone("the demo guest is gone")
+
+    def depart(self) -> DemoSource:
+        """It has arrived, and is to move on: the source that it is from now on. Here is nothing of
+        it left but what `close` lets go of."""
+        assert self._guest is not None
+        guest, self._guest = self._guest, None
+        if self.memory is not None:  # all of it is there: nothing more is caught
+            self.memory.close()
+        return MovingOn(guest, self.blocks[0].size)
 
     def conclude(self) -> dict[str, Any]:
         """How long it waited for its memory; let it run on, stop it, ask the oracle."""

@@ -99,13 +99,15 @@ class Latency(msgspec.Struct, frozen=True):
 
 
 class Command(msgspec.Struct, frozen=True):
-    """To the guest: run, stop, load, check, arming, latency, quit.
+    """To the guest: run, stop, load, check, arming, latency, hand-over, quit.
 
-    Any but latency stops it, too; latency ends the taking of times.
+    Any but latency stops it, too; latency ends the taking of times. hand-over: to a socket at
+    `path`, a descriptor by which its writes are seen, before it moves on.
     """
 
     what: str
     registers: Registers | None = None
+    path: str = ""
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -253,8 +255,11 @@ class DemoGuest:
     Mapping memory touches none of it: it can be armed afterwards.
     """
 
-    def __init__(self, pipe: Connection, file: RamFile, registers: Registers) -> None:
+    def __init__(
+        self, pipe: Connection, file: RamFile, page_size: int, registers: Registers
+    ) -> None:
         self.pipe = pipe
+        self.page_size = page_size
         flat = np.frombuffer(mmap.mmap(file.fd, os.fstat(file.fd).st_size), np.uint8)
         self.memory: npt.NDArray[np.uint8] = flat.reshape(-1, PAGE_SIZE)
         self.counters = self.memory[:, 0]
@@ -347,6 +352,9 @@ class DemoGuest:
                 verdict = check(self.memory, self.registers, self.steps)
             case "latency":
                 latency = self.latency()
+            case "hand-over":
+                self.track_writes()
+                self.hand_over(command.path)
         return Answer(self.registers, verdict, latency, self.unarmed)
 
     def serve(self) -> None:
@@ -372,6 +380,9 @@ class DemoGuest:
     def _register(
         self, create: Callable[[], int], register: Callable[[int, int, int], None]
     ) -> None:
+        if self.uffd >= 0:  # of a migration that is over; memory is registered with one at a time
+            os.close(self.uffd)
+            self.uffd = -1
         try:
             uffd = create()
         except HostLacks as e:
@@ -385,9 +396,9 @@ class DemoGuest:
             return
         self.uffd = uffd
 
-    def hand_over(self, where: str, page_size: int) -> None:
+    def hand_over(self, where: str) -> None:
         """The coordinator gets a duplicate; ours keeps the registration while we live."""
-        mapping = Mapping(self.base, self.memory.nbytes, 0, page_size)
+        mapping = Mapping(self.base, self.memory.nbytes, 0, self.page_size)
         send_mappings(where, [mapping], [self.uffd] if self.uffd >= 0 else [])
 
     def close(self) -> None:
@@ -410,14 +421,14 @@ def main(
     let_the_server_end()
     set_process_name("pf-demo-guest")
     sys.setswitchinterval(_SWITCH_SECONDS)
-    guest = DemoGuest(pipe, file, registers)
+    guest = DemoGuest(pipe, file, page_size, registers)
     if handover:
         if arriving:
             guest.catch_missing()
         else:
             guest.fill()
             guest.track_writes()
-        guest.hand_over(handover, page_size)
+        guest.hand_over(handover)
     try:
         with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
             guest.serve()
