@@ -511,9 +511,14 @@ class Arrival:
             raise RemoteProtocolError("nobody said that contents are compared here")
         index, runs = self._runs_of(message)
         pages = asked_pages(runs, self.guest.blocks[index])
-        if len(message.digests) != DIGEST_BYTES * len(pages):
+        if {len(message.digests), len(message.sure or message.digests)} != {
+            DIGEST_BYTES * len(pages)
+        }:
             raise RemoteProtocolError("as many digests as pages were expected")
-        have = await self._call(self.guest.held, index, pages, message.digests)
+        if not message.sure:
+            found = await self._call(self.guest.may_hold, index, pages, message.digests)
+            return np.packbits(found).tobytes()
+        have = await self._call(self.guest.held, index, pages, message.digests, message.sure)
         if self._checks is not None:
             self._checks.view(index)[pages[have != 0]] = 1
         return np.packbits(have).tobytes()

@@ -35,12 +35,12 @@ from ..transport.errors import (
 )
 from ..transport.handshake import refusal
 from ..transport.links import TOKEN_BYTES, Endpoint, connect, parse_endpoint, probe
-from ..transport.pages import PAGE_SIZE, Runs, complement, runs_of, total_pages
+from ..transport.pages import PAGE_SIZE, Bytes8, Pages, Runs, complement, runs_of, total_pages
 from ..transport.session import Phase, Role
 from ..workers import jobs, sender
 from ..workers.bandwidth import Bandwidth
 from ..workers.checks import pack_chunks
-from ..workers.content import page_digests
+from ..workers.content import page_digests, sure_digests, take_digests
 from ..workers.counters import Counters
 from ..workers.digest import CHUNK_PAGES, block_digest, equal_chunks, part_count
 from ..workers.forking import context, end_a_hung_server
@@ -738,17 +738,26 @@ class Source:
         for at in range(0, len(dirty), _COMPARED_PAGES):
             pages = dirty[at : at + _COMPARED_PAGES]
             digests = await self._call(page_digests, block, pages)
-            starts, counts = runs_of(pages)
-            held = await self._control.ask(
-                messages.Contents(index, starts.tolist(), counts.tolist(), digests)
-            )
-            assert isinstance(held, messages.Held)
-            if len(held.bits) != -(-len(pages) // 8):
-                raise RemoteProtocolError("Held does not match what was asked for")
-            bits = np.unpackbits(np.frombuffer(held.bits, np.uint8), count=len(pages))
-            self._table.view(index)[pages[bits != 0]] = CLEAN
-            known += int(np.count_nonzero(bits))
+            found = np.flatnonzero(await self._ask_for(index, pages, digests))
+            if not len(found):
+                continue
+            pages, digests = pages[found], take_digests(digests, found)
+            sure = await self._call(sure_digests, block, pages)
+            held = await self._ask_for(index, pages, digests, sure)
+            self._table.view(index)[pages[held != 0]] = CLEAN
+            known += int(np.count_nonzero(held))
         self.statistics.extra["pages-already-there"] = known
+
+    async def _ask_for(self, index: int, pages: Pages, digests: bytes, sure: bytes = b"") -> Bytes8:
+        """Which of these pages the destination may have; with `sure`, has."""
+        starts, counts = runs_of(pages)
+        held = await self._control.ask(
+            messages.Contents(index, starts.tolist(), counts.tolist(), digests, sure)
+        )
+        assert isinstance(held, messages.Held)
+        if len(held.bits) != -(-len(pages) // 8):
+            raise RemoteProtocolError("Held does not match what was asked for")
+        return np.unpackbits(np.frombuffer(held.bits, np.uint8), count=len(pages))
 
     async def _discard(self, block: int, runs: tuple[Any, Any]) -> None:
         starts, counts = runs

@@ -21,6 +21,7 @@ from ..content import (
     ContentIndex,
     equal_digests,
     page_digests,
+    sure_digests,
     take_digests,
 )
 from ..digest import chunk_digests
@@ -65,15 +66,22 @@ class DirectoryDestination(ImageDestination):
         if partial.begun:
             self.have = [chunk_digests(block) for block in self.blocks]
 
-    def held(self, block: int, pages: Pages, digests: bytes) -> Bytes8:
+    def may_hold(self, block: int, pages: Pages, digests: bytes) -> Bytes8:
         """Where they are already (a chunk that came in part differs as a whole), or elsewhere."""
         self._contents.setdefault(block, []).append((pages, digests))
+        found = self._index.knows(digests)
+        if not self.fresh[block]:
+            found |= equal_digests(digests, page_digests(self.blocks[block], pages))
+        return found
+
+    def held(self, block: int, pages: Pages, digests: bytes, sure: bytes) -> Bytes8:
         have = np.zeros(len(pages), np.uint8)
         if not self.fresh[block]:
-            have = equal_digests(digests, page_digests(self.blocks[block], pages))
+            have = equal_digests(sure, sure_digests(self.blocks[block], pages))
         left = np.flatnonzero(have == 0)
-        wanted = take_digests(digests, left)
-        have[left] = self._index.fetch(self.blocks[block], pages[left], wanted)
+        have[left] = self._index.fetch(
+            self.blocks[block], pages[left], take_digests(digests, left), take_digests(sure, left)
+        )
         return have
 
     def load_state(self, kind: str, state: bytes, running: bool) -> None:
