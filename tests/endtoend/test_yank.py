@@ -312,18 +312,16 @@ def test_a_qemu_that_hangs(when, tmp_path):
 
             async def go():
                 waiting = open_destination(parse_guest(f"qemu:{there.qmp_path}"))
-                async with (
-                    Ends(source, waiting, **SLOW) as ends,
-                    contextlib.AsyncExitStack() as till,
-                ):
 
-                    async def hang():
-                        till.enter_context(stopped(vm.pid))
+                async def hang():
+                    till.enter_context(stopped(vm.pid))
 
+                ends = Ends(source, waiting, **SLOW)
+                ends.source.before_stop = hang  # who asks is known at the start
+                async with ends, contextlib.AsyncExitStack() as till:
                     await ends.status(Status.ACTIVE)
                     if when is Status.ACTIVE:
                         await hang()
-                    ends.source.before_stop = hang
                     ends.source.set_parameters({"max-bandwidth": 0, "downtime-limit": 60_000})
                     await until_async(lambda: asks(ends.source, vm), "QEMU is asked")
                     assert ends.source.core.status is when
@@ -336,6 +334,48 @@ def test_a_qemu_that_hangs(when, tmp_path):
         finally:
             source.close()
         vm.wait_for_status("running")
+        assert there.status() == "inmigrate"
+
+
+@pytest.mark.qemu
+def test_a_qemu_that_hangs_when_it_has_been_stopped(tmp_path):
+    """The migration has failed at once. That the VM goes on is waited for: what a QEMU has not read
+    when its client goes is lost, and it would stand still here and there."""
+    require_qemu()
+    rom = rom_image(tmp_path / "rom", mode=1, lo=1 << 20, hi=33 << 20, delay=2000)
+    with (
+        Vm("hung", memory=64 << 20, bios=rom) as vm,
+        Vm("there", memory=64 << 20, bios=rom, incoming="defer") as there,
+    ):
+        vm.wait_for_serial(b"B")
+        source = open_source(parse_guest(f"qemu:{vm.qmp_path}"))
+        try:
+
+            async def go():
+                waiting = open_destination(parse_guest(f"qemu:{there.qmp_path}"))
+                ends = Ends(source, waiting, **SLOW)
+
+                async def slow_down():
+                    ends.source.set_parameters({"max-bandwidth": 300_000})
+
+                ends.source.before_stop = slow_down
+                async with ends:
+                    await ends.status(Status.ACTIVE)
+                    ends.source.set_parameters({"max-bandwidth": 0, "downtime-limit": 60_000})
+                    await until_async(lambda: ends.source.core.stopped, "it stands still")
+                    with stopped(vm.pid):
+                        ends.source.yank()
+                        await until_async(lambda: ends.source.core.status is Status.FAILED, "over")
+                        with pytest.raises(PageferryError, match="yanked"):
+                            await ends.arriving
+                        await until_async(lambda: asks(ends.source, vm), "QEMU is asked")
+                        assert not ends.sending.done()
+                    await ends.ends_as_yanked(PageferryError)
+
+            asyncio.run(go())
+        finally:
+            source.close()
+        assert vm.status() == "running"
         assert there.status() == "inmigrate"
 
 
