@@ -153,6 +153,7 @@ class Source:
         self._opened = False
         self._socket: Any = None
         self._context: zmq.asyncio.Context | None = None
+        self._watching: list[Any] = []  # a socket that says what becomes of the handshake
         self._fresh: list[bool] = []
         self._have: list[bytes] = []  # digests of what the destination has already
         self._compares = False
@@ -581,14 +582,15 @@ class Source:
         identity = self._identity + bytes([self._connections % 256] if self._connections else [])
         self._connections += 1
         curve = self._dialling.curve if self._dialling is not None else None
-        watching: list[Any] = []
+        self._watching = []
         self._socket = connect(
-            self._context, self.endpoint, identity, control=True, curve=curve, watched=watching
-        )
+            self._context, self.endpoint, identity, control=True, curve=curve,
+            watched=self._watching,
+        )  # fmt: skip
         self._control = Control(Role.SOURCE, self._socket.send, f"the receiver at {self.endpoint}")
         self._control.note = self.journal.control
         self._task(self._read_control(), link=True)
-        self._task(self._watch_handshake(self._socket, watching[0]), link=True)
+        self._task(self._watch_handshake(self._socket, self._watching[0]), link=True)
         asking = self._task(self._control.ask(message))
         if not await self._control.first_sign(HELLO_SECONDS):
             raise self._no_pageferry()
@@ -953,6 +955,8 @@ class Source:
             await self._crew.pool.close()
         if self._background is not None:
             await self._background.stop()
+        for watching in self._watching:  # its task may have been cancelled before it began
+            watching.close()
         if self._socket is not None:
             self._socket.close()
             self._socket = None

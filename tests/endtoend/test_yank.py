@@ -175,6 +175,30 @@ def test_at_the_destination_while_the_guest_does_not_start(guest):
     runs(guest)
 
 
+class CutAtOnce(Source):
+    """As if the cut came in the moment in which it begins to look at the handshake."""
+
+    def _task(self, coroutine, *, link=False):
+        task = super()._task(coroutine, link=link)
+        if coroutine.__name__ == "_watch_handshake":
+            task.cancel()
+            self.yank()
+        return task
+
+
+def test_before_anybody_has_looked_at_the_handshake(guest):
+    """What was opened for that is closed: else the end of the link is never reached."""
+
+    async def go():
+        async with Ends(guest) as ends:
+            await ends.ends_as_yanked()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "Source", CutAtOnce)
+        asyncio.run(go())
+    runs(guest)
+
+
 def test_a_postcopy_at_its_destination(guest):
     async def go():
         parameters = {"postcopy": "now", "max_postcopy_bandwidth": 4_000_000, "workers": 2}
