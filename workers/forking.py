@@ -161,7 +161,7 @@ def start_process(target: Callable[..., object], args: tuple[Any, ...], name: st
         _starting.append(time.monotonic())
         try:
             process.start()
-        except EOFError as e:
+        except (EOFError, ConnectionError) as e:
             raise WorkerDied("the process that starts our processes has ended") from e
         finally:
             _starting.clear()

@@ -46,6 +46,7 @@ class DirectoryDestination(ImageDestination):
         self._directory = uri.rest
         self._index = index if index is not None else ContentIndex()
         self._contents: dict[int, list[tuple[Pages, bytes]]] = {}
+        self._given_up = False
 
     def lay_out(self, hello: Hello) -> None:
         if not IMAGE_NAME.fullmatch(hello.name):
@@ -58,7 +59,7 @@ class DirectoryDestination(ImageDestination):
             raise DestinationError(f"{self._directory} is no directory: make it")
         self._path = os.path.join(self._directory, hello.name)
         self._size = layout_size(hello.blocks, hello.image_size)
-        partial = PartialFile(self._path, self._size)
+        partial = PartialFile(self._path, self._size, lambda: self._given_up)
         self._new = partial
         self._file = RamFile(os.dup(partial.fd), self._path)
         self.blocks = [RamBlock(spec, self._file, spec.offset) for spec in hello.blocks]
@@ -83,6 +84,12 @@ class DirectoryDestination(ImageDestination):
             self.blocks[block], pages[left], take_digests(digests, left), take_digests(sure, left)
         )
         return have
+
+    def hurry(self) -> None:
+        """Nothing is copied or read any more."""
+        self._given_up = True
+        for block in getattr(self, "blocks", ()):
+            block.file.given_up = True
 
     def load_state(self, kind: str, state: bytes, running: bool) -> None:
         super().load_state(kind, state, running)
