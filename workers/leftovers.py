@@ -198,9 +198,10 @@ def _images(directory: str, act: bool, partial: bool) -> Iterator[Leftover]:
         if (match := _PARTIAL.fullmatch(name)) is not None:
             yield from _some(_partial(path, match[1], act and partial, partial))
         elif _UNNAMED.fullmatch(name):
-            found = _look(path, "unnamed")
-            if found is not None and found.age > _MOMENT_SECONDS:
-                yield from _some(_removed(found, act))
+            with _held_if_dead(path) as dead:
+                found = _look(path, "unnamed") if dead else None
+                if found is not None and found.age > _MOMENT_SECONDS:
+                    yield from _some(_removed(found, act))
 
 
 def _partial(path: str, image: str, act: bool, wanted: bool) -> Leftover | None:

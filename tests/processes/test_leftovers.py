@@ -14,7 +14,7 @@ import pytest
 from helpers import Running, pageferry, until
 
 from pageferry.workers import leftovers, names
-from pageferry.workers.guests.files import PartialFile
+from pageferry.workers.guests.files import NewFile, PartialFile
 from pageferry.workers.guests.stopping import WriterProcess
 from pageferry.workers.kernel.libc import lock_file
 from pageferry.workers.leftovers import clean, sweep
@@ -241,6 +241,19 @@ def test_names_cannot_be_guessed_by_whoever_sees_others():
     assert len(first.rsplit("-", 2)[1]) == 16
     assert first != second
     assert leftovers._SHARED.fullmatch(first)
+
+
+def test_a_file_that_is_being_written_for_long(tmp_path, monkeypatch):
+    """Where a file cannot be without a name, it has a hidden one until it is whole."""
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)  # EISDIR, as where there is none
+    new = NewFile(str(tmp_path / "vm.mem"), 4096)
+    try:
+        (hidden,) = tmp_path.iterdir()
+        os.utime(hidden, (time.time() - 7200, time.time() - 7200))
+        assert str(hidden) not in removed(clean([str(tmp_path)], partial=True, dry_run=False))
+        new.publish()
+    finally:
+        new.discard()
 
 
 def test_what_arrived_of_an_image(tmp_path):

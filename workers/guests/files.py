@@ -70,7 +70,10 @@ class NewFile:
                 raise
         self._temporary = self._hidden_name()
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
-        return os.open(self._temporary, flags, 0o600)
+        fd = os.open(self._temporary, flags, 0o600)
+        with contextlib.suppress(OSError):  # nobody takes it for a leftover, however long it takes
+            lock_file(fd)
+        return fd
 
     def _hidden_name(self) -> str:
         # a name takes 255 bytes, a character up to four
