@@ -198,11 +198,17 @@ class Arrival:
         self.fail(PeerLost("yanked: somebody had it cut, because it hung"))
         self._hurry_workers()
         later = asyncio.get_running_loop().call_later
-        later(_YANK_SECONDS, end_a_hung_server)
+        later(_YANK_SECONDS, self._end_a_hung_start)
         if self.starting:  # a moment more, in which it may run
             later(_YANK_SECONDS, self._hurry_start)
         elif self.guest is not None and not self._committed:
             self.guest.yank()
+
+    def _end_a_hung_start(self) -> None:
+        """Others' processes end with the fork server: so only if we wait for it ourselves."""
+        starting = any(pool is not None and pool.is_starting for pool in self._pools())
+        if starting or self._call.busy:
+            end_a_hung_server()
 
     def _hurry_start(self) -> None:
         if self.starting and self.guest is not None:

@@ -243,9 +243,15 @@ class Source:
         pauses. It may have failed before, and hang on its way to the end."""
         _log.warning("yanked: nothing is waited for any more")
         self._hurry()
-        asyncio.get_running_loop().call_later(_YANK_SECONDS, end_a_hung_server)
+        asyncio.get_running_loop().call_later(_YANK_SECONDS, self._end_a_hung_start)
         if self.core.status not in (Status.POSTCOPY_PAUSED, *FINAL):
             self._failed(PeerLost("yanked: somebody had it cut, because it hung"), link=True)
+
+    def _end_a_hung_start(self) -> None:
+        """Others' processes end with the fork server: so only if we wait for it ourselves."""
+        starting = any(pool is not None and pool.is_starting for pool in self._pools())
+        if starting or self._call.busy:
+            end_a_hung_server()
 
     def _hurry(self) -> None:
         # in a postcopy the guest has left, and what is left of it here is asked for nothing

@@ -12,6 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from multiprocessing import forkserver
 
 import psutil
 import pytest
@@ -29,6 +32,8 @@ from pageferry.pipeline.state import Status
 from pageferry.tools.bench.boot_guest import rom_image
 from pageferry.transport.errors import ConfirmationLost, PageferryError, PeerLost
 from pageferry.transport.links import Endpoint
+from pageferry.workers import forking
+from pageferry.workers.forking import start_process
 from pageferry.workers.guests import open_destination, open_source, parse_guest
 
 SLOW = {"max_bandwidth": 2_000_000, "workers": 2}
@@ -284,6 +289,36 @@ def test_in_setup_while_no_process_can_be_started():
         )  # fmt: skip
         assert "yanked" in done.stdout, done.stderr
         assert there.finish()[0] == 7
+
+
+def test_what_another_one_s_start_takes_is_no_reason_to_end_all(guest):
+    """Whoever waits for the fork server may have it killed, and with it everybody's workers."""
+    server = forkserver._forkserver._forkserver_pid
+    started = []
+
+    def start():
+        started.append(start_process(os.getpid, (), "another-one-s"))
+
+    async def go():
+        async with Ends(guest, **SLOW) as ends:
+            await ends.status(Status.ACTIVE)
+            another = threading.Thread(target=start)
+            with stopped(server):
+                another.start()
+                await until_async(
+                    lambda: any(time.monotonic() - t > 0.9 for t in forking._starting),
+                    "it takes long",
+                )
+                ends.source._end_a_hung_start()
+                ends.listening.arrival._end_a_hung_start()
+            another.join()
+
+    asyncio.run(go())
+    (process,) = started
+    process.join()
+    assert process.exitcode == 0
+    process.close()
+    assert forkserver._forkserver._forkserver_pid == server
 
 
 def family(pid):
