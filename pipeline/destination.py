@@ -116,7 +116,7 @@ class Arrival:
         self._checks: Checks | None = None  # frames have sums of their pages
         self._checked = PAGE_SUMS not in hello.capabilities
         self._tasks: list[asyncio.Task[Any]] = []
-        self._committed = False
+        self._committed = self._runs = False
         self._call = Blocking()
         self._starting: asyncio.Task[None] | None = None
         self._faults: Faults | None = None
@@ -211,7 +211,7 @@ class Arrival:
             end_a_hung_server()
 
     def _hurry_start(self) -> None:
-        if self.starting and self.guest is not None:
+        if self.starting and not self._runs and self.guest is not None:
             self.guest.yank()
 
     def _hurry_workers(self) -> None:
@@ -464,6 +464,7 @@ class Arrival:
         except Exception as e:
             self._end(e)
             return
+        self._runs = True  # and is ended by nobody any more
         # Said only now: the guest is whole here, whatever happens to this message.
         with contextlib.suppress(PageferryError, zmq.ZMQError):
             await self.control.say(messages.Running(detail, self._cost()))

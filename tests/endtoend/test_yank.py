@@ -204,6 +204,26 @@ def test_before_anybody_has_looked_at_the_handshake(guest):
     runs(guest)
 
 
+def test_at_the_destination_when_the_guest_runs(guest):
+    """What is set back on its host may hang: the guest runs, and is ended by nobody."""
+    runs_there = unsure_guest.SetBackLate(parse_guest("demo:"))
+
+    async def go():
+        async with Ends(guest, runs_there) as ends:
+            await ends.sending  # it was told that it runs
+            arrival = ends.listening.arrival
+            assert arrival.status is Status.DEVICE
+            ends.listening.yank()
+            arrival._hurry_start()  # as it is a second later
+            assert not runs_there.yanked
+            runs_there.release.set()
+            report = await ends.arriving
+            assert report["status"] == "completed"
+            assert report["oracle"]["ok"]
+
+    asyncio.run(go())
+
+
 def test_a_postcopy_at_its_destination(guest):
     async def go():
         parameters = {"postcopy": "now", "max_postcopy_bandwidth": 4_000_000, "workers": 2}
