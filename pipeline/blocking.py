@@ -30,6 +30,11 @@ class Blocking:
         self._running = running
         return await asyncio.shield(running)
 
+    @property
+    def busy(self) -> bool:
+        """True while a call is under way."""
+        return self._running is not None and not self._running.done()
+
     async def idle(self) -> Any:
         """Wait until no call is under way; the last one's result, or None if it failed."""
         running = self._running

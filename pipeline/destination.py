@@ -116,7 +116,7 @@ class Arrival:
         self._checks: Checks | None = None  # frames have sums of their pages
         self._checked = PAGE_SUMS not in hello.capabilities
         self._tasks: list[asyncio.Task[Any]] = []
-        self._committed = False
+        self._committed = self._runs = False
         self._call = Blocking()
         self._starting: asyncio.Task[None] | None = None
         self._faults: Faults | None = None
@@ -198,14 +198,20 @@ class Arrival:
         self.fail(PeerLost("yanked: somebody had it cut, because it hung"))
         self._hurry_workers()
         later = asyncio.get_running_loop().call_later
-        later(_YANK_SECONDS, end_a_hung_server)
+        later(_YANK_SECONDS, self._end_a_hung_start)
         if self.starting:  # a moment more, in which it may run
             later(_YANK_SECONDS, self._hurry_start)
         elif self.guest is not None and not self._committed:
             self.guest.yank()
 
+    def _end_a_hung_start(self) -> None:
+        """Others' processes end with the fork server: so only if we wait for it ourselves."""
+        starting = any(pool is not None and pool.is_starting for pool in self._pools())
+        if starting or self._call.busy:
+            end_a_hung_server()
+
     def _hurry_start(self) -> None:
-        if self.starting and self.guest is not None:
+        if self.starting and not self._runs and self.guest is not None:
             self.guest.yank()
 
     def _hurry_workers(self) -> None:
@@ -458,6 +464,7 @@ class Arrival:
         except Exception as e:
             self._end(e)
             return
+        self._runs = True  # and is ended by nobody any more
         # Said only now: the guest is whole here, whatever happens to this message.
         with contextlib.suppress(PageferryError, zmq.ZMQError):
             await self.control.say(messages.Running(detail, self._cost()))
@@ -511,9 +518,14 @@ class Arrival:
             raise RemoteProtocolError("nobody said that contents are compared here")
         index, runs = self._runs_of(message)
         pages = asked_pages(runs, self.guest.blocks[index])
-        if len(message.digests) != DIGEST_BYTES * len(pages):
+        if {len(message.digests), len(message.sure or message.digests)} != {
+            DIGEST_BYTES * len(pages)
+        }:
             raise RemoteProtocolError("as many digests as pages were expected")
-        have = await self._call(self.guest.held, index, pages, message.digests)
+        if not message.sure:
+            found = await self._call(self.guest.may_hold, index, pages, message.digests)
+            return np.packbits(found).tobytes()
+        have = await self._call(self.guest.held, index, pages, message.digests, message.sure)
         if self._checks is not None:
             self._checks.view(index)[pages[have != 0]] = 1
         return np.packbits(have).tobytes()

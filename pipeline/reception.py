@@ -125,6 +125,8 @@ class Reception(Destination):
         for other, task in list(self._tasks.items()):
             if other is arrival or other.trial or other.hello.name != arrival.hello.name:
                 continue
+            if not same_peer(other.peer, arrival.peer):
+                continue  # of another's nobody makes room
             if not await other.control.reaches():
                 other.fail(PeerLost("the source was gone, and one that sends the same has come"))
                 await asyncio.wait([task])

@@ -35,12 +35,12 @@ from ..transport.errors import (
 )
 from ..transport.handshake import refusal
 from ..transport.links import TOKEN_BYTES, Endpoint, connect, parse_endpoint, probe
-from ..transport.pages import PAGE_SIZE, Runs, complement, runs_of, total_pages
+from ..transport.pages import PAGE_SIZE, Bytes8, Pages, Runs, complement, runs_of, total_pages
 from ..transport.session import Phase, Role
 from ..workers import jobs, sender
 from ..workers.bandwidth import Bandwidth
 from ..workers.checks import pack_chunks
-from ..workers.content import page_digests
+from ..workers.content import page_digests, sure_digests, take_digests
 from ..workers.counters import Counters
 from ..workers.digest import CHUNK_PAGES, block_digest, equal_chunks, part_count
 from ..workers.forking import context, end_a_hung_server
@@ -153,6 +153,7 @@ class Source:
         self._opened = False
         self._socket: Any = None
         self._context: zmq.asyncio.Context | None = None
+        self._watching: list[Any] = []  # a socket that says what becomes of the handshake
         self._fresh: list[bool] = []
         self._have: list[bytes] = []  # digests of what the destination has already
         self._compares = False
@@ -242,9 +243,15 @@ class Source:
         pauses. It may have failed before, and hang on its way to the end."""
         _log.warning("yanked: nothing is waited for any more")
         self._hurry()
-        asyncio.get_running_loop().call_later(_YANK_SECONDS, end_a_hung_server)
+        asyncio.get_running_loop().call_later(_YANK_SECONDS, self._end_a_hung_start)
         if self.core.status not in (Status.POSTCOPY_PAUSED, *FINAL):
             self._failed(PeerLost("yanked: somebody had it cut, because it hung"), link=True)
+
+    def _end_a_hung_start(self) -> None:
+        """Others' processes end with the fork server: so only if we wait for it ourselves."""
+        starting = any(pool is not None and pool.is_starting for pool in self._pools())
+        if starting or self._call.busy:
+            end_a_hung_server()
 
     def _hurry(self) -> None:
         # in a postcopy the guest has left, and what is left of it here is asked for nothing
@@ -581,14 +588,15 @@ class Source:
         identity = self._identity + bytes([self._connections % 256] if self._connections else [])
         self._connections += 1
         curve = self._dialling.curve if self._dialling is not None else None
-        watching: list[Any] = []
+        self._watching = []
         self._socket = connect(
-            self._context, self.endpoint, identity, control=True, curve=curve, watched=watching
-        )
+            self._context, self.endpoint, identity, control=True, curve=curve,
+            watched=self._watching,
+        )  # fmt: skip
         self._control = Control(Role.SOURCE, self._socket.send, f"the receiver at {self.endpoint}")
         self._control.note = self.journal.control
         self._task(self._read_control(), link=True)
-        self._task(self._watch_handshake(self._socket, watching[0]), link=True)
+        self._task(self._watch_handshake(self._socket, self._watching[0]), link=True)
         asking = self._task(self._control.ask(message))
         if not await self._control.first_sign(HELLO_SECONDS):
             raise self._no_pageferry()
@@ -738,17 +746,26 @@ class Source:
         for at in range(0, len(dirty), _COMPARED_PAGES):
             pages = dirty[at : at + _COMPARED_PAGES]
             digests = await self._call(page_digests, block, pages)
-            starts, counts = runs_of(pages)
-            held = await self._control.ask(
-                messages.Contents(index, starts.tolist(), counts.tolist(), digests)
-            )
-            assert isinstance(held, messages.Held)
-            if len(held.bits) != -(-len(pages) // 8):
-                raise RemoteProtocolError("Held does not match what was asked for")
-            bits = np.unpackbits(np.frombuffer(held.bits, np.uint8), count=len(pages))
-            self._table.view(index)[pages[bits != 0]] = CLEAN
-            known += int(np.count_nonzero(bits))
+            found = np.flatnonzero(await self._ask_for(index, pages, digests))
+            if not len(found):
+                continue
+            pages, digests = pages[found], take_digests(digests, found)
+            sure = await self._call(sure_digests, block, pages)
+            held = await self._ask_for(index, pages, digests, sure)
+            self._table.view(index)[pages[held != 0]] = CLEAN
+            known += int(np.count_nonzero(held))
         self.statistics.extra["pages-already-there"] = known
+
+    async def _ask_for(self, index: int, pages: Pages, digests: bytes, sure: bytes = b"") -> Bytes8:
+        """Which of these pages the destination may have; with `sure`, has."""
+        starts, counts = runs_of(pages)
+        held = await self._control.ask(
+            messages.Contents(index, starts.tolist(), counts.tolist(), digests, sure)
+        )
+        assert isinstance(held, messages.Held)
+        if len(held.bits) != -(-len(pages) // 8):
+            raise RemoteProtocolError("Held does not match what was asked for")
+        return np.unpackbits(np.frombuffer(held.bits, np.uint8), count=len(pages))
 
     async def _discard(self, block: int, runs: tuple[Any, Any]) -> None:
         starts, counts = runs
@@ -944,6 +961,8 @@ class Source:
             await self._crew.pool.close()
         if self._background is not None:
             await self._background.stop()
+        for watching in self._watching:  # its task may have been cancelled before it began
+            watching.close()
         if self._socket is not None:
             self._socket.close()
             self._socket = None

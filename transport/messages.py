@@ -108,16 +108,18 @@ class Discard(Message, frozen=True, tag="discard"):
 
 class Contents(Message, frozen=True, tag="contents"):
     """Source: these pages of `block` have these digests (xxh3-128, 16 bytes a page); which of them
-    can you make yourself?"""
+    may you have? With `sure` (half a SHA-256 each): make those that you have."""
 
     block: int
     starts: list[int]
     counts: list[int]
     digests: bytes
+    sure: bytes = b""
 
 
 class Held(Message, frozen=True, tag="held"):
-    """Destination: a bit for each page of Contents (numpy's packbits order): it is there now."""
+    """Destination: a bit for each page of Contents (numpy's packbits order): it may be here
+    somewhere; with `sure`: it is there now."""
 
     bits: bytes
 

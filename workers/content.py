@@ -1,17 +1,21 @@
 """Pages by their content: what a receiver of many images has already, so that equal pages travel
 once.
 
-A page is known by its xxh3-128. The index has half of it (a key) and where the page was; it is a
-hint and no more: whoever takes a page from there reads it, and takes it only if its digest is
-right. So an image that changed or went away since costs a miss and nothing else. Zero pages are in
-no index: they cost nothing as it is, and are to stay holes.
+A page is looked for by its xxh3-128. The index has half of it (a key) and where the page was; it is
+a hint and no more. Whoever can write into the memory of a guest can make a page that has the
+xxh3-128 of another one, and wait for that in somebody else's image: so what is found is read, and
+taken only if its SHA-256 (the first half) is right. That is slow, and asked only of what was found.
+An image that changed or went away since costs a miss and nothing else. Zero pages are in no index:
+they cost nothing as it is, and are to stay holes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +24,7 @@ import xxhash
 
 from ..transport.errors import SourceError
 from ..transport.pages import PAGE_SIZE, Bytes8, Pages, Runs, pages_of
+from ..transport.wire import Buffer
 from .ram import RamBlock
 
 DIGEST_BYTES = 16
@@ -32,10 +37,24 @@ Keys = npt.NDArray[np.uint64]
 
 
 def page_digests(block: RamBlock, pages: Pages) -> bytes:
-    """Of whole pages of a block, in order."""
+    """Of whole pages of a block, in order: to look for them."""
+    return _digests(block, pages, xxhash.xxh3_128_digest)
+
+
+def sure_digests(block: RamBlock, pages: Pages) -> bytes:
+    """Of whole pages of a block, in order: pages that have the same are the same."""
+    return _digests(block, pages, sure_digest)
+
+
+def sure_digest(data: Buffer) -> bytes:
+    return hashlib.sha256(data).digest()[:DIGEST_BYTES]
+
+
+def _digests(block: RamBlock, pages: Pages, digest: Callable[[Buffer], bytes]) -> bytes:
     found = []
-    digest = xxhash.xxh3_128_digest
     for first, count in _stretches(pages):
+        if block.file.given_up:
+            raise SourceError(f"reading {block.file.name} was given up")
         at = block.start + first * PAGE_SIZE
         data = memoryview(os.pread(block.file.fd, count * PAGE_SIZE, at))
         if len(data) < count * PAGE_SIZE:
@@ -114,9 +133,21 @@ class ContentIndex:
             while len(self) > self._most:
                 self._known.popitem(last=False)
 
-    def fetch(self, block: RamBlock, pages: Pages, digests: bytes) -> Bytes8:
+    def knows(self, digests: bytes) -> Bytes8:
+        """1 for each that some file may have."""
+        keys, found = _keys(digests), np.zeros(len(digests) // DIGEST_BYTES, np.uint8)
+        with self._lock:
+            files = list(self._known.values())
+        for known in files:
+            left = np.flatnonzero(found == 0)
+            if len(left) and len(known.keys):
+                at = np.minimum(np.searchsorted(known.keys, keys[left]), len(known.keys) - 1)
+                found[left] = known.keys[at] == keys[left]
+        return found
+
+    def fetch(self, block: RamBlock, pages: Pages, digests: bytes, sure: bytes) -> Bytes8:
         """Write those of `pages` that are in some file into `block`; 1 for each that is there now.
-        Only what has the digest that is asked for."""
+        Only what has the `sure` digest that is asked for."""
         have = np.zeros(len(pages), np.uint8)
         keys = _keys(digests)
         with self._lock:
@@ -131,7 +162,7 @@ class ContentIndex:
             hits = known.keys[at] == keys[left]
             if hits.any():
                 found = left[hits]
-                if self._take(known, known.places[at[hits]], block, pages, digests, found, have):
+                if self._take(known, known.places[at[hits]], block, pages, sure, found, have):
                     with self._lock:
                         if name in self._known:
                             self._known.move_to_end(name)
@@ -143,7 +174,7 @@ class ContentIndex:
         places: npt.NDArray[np.uint32],
         block: RamBlock,
         pages: Pages,
-        digests: bytes,
+        sure: bytes,
         found: npt.NDArray[np.int64],
         have: Bytes8,
     ) -> bool:
@@ -167,8 +198,8 @@ class ContentIndex:
                 for n in range(len(data) // PAGE_SIZE):
                     which = int(found[begin + n])
                     page = data[n * PAGE_SIZE : (n + 1) * PAGE_SIZE]
-                    wanted = digests[which * DIGEST_BYTES : (which + 1) * DIGEST_BYTES]
-                    have[which] = xxhash.xxh3_128_digest(page) == wanted
+                    wanted = sure[which * DIGEST_BYTES : (which + 1) * DIGEST_BYTES]
+                    have[which] = sure_digest(page) == wanted
                 right |= _write(block, pages, found[begin:end], have, data)
                 begin = end
         finally:

@@ -4,12 +4,17 @@ A tree of xxh3-128: a chunk of 1 MiB has the digest of its bytes, a part of 64 M
 of its chunks' digests, a block that of its parts'. Chunks without data are known without
 reading. Reading goes by pread: a hole in shared memory read through a mapping would become
 memory.
+
+That finds what went wrong. Where digests decide that something need not be sent, somebody may have
+made what is there: these are of SHA-256, one a chunk.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
+from collections.abc import Callable
 
 import xxhash
 
@@ -26,9 +31,17 @@ def part_count(pages: int) -> int:
     return -(-pages // PART_PAGES)
 
 
+Digest = Callable[[bytes | memoryview], bytes]
+_SURE_BYTES = 16
+
+
+def _sure(data: bytes | memoryview) -> bytes:
+    return hashlib.sha256(data).digest()[:_SURE_BYTES]
+
+
 @functools.lru_cache(maxsize=8)
-def _zero_digest(length: int) -> bytes:
-    return xxhash.xxh3_128_digest(bytes(length))
+def _zero_digest(length: int, digest: Digest = xxhash.xxh3_128_digest) -> bytes:
+    return digest(bytes(length))
 
 
 def part_digest(block: RamBlock, part: int, buffer: bytearray) -> bytes:
@@ -54,7 +67,9 @@ def _chunks_with_data(block: RamBlock, first: int, last: int) -> set[int]:
     return chunks
 
 
-def _chunk_digest(block: RamBlock, offset: int, view: memoryview) -> bytes:
+def _chunk_digest(
+    block: RamBlock, offset: int, view: memoryview, digest: Digest = xxhash.xxh3_128_digest
+) -> bytes:
     if block.file.given_up:
         raise SourceError(f"reading {block.file.name} was given up")
     at = 0
@@ -63,20 +78,20 @@ def _chunk_digest(block: RamBlock, offset: int, view: memoryview) -> bytes:
         if n == 0:
             raise SourceError(f"{block.file.name} became shorter while it was read")
         at += n
-    return xxhash.xxh3_128_digest(view)
+    return digest(view)
 
 
 def chunk_digests(block: RamBlock) -> bytes:
-    """16 bytes for each chunk of a block, in order."""
+    """16 bytes for each chunk of a block, in order: half its SHA-256."""
     buffer, found = memoryview(bytearray(CHUNK_BYTES)), []
     with_data = _chunks_with_data(block, 0, block.pages)
     for page in range(0, block.pages, CHUNK_PAGES):
         offset = page * PAGE_SIZE
         length = min(CHUNK_BYTES, block.size - offset)
         if page // CHUNK_PAGES in with_data:
-            found.append(_chunk_digest(block, offset, buffer[:length]))
+            found.append(_chunk_digest(block, offset, buffer[:length], _sure))
         else:
-            found.append(_zero_digest(length))
+            found.append(_zero_digest(length, _sure))
     return b"".join(found)
 
 
@@ -86,7 +101,7 @@ def equal_chunks(block: RamBlock, theirs: bytes) -> list[bool]:
     ours = chunk_digests(block)
     if len(theirs) != len(ours):
         raise RemoteProtocolError(f"{len(theirs)} bytes of digests, expected {len(ours)}")
-    size = len(_zero_digest(1))
+    size = _SURE_BYTES
     return [ours[at : at + size] == theirs[at : at + size] for at in range(0, len(ours), size)]
 
 

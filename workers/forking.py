@@ -106,11 +106,11 @@ def _environment(**wanted: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _own_folder() -> str:
-    """multiprocessing's folder, for the server's socket, is one of ours (names.py); "" if the
-    program had one before."""
+def _own_folder(gone: str) -> str:
+    """multiprocessing's folder, for the server's socket, is one of ours (names.py), in place of one
+    that is `gone`; "" if the program had one before."""
     config: Any = process_module.current_process()._config  # type: ignore[attr-defined]
-    if config.get("tempdir") is not None:
+    if config.get("tempdir") not in (None, gone):
         return ""
     folder = Folder()
     config["tempdir"] = folder.path
@@ -125,8 +125,9 @@ def warm_up() -> None:
     try:
         with _hidden_main():
             first = mine not in _folders
-            if first:
-                _folders[mine] = _own_folder()
+            if first or (_folders[mine] and not os.path.isdir(_folders[mine])):
+                # or a fork server that ended by itself has taken it along
+                _folders[mine] = _own_folder(_folders.get(mine, ""))
                 stem()
             context().set_forkserver_preload(_PRELOAD)
             # numpy's linear algebra is not used; its threads would be there at every fork
@@ -160,7 +161,7 @@ def start_process(target: Callable[..., object], args: tuple[Any, ...], name: st
         _starting.append(time.monotonic())
         try:
             process.start()
-        except EOFError as e:
+        except (EOFError, ConnectionError) as e:
             raise WorkerDied("the process that starts our processes has ended") from e
         finally:
             _starting.clear()

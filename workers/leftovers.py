@@ -24,7 +24,7 @@ from typing import Any
 from .kernel.libc import lock_file
 from .names import SHARED_MEMORY
 
-_SHARED = re.compile(r"(pageferry-\d+-[0-9a-f]{16})(?:-\d+-(\w+))?")
+_SHARED = re.compile(r"(pageferry-\d+-[0-9a-f]{16})(?:-[0-9a-f]+-(\w+))?")
 _SEMAPHORE = re.compile(r"sem\.(pageferry-\d+-[0-9a-f]{16})(-\w+)")
 _FOLDER = re.compile(r"\.?pageferry-\d+-[0-9a-f]{16}")
 _PARTIAL = re.compile(r"\.(.+)\.pageferry-part")
@@ -33,6 +33,7 @@ _UNNAMED = re.compile(r"\..+\.[0-9a-f]{8}\.pageferry|\.pageferry-report-[0-9a-f]
 # part.
 _MOMENT_SECONDS = 3600.0
 STOPPED = "stopped"
+_LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass
@@ -98,11 +99,15 @@ def _held_if_dead(path: str) -> Iterator[bool]:
     """Whether the owner of this marker, or folder, is dead; if so it is locked meanwhile. One that
     is not there: nobody can have a name of it any more."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # another user's is not even opened: it may be a pipe, or leased, and hold up who does
+        mine = os.lstat(path).st_uid == os.geteuid()
+        fd = os.open(path, _LOOK) if mine else -1
     except FileNotFoundError:
         yield True
         return
-    except OSError:  # another user's
+    except OSError:
+        mine, fd = False, -1
+    if fd < 0:
         yield False
         return
     try:
@@ -176,10 +181,14 @@ def _folders(act: bool) -> Iterator[Leftover]:
         if not _FOLDER.fullmatch(name):
             continue
         path = os.path.join(where, name)
+        if name.startswith("."):
+            # It may be about to be locked: whoever tried its lock would be in the way.
+            found = _look(path, "folder")
+            if found is None or found.age < _MOMENT_SECONDS:
+                continue
         with _held_if_dead(path) as dead:
             found = _look(path, "folder") if dead else None
-            # one that has not got its name yet may not have got its lock either
-            if found is not None and not (name.startswith(".") and found.age < _MOMENT_SECONDS):
+            if found is not None:
                 yield from _some(_removed(found, act))
 
 
@@ -189,9 +198,10 @@ def _images(directory: str, act: bool, partial: bool) -> Iterator[Leftover]:
         if (match := _PARTIAL.fullmatch(name)) is not None:
             yield from _some(_partial(path, match[1], act and partial, partial))
         elif _UNNAMED.fullmatch(name):
-            found = _look(path, "unnamed")
-            if found is not None and found.age > _MOMENT_SECONDS:
-                yield from _some(_removed(found, act))
+            with _held_if_dead(path) as dead:
+                found = _look(path, "unnamed") if dead else None
+                if found is not None and found.age > _MOMENT_SECONDS:
+                    yield from _some(_removed(found, act))
 
 
 def _partial(path: str, image: str, act: bool, wanted: bool) -> Leftover | None:

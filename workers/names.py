@@ -2,7 +2,8 @@
 that it is dead.
 
     /dev/shm/pageferry-PID-TOKEN           the marker: empty, locked (flock(2)) while PID lives
-    /dev/shm/pageferry-PID-TOKEN-N-WHAT    segments, and notes of whom it stopped
+    /dev/shm/pageferry-PID-TOKEN-R-WHAT    segments, and notes of whom it stopped; R is random, for
+                                           TOKEN is there for others to see, and to take names of
     /dev/shm/sem.pageferry-PID-TOKEN-…     semaphores
     TMPDIR/pageferry-PID-TOKEN/            folders for sockets, each locked itself
 
@@ -22,11 +23,11 @@ nothing of what is in the files; who looks for leftovers is leftovers.py.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import secrets
 import shutil
 import tempfile
+import time
 from multiprocessing import resource_tracker, util
 
 from .kernel.libc import lock_file
@@ -35,7 +36,7 @@ SHARED_MEMORY = "/dev/shm"
 PREFIX = "pageferry-"
 # Where the fork server finds the folder that it removes when its coordinator is gone.
 FOLDER_VARIABLE = "PAGEFERRY_FOLDER"
-_numbers = itertools.count()
+_MOMENT_SECONDS = 0.001
 
 
 class Marker:
@@ -99,7 +100,7 @@ def stem() -> str:
 
 def shared_name(what: str) -> str:
     """A new name in /dev/shm."""
-    return f"{stem()}-{next(_numbers)}-{what}"
+    return f"{stem()}-{secrets.token_hex(8)}-{what}"
 
 
 class Folder:
@@ -115,7 +116,8 @@ class Folder:
         self.fd = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             with contextlib.suppress(OSError):  # a file system without locks: then nobody has one
-                lock_file(self.fd)
+                while not lock_file(self.fd):  # somebody looks, for a moment
+                    time.sleep(_MOMENT_SECONDS)
             os.rename(hidden, self.path)
         except BaseException:
             os.close(self.fd)

@@ -200,6 +200,11 @@ class Pool:
         for worker in self.workers:
             worker.say(job)
 
+    @property
+    def is_starting(self) -> bool:
+        """True while one of its processes is being started."""
+        return self._starting is not None and not self._starting.done()
+
     def hurry(self) -> None:
         """It is over in failure: workers that do not stop soon are killed."""
         self.hurried = True

@@ -8,6 +8,7 @@ import signal
 import pytest
 from helpers import Running, receiver, until
 from helpers import pageferry as run
+from twin_page import twin
 
 import pageferry
 from pageferry.transport.errors import DestinationError, PeerRefused
@@ -75,6 +76,22 @@ def test_several_at_a_time_each_by_its_name(images):
     assert not hidden(images.into)
     ended = [report for report in said if "name" in report and report["status"] == "completed"]
     assert sorted(report["name"] for report in ended) == sorted(path.name for path in sources)
+
+
+@pytest.mark.parametrize("where", ["another image", "a chunk that was there"])
+def test_what_somebody_made_to_be_taken_for_a_page(images, where):
+    """What has a page's xxh3-128 and is another one gets into nobody else's image."""
+    victim = images("victim", 2 * MIB)
+    content = victim.read_bytes()
+    made = twin(content[:PAGE_SIZE], b"planted!")
+    planted = images("planted" if where == "another image" else "victim.before", 2 * MIB)
+    planted.write_bytes(made + content[PAGE_SIZE:MIB] + os.urandom(MIB))
+    name = "planted" if where == "another image" else "victim"
+    with receiver("--into", f"image:{images.into}/") as receiving:
+        sent(planted, receiving.endpoint, "--name", name)
+        report = sent(victim, receiving.endpoint)
+    assert (images.into / "victim").read_bytes() == content
+    assert report["pages-already-there"] == 255
 
 
 def test_a_name_steers_no_terminal(images):
@@ -264,3 +281,19 @@ def test_pages_that_another_image_has_travel_once(images):
         assert (images.into / path.name).read_bytes()[100:] == path.read_bytes()[100:]
     assert (images.into / "again.mem").read_bytes() == again.read_bytes()
     assert (images.into / "again.mem").stat().st_blocks * 512 <= 7 * MIB + 2 * PAGE_SIZE
+
+
+def test_who_is_in_a_hurry_waits_for_no_copy(tmp_path):
+    """Of the image that is there: it may be large. The next attempt gets the file."""
+    (tmp_path / "vm").write_bytes(os.urandom(MIB))
+    hello = Hello(
+        PROTOCOL, "0", "11111111-1111-1111-1111-111111111111", "image", [Block("ram", MIB)], 1, 1,
+        name="vm",
+    )  # fmt: skip
+    hurried = DirectoryDestination(GuestUri("image", f"{tmp_path}/"))
+    hurried.hurry()
+    with pytest.raises(DestinationError, match="given up"):
+        hurried.lay_out(hello)
+    again = DirectoryDestination(GuestUri("image", f"{tmp_path}/"))
+    again.lay_out(hello)
+    again.close()

@@ -12,6 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from multiprocessing import forkserver
 
 import psutil
 import pytest
@@ -29,6 +32,8 @@ from pageferry.pipeline.state import Status
 from pageferry.tools.bench.boot_guest import rom_image
 from pageferry.transport.errors import ConfirmationLost, PageferryError, PeerLost
 from pageferry.transport.links import Endpoint
+from pageferry.workers import forking
+from pageferry.workers.forking import start_process
 from pageferry.workers.guests import open_destination, open_source, parse_guest
 
 SLOW = {"max_bandwidth": 2_000_000, "workers": 2}
@@ -175,6 +180,50 @@ def test_at_the_destination_while_the_guest_does_not_start(guest):
     runs(guest)
 
 
+class CutAtOnce(Source):
+    """As if the cut came in the moment in which it begins to look at the handshake."""
+
+    def _task(self, coroutine, *, link=False):
+        task = super()._task(coroutine, link=link)
+        if coroutine.__name__ == "_watch_handshake":
+            task.cancel()
+            self.yank()
+        return task
+
+
+def test_before_anybody_has_looked_at_the_handshake(guest):
+    """What was opened for that is closed: else the end of the link is never reached."""
+
+    async def go():
+        async with Ends(guest) as ends:
+            await ends.ends_as_yanked()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "Source", CutAtOnce)
+        asyncio.run(go())
+    runs(guest)
+
+
+def test_at_the_destination_when_the_guest_runs(guest):
+    """What is set back on its host may hang: the guest runs, and is ended by nobody."""
+    runs_there = unsure_guest.SetBackLate(parse_guest("demo:"))
+
+    async def go():
+        async with Ends(guest, runs_there) as ends:
+            await ends.sending  # it was told that it runs
+            arrival = ends.listening.arrival
+            assert arrival.status is Status.DEVICE
+            ends.listening.yank()
+            arrival._hurry_start()  # as it is a second later
+            assert not runs_there.yanked
+            runs_there.release.set()
+            report = await ends.arriving
+            assert report["status"] == "completed"
+            assert report["oracle"]["ok"]
+
+    asyncio.run(go())
+
+
 def test_a_postcopy_at_its_destination(guest):
     async def go():
         parameters = {"postcopy": "now", "max_postcopy_bandwidth": 4_000_000, "workers": 2}
@@ -262,6 +311,36 @@ def test_in_setup_while_no_process_can_be_started():
         assert there.finish()[0] == 7
 
 
+def test_what_another_one_s_start_takes_is_no_reason_to_end_all(guest):
+    """Whoever waits for the fork server may have it killed, and with it everybody's workers."""
+    server = forkserver._forkserver._forkserver_pid
+    started = []
+
+    def start():
+        started.append(start_process(os.getpid, (), "another-one-s"))
+
+    async def go():
+        async with Ends(guest, **SLOW) as ends:
+            await ends.status(Status.ACTIVE)
+            another = threading.Thread(target=start)
+            with stopped(server):
+                another.start()
+                await until_async(
+                    lambda: any(time.monotonic() - t > 0.9 for t in forking._starting),
+                    "it takes long",
+                )
+                ends.source._end_a_hung_start()
+                ends.listening.arrival._end_a_hung_start()
+            another.join()
+
+    asyncio.run(go())
+    (process,) = started
+    process.join()
+    assert process.exitcode == 0
+    process.close()
+    assert forkserver._forkserver._forkserver_pid == server
+
+
 def family(pid):
     return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
 
@@ -312,15 +391,13 @@ def test_a_qemu_that_hangs(when, tmp_path):
 
             async def go():
                 waiting = open_destination(parse_guest(f"qemu:{there.qmp_path}"))
-                till = contextlib.AsyncExitStack()
 
                 async def hang():
                     till.enter_context(stopped(vm.pid))
 
                 ends = Ends(source, waiting, **SLOW)
-                if when is Status.DEVICE:
-                    ends.source.before_stop = hang
-                async with ends, till:
+                ends.source.before_stop = hang  # who asks is known at the start
+                async with ends, contextlib.AsyncExitStack() as till:
                     await ends.status(Status.ACTIVE)
                     if when is Status.ACTIVE:
                         await hang()
@@ -336,6 +413,48 @@ def test_a_qemu_that_hangs(when, tmp_path):
         finally:
             source.close()
         vm.wait_for_status("running")
+        assert there.status() == "inmigrate"
+
+
+@pytest.mark.qemu
+def test_a_qemu_that_hangs_when_it_has_been_stopped(tmp_path):
+    """The migration has failed at once. That the VM goes on is waited for: what a QEMU has not read
+    when its client goes is lost, and it would stand still here and there."""
+    require_qemu()
+    rom = rom_image(tmp_path / "rom", mode=1, lo=1 << 20, hi=33 << 20, delay=2000)
+    with (
+        Vm("hung", memory=64 << 20, bios=rom) as vm,
+        Vm("there", memory=64 << 20, bios=rom, incoming="defer") as there,
+    ):
+        vm.wait_for_serial(b"B")
+        source = open_source(parse_guest(f"qemu:{vm.qmp_path}"))
+        try:
+
+            async def go():
+                waiting = open_destination(parse_guest(f"qemu:{there.qmp_path}"))
+                ends = Ends(source, waiting, **SLOW)
+
+                async def slow_down():
+                    ends.source.set_parameters({"max-bandwidth": 300_000})
+
+                ends.source.before_stop = slow_down
+                async with ends:
+                    await ends.status(Status.ACTIVE)
+                    ends.source.set_parameters({"max-bandwidth": 0, "downtime-limit": 60_000})
+                    await until_async(lambda: ends.source.core.stopped, "it stands still")
+                    with stopped(vm.pid):
+                        ends.source.yank()
+                        await until_async(lambda: ends.source.core.status is Status.FAILED, "over")
+                        with pytest.raises(PageferryError, match="yanked"):
+                            await ends.arriving
+                        await until_async(lambda: asks(ends.source, vm), "QEMU is asked")
+                        assert not ends.sending.done()
+                    await ends.ends_as_yanked(PageferryError)
+
+            asyncio.run(go())
+        finally:
+            source.close()
+        assert vm.status() == "running"
         assert there.status() == "inmigrate"
 
 

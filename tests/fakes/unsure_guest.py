@@ -43,3 +43,20 @@ class HangsAtTheStart(DemoDestination):
     def run(self):
         os.kill(self._guest.process.pid, signal.SIGSTOP)
         return super().run()
+
+
+class SetBackLate(DemoDestination):
+    """Runs; what was set on its host for the move is not set back until `release`."""
+
+    def __init__(self, uri):
+        super().__init__(uri)
+        self.release = threading.Event()
+        self.yanked = False
+
+    def started(self):
+        self.release.wait(60)
+        super().started()
+
+    def yank(self):
+        self.yanked = True
+        super().yank()

@@ -1,6 +1,7 @@
 """The index of pages by content: it finds what is there, never gives what is not asked for, and is
 bounded."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twin_page import twin
 
+from pageferry.transport.errors import SourceError
 from pageferry.transport.messages import Block
 from pageferry.transport.pages import PAGE_SIZE
 from pageferry.workers.content import (
@@ -17,6 +20,7 @@ from pageferry.workers.content import (
     asked_pages,
     equal_digests,
     page_digests,
+    sure_digests,
     take_digests,
 )
 from pageferry.workers.ram import RamBlock, RamFile
@@ -52,6 +56,10 @@ def digests_of(numbers):
     return b"".join(xxhash.xxh3_128_digest(page(n)) for n in numbers)
 
 
+def sure_of(numbers):
+    return b"".join(hashlib.sha256(page(n)).digest()[:DIGEST_BYTES] for n in numbers)
+
+
 numbers = st.lists(st.integers(0, 12), min_size=1, max_size=600)
 
 
@@ -64,7 +72,9 @@ def test_what_any_file_has_is_found_and_nothing_else_is_written(tmp_path_factory
         with Image(folder / str(i), content) as image:
             index.add(str(image.path), 0, image.pages, digests_of(content))
     with Image(folder / "new", [999] * len(wanted)) as new:
-        have = index.fetch(new.block, new.pages, digests_of(wanted))
+        may = index.knows(digests_of(wanted))
+        have = index.fetch(new.block, new.pages, digests_of(wanted), sure_of(wanted))
+        assert may.tolist() == have.tolist()
         anywhere = {number for content in known for number in content} - {0}
         assert have.tolist() == [int(number in anywhere) for number in wanted]
         expected = [n if there else 999 for n, there in zip(wanted, have.tolist(), strict=True)]
@@ -88,6 +98,26 @@ def test_digests_of_a_block(tmp_path):
         some = np.array([0, 1, 7, 300, 301, 999])
         assert page_digests(image.block, some) == digests_of([content[i] for i in some])
         assert page_digests(image.block, some[:0]) == b""
+        assert sure_digests(image.block, some) == sure_of([content[i] for i in some])
+        image.file.given_up = True
+        with pytest.raises(SourceError, match="given up"):
+            page_digests(image.block, image.pages)
+
+
+def test_a_page_that_was_made_to_be_taken_for_another(tmp_path):
+    """It is found, and not taken."""
+    wanted = page(1)
+    made = twin(wanted, b"planted!")
+    assert made != wanted
+    assert b"planted!" in made
+    assert xxhash.xxh3_128_digest(made) == xxhash.xxh3_128_digest(wanted)
+    index = ContentIndex()
+    with Image(tmp_path / "old", [5]) as old, Image(tmp_path / "new", [999]) as new:
+        os.pwrite(old.file.fd, made, 0)
+        index.add(str(old.path), 0, old.pages, page_digests(old.block, old.pages))
+        assert index.knows(digests_of([1])).all()
+        assert not index.fetch(new.block, new.pages, digests_of([1]), sure_of([1])).any()
+        assert new.numbers() == [999]
 
 
 @pytest.mark.parametrize("what", ["changed", "shorter", "gone", "a pipe", "a link"])
@@ -113,18 +143,18 @@ def test_a_file_that_is_not_what_it_was(tmp_path, what):
             case "a link":
                 old.path.rename(tmp_path / "elsewhere")
                 old.path.symlink_to(tmp_path / "elsewhere")
-        have = index.fetch(new.block, new.pages, digests_of(content))
+        have = index.fetch(new.block, new.pages, digests_of(content), sure_of(content))
         assert {n for n, there in zip(content, have, strict=True) if there} == right
         assert new.numbers() == [n if n in right else 999 for n in content]
 
 
-def test_a_digest_of_the_same_key_is_not_enough(tmp_path):
-    """The index has half of it; the page has to have all."""
+def test_to_be_found_is_not_enough(tmp_path):
+    """What decides is the other digest, all of it."""
     index = ContentIndex()
     with Image(tmp_path / "old", [1]) as old, Image(tmp_path / "new", [999]) as new:
         index.add(str(old.path), 0, old.pages, digests_of([1]))
-        almost = digests_of([1])[:8] + bytes(8)
-        assert not index.fetch(new.block, new.pages, almost).any()
+        almost = sure_of([1])[:15] + b"?"
+        assert not index.fetch(new.block, new.pages, digests_of([1]), almost).any()
         assert new.numbers() == [999]
 
 
@@ -137,9 +167,9 @@ def test_it_is_bounded_and_forgets_what_was_of_no_use(tmp_path):
                 index.add(str(image.path), 0, image.pages, digests_of(content))
             assert len(index) <= 100
             if i >= 1:  # of the first, so that it stays
-                assert index.fetch(new.block, new.pages, digests_of([1])).all()
-        assert not index.fetch(new.block, new.pages, digests_of([41])).any()
-        assert index.fetch(new.block, new.pages, digests_of([161])).all()
+                assert index.fetch(new.block, new.pages, digests_of([1]), sure_of([1])).all()
+        assert not index.fetch(new.block, new.pages, digests_of([41]), sure_of([41])).any()
+        assert index.fetch(new.block, new.pages, digests_of([161]), sure_of([161])).all()
     with Image(tmp_path / "large", list(range(1, 301))) as large:
         index.add(str(large.path), 0, large.pages, digests_of(range(1, 301)))
         assert len(index) == 100
@@ -151,7 +181,7 @@ def test_blocks_that_do_not_begin_a_file(tmp_path):
     index = ContentIndex()
     index.add(str(path), 4, np.arange(2), digests_of([7, 8]))
     with Image(tmp_path / "new", [999, 999]) as new:
-        assert index.fetch(new.block, new.pages, digests_of([8, 7])).all()
+        assert index.fetch(new.block, new.pages, digests_of([8, 7]), sure_of([8, 7])).all()
         assert new.numbers() == [8, 7]
 
 

@@ -129,3 +129,35 @@ def test_nobody_else_reads_what_a_process_died_of():
         code = process.exitcode
         process.close()
     assert "SIGKILL" in forking.cause_of_death(code)
+
+
+_SERVED = """
+import os, resource, time
+from multiprocessing import forkserver
+from pageferry.transport.errors import WorkerDied
+from pageferry.workers.forking import start_process
+start_process(time.sleep, (0,), "one").join()
+server = forkserver._forkserver._forkserver_pid
+most = max(map(int, os.listdir(f"/proc/{server}/fd"))) + 1
+resource.prlimit(server, resource.RLIMIT_NOFILE, (most, most))
+try:
+    start_process(time.sleep, (0,), "too many")
+except WorkerDied:
+    print("died")
+while os.path.exists(f"/proc/{server}") and os.waitid(
+    os.P_PID, server, os.WEXITED | os.WNOHANG | os.WNOWAIT
+) is None:
+    time.sleep(0.01)
+again = start_process(time.sleep, (0,), "again")
+again.join()
+print(again.exitcode)
+"""
+
+
+def test_a_fork_server_that_ends_by_itself_is_replaced():
+    """By an error of its own it has an orderly end, and takes the folder along that is its
+    coordinator's."""
+    ran = subprocess.run(
+        [sys.executable, "-c", _SERVED], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ran.stdout.split() == ["died", "0"], ran.stderr

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import pytest
 from helpers import Running, pageferry, until
 
 from pageferry.workers import leftovers, names
-from pageferry.workers.guests.files import PartialFile
+from pageferry.workers.guests.files import NewFile, PartialFile
 from pageferry.workers.guests.stopping import WriterProcess
+from pageferry.workers.kernel.libc import lock_file
 from pageferry.workers.leftovers import clean, sweep
 
 OWNER = """
@@ -178,29 +178,85 @@ def test_another_user_s_stay():
         path.unlink()
 
 
+SWEEPER = """
+import os
+from pageferry.workers.leftovers import sweep
+print("ready", flush=True)
+while os.getppid() == %d:
+    for found in sweep():
+        print(found.path, flush=True)
+"""
+
+
 def test_a_name_that_is_just_being_made():
-    """Whoever sweeps all the time never meets one without its lock."""
-    over, errors = threading.Event(), []
-
-    def sweeping():
-        while not over.is_set():
-            errors.extend(f.path for f in sweep())
-
-    thread = threading.Thread(target=sweeping)
-    thread.start()
+    """Whoever sweeps all the time never meets one without its lock, and is not in its way."""
+    sweepers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SWEEPER % os.getpid()], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
     try:
-        for _ in range(200):
+        for sweeper in sweepers:
+            sweeper.stdout.readline()
+        for _ in range(1500):
             marker, folder = names.Marker(), names.Folder()
             Path(f"/dev/shm/{marker.stem}-0-x").touch()
-            assert os.path.exists(f"/dev/shm/{marker.stem}")
+            assert not lock_is_free(f"/dev/shm/{marker.stem}")
             os.unlink(f"/dev/shm/{marker.stem}-0-x")
-            assert os.path.isdir(folder.path)
+            assert not lock_is_free(folder.path)
             marker.close()
             folder.close()
     finally:
-        over.set()
-        thread.join()
-    assert errors == []
+        for sweeper in sweepers:
+            sweeper.kill()
+        said = [sweeper.communicate()[0] for sweeper in sweepers]
+    assert said == [""] * 3
+
+
+def lock_is_free(path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return lock_file(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a pipe of another user needs root")
+@pytest.mark.parametrize("where", ["/dev/shm", "/tmp"])
+def test_another_user_s_pipe_holds_up_nobody(where):
+    """Whoever opens it to read waits until somebody writes."""
+    path = Path(where, "pageferry-1-0123456789abcdef")
+    os.mkfifo(path)
+    os.chmod(path, 0o666)
+    os.chown(path, 65534, 65534)
+    try:
+        assert pageferry("clean", timeout=20).returncode == 0
+        assert path.exists()
+    finally:
+        path.unlink()
+
+
+def test_names_cannot_be_guessed_by_whoever_sees_others():
+    """Somebody who takes the next one would keep us from making it."""
+    first, second = names.shared_name("x"), names.shared_name("x")
+    assert first.rsplit("-", 2)[0] == second.rsplit("-", 2)[0] == names.stem()
+    assert len(first.rsplit("-", 2)[1]) == 16
+    assert first != second
+    assert leftovers._SHARED.fullmatch(first)
+
+
+def test_a_file_that_is_being_written_for_long(tmp_path, monkeypatch):
+    """Where a file cannot be without a name, it has a hidden one until it is whole."""
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)  # EISDIR, as where there is none
+    new = NewFile(str(tmp_path / "vm.mem"), 4096)
+    try:
+        (hidden,) = tmp_path.iterdir()
+        os.utime(hidden, (time.time() - 7200, time.time() - 7200))
+        assert str(hidden) not in removed(clean([str(tmp_path)], partial=True, dry_run=False))
+        new.publish()
+    finally:
+        new.discard()
 
 
 def test_what_arrived_of_an_image(tmp_path):

@@ -200,9 +200,14 @@ class DestinationGuest(ABC):
         If `hello.capabilities` has POSTCOPY: also arm `memory`, or raise PeerRefused.
         """
 
-    def held(self, block: int, pages: Pages, digests: bytes) -> Bytes8:
-        """Make those pages that it can find elsewhere by their digests (content.py); 1 for each
-        that is there now. Only if `compares`."""
+    def may_hold(self, block: int, pages: Pages, digests: bytes) -> Bytes8:
+        """1 for each of those pages that it may have somewhere, by digests to look for them
+        (content.py). Only if `compares`."""
+        raise NotImplementedError
+
+    def held(self, block: int, pages: Pages, digests: bytes, sure: bytes) -> Bytes8:
+        """Make those pages that it can find elsewhere, by digests to look for and those that decide
+        (content.py); 1 for each that is there now. Only if `compares`."""
         raise NotImplementedError
 
     def may_be_huge(self, block: int) -> bool:

@@ -7,9 +7,13 @@ import errno
 import os
 import secrets
 import stat
+from collections.abc import Callable
 
 from ...transport.errors import DestinationError, NoSpace, PeerRefused, SourceError
 from ..kernel.libc import lock_file
+
+# Copied at a time.
+_STEP = 16 << 20
 
 
 def open_to_read(path: str, what: str) -> tuple[int, int]:
@@ -66,7 +70,10 @@ class NewFile:
                 raise
         self._temporary = self._hidden_name()
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
-        return os.open(self._temporary, flags, 0o600)
+        fd = os.open(self._temporary, flags, 0o600)
+        with contextlib.suppress(OSError):  # nobody takes it for a leftover, however long it takes
+            lock_file(fd)
+        return fd
 
     def _hidden_name(self) -> str:
         # a name takes 255 bytes, a character up to four
@@ -117,6 +124,13 @@ class PartialFile(NewFile):
 
     begun = False
 
+    def __init__(
+        self, path: str, size: int, is_given_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`is_given_up`: nobody waits for it any more. DestinationError then."""
+        self._is_given_up = is_given_up
+        super().__init__(path, size)
+
     def _open(self, directory: str) -> int:
         hidden = os.path.join(directory, f".{os.path.basename(self.path)}.pageferry-part")
         flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -127,7 +141,11 @@ class PartialFile(NewFile):
         self._temporary = hidden
         self.begun = os.fstat(fd).st_blocks > 0
         if not self.begun:
-            self._begin_with_what_is_there(fd)
+            try:
+                self._begin_with_what_is_there(fd)
+            except BaseException:
+                os.close(fd)  # and with it the lock
+                raise
         return fd
 
     def _begin_with_what_is_there(self, fd: int) -> None:
@@ -139,8 +157,10 @@ class PartialFile(NewFile):
         try:
             for at, end in _data_ranges(old):
                 done = at
-                while n := os.copy_file_range(old, fd, end - done, done, done):
+                while n := os.copy_file_range(old, fd, min(end - done, _STEP), done, done):
                     done += n
+                    if self._is_given_up():
+                        raise DestinationError(f"copying {self.path} was given up")
             self.begun = True
         finally:
             os.close(old)

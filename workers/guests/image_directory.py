@@ -21,6 +21,7 @@ from ..content import (
     ContentIndex,
     equal_digests,
     page_digests,
+    sure_digests,
     take_digests,
 )
 from ..digest import chunk_digests
@@ -45,6 +46,7 @@ class DirectoryDestination(ImageDestination):
         self._directory = uri.rest
         self._index = index if index is not None else ContentIndex()
         self._contents: dict[int, list[tuple[Pages, bytes]]] = {}
+        self._given_up = False
 
     def lay_out(self, hello: Hello) -> None:
         if not IMAGE_NAME.fullmatch(hello.name):
@@ -57,7 +59,7 @@ class DirectoryDestination(ImageDestination):
             raise DestinationError(f"{self._directory} is no directory: make it")
         self._path = os.path.join(self._directory, hello.name)
         self._size = layout_size(hello.blocks, hello.image_size)
-        partial = PartialFile(self._path, self._size)
+        partial = PartialFile(self._path, self._size, lambda: self._given_up)
         self._new = partial
         self._file = RamFile(os.dup(partial.fd), self._path)
         self.blocks = [RamBlock(spec, self._file, spec.offset) for spec in hello.blocks]
@@ -65,16 +67,29 @@ class DirectoryDestination(ImageDestination):
         if partial.begun:
             self.have = [chunk_digests(block) for block in self.blocks]
 
-    def held(self, block: int, pages: Pages, digests: bytes) -> Bytes8:
+    def may_hold(self, block: int, pages: Pages, digests: bytes) -> Bytes8:
         """Where they are already (a chunk that came in part differs as a whole), or elsewhere."""
         self._contents.setdefault(block, []).append((pages, digests))
+        found = self._index.knows(digests)
+        if not self.fresh[block]:
+            found |= equal_digests(digests, page_digests(self.blocks[block], pages))
+        return found
+
+    def held(self, block: int, pages: Pages, digests: bytes, sure: bytes) -> Bytes8:
         have = np.zeros(len(pages), np.uint8)
         if not self.fresh[block]:
-            have = equal_digests(digests, page_digests(self.blocks[block], pages))
+            have = equal_digests(sure, sure_digests(self.blocks[block], pages))
         left = np.flatnonzero(have == 0)
-        wanted = take_digests(digests, left)
-        have[left] = self._index.fetch(self.blocks[block], pages[left], wanted)
+        have[left] = self._index.fetch(
+            self.blocks[block], pages[left], take_digests(digests, left), take_digests(sure, left)
+        )
         return have
+
+    def hurry(self) -> None:
+        """Nothing is copied or read any more."""
+        self._given_up = True
+        for block in getattr(self, "blocks", ()):
+            block.file.given_up = True
 
     def load_state(self, kind: str, state: bytes, running: bool) -> None:
         super().load_state(kind, state, running)

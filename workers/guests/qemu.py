@@ -274,6 +274,9 @@ class QemuSource(SourceGuest):
     def resume(self) -> None:
         if self._stopped:
             if self.running:
+                # QEMU drops what it has not read when its client goes: so this is waited for though
+                # somebody is in a hurry. Who is so once more leaves it standing still.
+                self._patience.hurried = False
                 self._go_on()
             self._stopped = False
         if self._discarding is not None:
