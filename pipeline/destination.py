@@ -35,16 +35,23 @@ from ..transport.errors import (
     PostcopyFailed,
     RemoteProtocolError,
     UsageError,
+    VerificationFailed,
     as_ours,
 )
 from ..transport.keys import KeyDirectory
 from ..transport.links import Endpoint, Gate, bind, sender_key, unbind
 from ..transport.messages import DIRECT, MAX_WORKERS, PAGE_SUMS, POSTCOPY, READ_BACK, SAMPLE
-from ..transport.pages import PAGE_SIZE, Runs
+from ..transport.pages import PAGE_SIZE, Pages, Runs
 from ..transport.session import Role
 from ..workers import jobs, receiver
 from ..workers.checks import Checks
-from ..workers.content import DIGEST_BYTES, asked_pages
+from ..workers.content import (
+    DIGEST_BYTES,
+    asked_pages,
+    equal_digests,
+    sure_digests,
+    take_digests,
+)
 from ..workers.counters import Counters
 from ..workers.digest import block_digest, part_count
 from ..workers.forking import context, end_a_hung_server
@@ -526,9 +533,24 @@ class Arrival:
             found = await self._call(self.guest.may_hold, index, pages, message.digests)
             return np.packbits(found).tobytes()
         have = await self._call(self.guest.held, index, pages, message.digests, message.sure)
+        if READ_BACK in self.hello.capabilities:
+            made = np.flatnonzero(have)
+            await self._read_back(index, pages[made], take_digests(message.sure, made))
         if self._checks is not None:
             self._checks.view(index)[pages[have != 0]] = 1
         return np.packbits(have).tobytes()
+
+    async def _read_back(self, index: int, pages: Pages, digests: bytes) -> None:
+        """VerificationFailed if pages that were made here do not hold what they have to."""
+        assert self.guest is not None
+        block = self.guest.blocks[index]
+        equal = equal_digests(digests, await self._call(sure_digests, block, pages))
+        if not equal.all():
+            raise VerificationFailed(
+                f"{block.file.name} does not hold what was written to it, in "
+                f"{len(pages) - int(equal.sum())} pages of {block.name} that other images had",
+                blocks=[block.name],
+            )
 
     def _runs_of(
         self, message: messages.Discard | messages.Missing | messages.Contents

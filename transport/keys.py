@@ -5,13 +5,15 @@
     DIR/allowed/NAME.key a peer's public key: it may send here, and be sent to
 
 A file is a line with the key, in Z85, and lines that begin with `#`. Files are written whole or not
-at all, and read anew each time somebody asks, so that what is allowed or revoked counts at once.
+at all, and looked at each time somebody asks, so that what is allowed or revoked counts at once;
+read are those that have changed.
 Knows no socket and no migration.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -31,6 +33,9 @@ _NAME = re.compile(r"[A-Za-z0-9:][A-Za-z0-9._:-]{0,99}")
 # takes 12 bits of how a key was chosen; the best attacks on Curve25519 do not gain by it.
 _PLAIN = re.compile(rb"[0-9A-Za-z][0-9A-Za-z.:+=/@%-]*")
 _MOST_BYTES = 4096
+# What says that this host has no room just now, and nothing of who is allowed.
+_MOMENTARY = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EIO, errno.ESTALE}
+_Stamp = tuple[int, int, int, int]
 
 
 def new_pair() -> Pair:
@@ -76,6 +81,7 @@ class KeyDirectory:
         self._check_folder(os.path.join(self.path, _ALLOWED))
         self.secret = self._own_secret()
         self.public: bytes = zmq.curve_public(self.secret)
+        self._read_before: dict[str, tuple[_Stamp, bytes]] = {}  # by name: how it was, its key
 
     def __repr__(self) -> str:
         return f"<KeyDirectory {self.path}>"
@@ -128,19 +134,38 @@ class KeyDirectory:
 
     # ---- peers -----------------------------------------------------------------------------
 
-    def _listed(self) -> Iterator[tuple[str, bytes]]:
-        """Names and keys; a file that is damaged or that others may write allows nobody."""
+    def _listed(self) -> Iterator[tuple[str, tuple[_Stamp, bytes]]]:
+        """Files and keys; one that is damaged or that others may write allows nobody."""
         folder = os.path.join(self.path, _ALLOWED)
-        for name in sorted(os.listdir(folder)):
+        for name in self._names(folder):
             if name.endswith(_SUFFIX) and not name.startswith("."):
-                with contextlib.suppress(OSError, ValueError, UsageError):
-                    yield name.removesuffix(_SUFFIX), _read(os.path.join(folder, name), 0o022)
+                with contextlib.suppress(ValueError, UsageError):
+                    found = self._look_at(folder, name)
+                    if found is not None:
+                        yield name, found
+
+    def _names(self, folder: str) -> list[str]:
+        try:
+            return sorted(os.listdir(folder))
+        except OSError as e:
+            return list(self._read_before) if e.errno in _MOMENTARY else []
+
+    def _look_at(self, folder: str, name: str) -> tuple[_Stamp, bytes] | None:
+        """What is in a file; what was, if it is as it was, or cannot be looked at just now."""
+        before, path = self._read_before.get(name), os.path.join(folder, name)
+        try:
+            stamp = _stamp(os.lstat(path))
+            if before is not None and before[0] == stamp:
+                return before
+            return stamp, _read(path, 0o022)
+        except OSError as e:
+            return before if e.errno in _MOMENTARY else None
 
     def listed(self) -> dict[str, bytes]:
-        """The keys of peers by name, as they are now; empty if they cannot be read."""
-        with contextlib.suppress(OSError):
-            return dict(self._listed())
-        return {}
+        """The keys of peers by name, as they are now; empty if they cannot be read. Where this host
+        has no descriptor left, say, as they were."""
+        self._read_before = dict(self._listed())
+        return {name.removesuffix(_SUFFIX): key for name, (_, key) in self._read_before.items()}
 
     def admits(self, key: bytes) -> bool:
         """Whether the peer with this key is listed now."""
@@ -233,6 +258,11 @@ def _read(path: str, forbidden: int) -> bytes:
         return parse_key(os.read(fd, _MOST_BYTES))
     finally:
         os.close(fd)
+
+
+def _stamp(found: os.stat_result) -> _Stamp:
+    """Is another one when a file has been written, replaced, given away or opened to others."""
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _write(path: str, comment: bytes, key: bytes, *, new: bool = False) -> None:

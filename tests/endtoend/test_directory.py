@@ -1,5 +1,6 @@
 """Many images into one directory, several at a time; one that was broken off goes on."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -11,9 +12,14 @@ from helpers import pageferry as run
 from twin_page import twin
 
 import pageferry
-from pageferry.transport.errors import DestinationError, PeerRefused
+from pageferry.pipeline import api
+from pageferry.pipeline.destination import Destination
+from pageferry.pipeline.parameters import Parameters
+from pageferry.transport.errors import DestinationError, PeerRefused, VerificationFailed
+from pageferry.transport.links import Endpoint
 from pageferry.transport.messages import PROTOCOL, Block, Hello
 from pageferry.transport.pages import PAGE_SIZE
+from pageferry.workers.content import ContentIndex
 from pageferry.workers.digest import CHUNK_PAGES
 from pageferry.workers.guests.image_directory import DirectoryDestination
 from pageferry.workers.guests.uri import GuestUri
@@ -92,6 +98,51 @@ def test_what_somebody_made_to_be_taken_for_a_page(images, where):
         report = sent(victim, receiving.endpoint)
     assert (images.into / "victim").read_bytes() == content
     assert report["pages-already-there"] == 255
+
+
+class ForgetsAPage(DirectoryDestination):
+    """What is taken from another image does not all get into its file."""
+
+    def held(self, block, pages, digests, sure):
+        have = super().held(block, pages, digests, sure)
+        spoiled = int(pages[have != 0][3])
+        os.pwrite(self.blocks[block].file.fd, b"spoiled", spoiled * PAGE_SIZE)
+        return have
+
+
+@pytest.mark.parametrize("verify", [True, None])
+def test_what_is_taken_from_another_image_is_read_back(images, verify):
+    """With --verify; by default the file system is believed to hold what was written."""
+    source, index = images("vm.mem", 2 * MIB), ContentIndex()
+    endpoint = Endpoint("ipc", path=f"@test-read-back-{os.getpid()}")
+
+    async def send(name, listening):
+        arriving = asyncio.ensure_future(api.receive_one(listening))
+        try:
+            return await api.send(
+                GuestUri("image", str(source)), listening.endpoint,
+                Parameters(verify=verify), name=name,
+            )  # fmt: skip
+        finally:
+            await asyncio.gather(arriving, return_exceptions=True)
+
+    async def go():
+        kinds = iter([DirectoryDestination, ForgetsAPage])
+        listening = Destination(
+            endpoint, lambda hello: next(kinds)(GuestUri("image", f"{images.into}/"), index)
+        )
+        try:
+            await send("one", listening)
+            return await send("two", listening)
+        finally:
+            listening.close()
+
+    if verify:
+        with pytest.raises(VerificationFailed, match="does not hold what was written"):
+            asyncio.run(go())
+        assert not (images.into / "two").exists()
+    else:
+        assert asyncio.run(go())["pages-already-there"] == 512
 
 
 def test_a_name_steers_no_terminal(images):

@@ -1,6 +1,7 @@
 """Keys: their text and files, who is allowed, which belongs to an address; and ZAP's answers."""
 
 import os
+import resource
 import stat
 
 import pytest
@@ -11,6 +12,7 @@ from zmq.utils import z85
 from pageferry.pipeline.agreement import check_key
 from pageferry.pipeline.manifest import manifest
 from pageferry.pipeline.parameters import Parameters
+from pageferry.transport import keys as keys_module
 from pageferry.transport.curve import Z85, Binds, Dials, Pair, as_text, is_key, zap_answer
 from pageferry.transport.errors import PeerRefused, UsageError
 from pageferry.transport.keys import KeyDirectory, new_pair, parse_key, public_key
@@ -176,6 +178,36 @@ def test_damaged_or_open_files_allow_nobody(folder):
         file.write(b"something else\n")
     assert not folder.admits(key)
     assert folder.revoke("kvm7") == ["kvm7"]
+
+
+def test_who_was_allowed_is_so_while_no_file_can_be_opened(folder):
+    """It says nothing of a revocation; one that happens meanwhile counts."""
+    key, gone = new_pair().public, new_pair().public
+    folder.allow(key)
+    name = folder.allow(gone)
+    assert folder.admits(key) and folder.admits(gone)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        assert folder.admits(key) and folder.admits(gone)
+        os.unlink(f"{folder.path}/allowed/{name}.key")
+        assert folder.admits(key) and not folder.admits(gone)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_only_what_has_changed_is_read(folder, monkeypatch):
+    for _ in range(5):
+        folder.allow(new_pair().public)
+    folder.listed()
+    read, real = [], keys_module._read
+    monkeypatch.setattr(
+        keys_module, "_read", lambda path, bits: read.append(path) or real(path, bits)
+    )
+    assert len(folder.listed()) == 5 and not read
+    another = folder.allow(new_pair().public, "another")
+    assert len(folder.listed()) == 6
+    assert {os.path.basename(path) for path in read} == {f"{another}.key"}
 
 
 def test_which_key_belongs_to_an_address(folder):
