@@ -14,6 +14,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,7 +41,7 @@ from ..transport.session import Phase, Role
 from ..workers import jobs, sender
 from ..workers.bandwidth import Bandwidth
 from ..workers.checks import pack_chunks
-from ..workers.content import page_digests, sure_digests, take_digests
+from ..workers.content import both_digests, sure_digests, take_digests
 from ..workers.counters import Counters
 from ..workers.digest import CHUNK_PAGES, block_digest, equal_chunks, part_count
 from ..workers.forking import context, end_a_hung_server
@@ -78,7 +79,7 @@ _YANK_SECONDS = 1.0
 # Pages in a Scan job.
 _SCAN_PAGES = 16384
 # Pages in one Contents message.
-_COMPARED_PAGES = 65536
+_COMPARED_PAGES = 8192
 # Runs in one Discard message.
 _DISCARD_RUNS = 65536
 # A block above 32 GiB is looked at in a thread: the control link must not fall silent.
@@ -743,16 +744,23 @@ class Source:
         dirty = np.flatnonzero(self._table.view(index) != CLEAN)
         dirty = dirty[dirty < block.size // PAGE_SIZE]
         known = self.statistics.extra.get("pages-already-there", 0)
-        for at in range(0, len(dirty), _COMPARED_PAGES):
-            pages = dirty[at : at + _COMPARED_PAGES]
-            digests = await self._call(page_digests, block, pages)
+        parts = [dirty[at : at + _COMPARED_PAGES] for at in range(0, len(dirty), _COMPARED_PAGES)]
+        ahead = await self._call(both_digests, block, dirty[:_COMPARED_PAGES], False)
+        for pages, following in zip_longest(parts, parts[1:], fillvalue=dirty[:0]):
+            digests, sure = ahead
             found = np.flatnonzero(await self._ask_for(index, pages, digests))
+            sure = take_digests(sure, found) if sure else b""
+            if len(found) and not sure:
+                sure = await self._call(sure_digests, block, pages[found])
+            # while the destination makes those, we look at what follows: more of the same, if any
+            look = self._call(both_digests, block, following, 2 * len(found) > len(pages))
             if not len(found):
+                ahead = await look
                 continue
-            pages, digests = pages[found], take_digests(digests, found)
-            sure = await self._call(sure_digests, block, pages)
-            held = await self._ask_for(index, pages, digests, sure)
-            self._table.view(index)[pages[held != 0]] = CLEAN
+            held, ahead = await asyncio.gather(
+                self._ask_for(index, pages[found], take_digests(digests, found), sure), look
+            )
+            self._table.view(index)[pages[found[held != 0]]] = CLEAN
             known += int(np.count_nonzero(held))
         self.statistics.extra["pages-already-there"] = known
 

@@ -46,6 +46,11 @@ def sure_digests(block: RamBlock, pages: Pages) -> bytes:
     return _digests(block, pages, sure_digest)
 
 
+def both_digests(block: RamBlock, pages: Pages, sure: bool) -> tuple[bytes, bytes]:
+    """To look for them and, if `sure`, those that decide too."""
+    return page_digests(block, pages), sure_digests(block, pages) if sure else b""
+
+
 def sure_digest(data: Buffer) -> bytes:
     return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
