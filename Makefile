@@ -10,7 +10,11 @@ JOBS   ?= $(if $(filter 0,$(shell id -u)),2,0)
 # Of `make soak`.
 TRIPS  ?= 1000
 
-.PHONY: demo test soak lint bench picture clean
+# make fuzz SECONDS=60 TARGET=frame,message: so long for each target, all of them if none is named
+SECONDS ?= 60
+TARGET  ?=
+
+.PHONY: demo test soak lint bench fuzz picture clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/pageferry copy 'demo:?size=512M&content=text&rate=20000' demo:
@@ -28,6 +32,11 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.demo
 	@$(PYTHON) -m pageferry.tools.bench throughput
+
+# atheris has no wheel for every Python: without it inputs are made by our own mutator
+fuzz: $(VENV)/.test
+	@$(VENV)/bin/pip install --quiet --only-binary :all: -e '.[fuzz]' || true
+	@$(PYTHON) tests/fuzz/fuzz_run.py --seconds $(SECONDS) --target '$(TARGET)'
 
 picture: $(VENV)/.demo
 	@$(VENV)/bin/pip install --quiet pyte selenium pillow -e '.[web]'

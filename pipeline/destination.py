@@ -39,9 +39,9 @@ from ..transport.errors import (
     as_ours,
 )
 from ..transport.keys import KeyDirectory
-from ..transport.links import Endpoint, Gate, bind, sender_key, unbind
+from ..transport.links import NOBLOCK, Endpoint, Gate, bind, sender_key, unbind
 from ..transport.messages import DIRECT, MAX_WORKERS, PAGE_SUMS, POSTCOPY, READ_BACK, SAMPLE
-from ..transport.pages import PAGE_SIZE, Pages, Runs
+from ..transport.pages import PAGE_SIZE, Pages, Runs, total_pages
 from ..transport.session import Role
 from ..workers import jobs, receiver
 from ..workers.checks import Checks
@@ -241,6 +241,8 @@ class Arrival:
 
     def _task(self, coroutine: Any) -> None:
         def done(task: asyncio.Task[Any]) -> None:
+            with contextlib.suppress(ValueError):  # it may be of a connection that was dropped
+                self._tasks.remove(task)  # a message is one, and a source may say any number
             if not task.cancelled() and (error := task.exception()) is not None:
                 self.fail(error)
 
@@ -524,6 +526,9 @@ class Arrival:
         if not self.guest.compares:
             raise RemoteProtocolError("nobody said that contents are compared here")
         index, runs = self._runs_of(message)
+        # a last page that is partial has none; and a list of pages is as long as they are many
+        if not 0 <= DIGEST_BYTES * total_pages(runs) - len(message.digests) <= DIGEST_BYTES:
+            raise RemoteProtocolError("as many digests as pages were expected")
         pages = asked_pages(runs, self.guest.blocks[index])
         if {len(message.digests), len(message.sure or message.digests)} != {
             DIGEST_BYTES * len(pages)
@@ -964,9 +969,10 @@ class Destination:
         """The arrival that a Hello begins, or None for anything else."""
 
         async def transmit(answer: bytes) -> None:
+            # At once or never: behind an answer that its peer does not take, all others would wait.
             try:
-                await self._socket.send_multipart([identity, answer])
-            except zmq.ZMQError as e:  # gone: heartbeats will tell
+                await self._socket.send_multipart([identity, answer], NOBLOCK)
+            except zmq.ZMQError as e:  # gone, or it takes nothing: heartbeats will tell
                 control.cut |= e.errno == zmq.EHOSTUNREACH
 
         control = Control(Role.DESTINATION, transmit, "the source")

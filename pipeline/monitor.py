@@ -18,6 +18,7 @@ import msgspec
 from .._version import __version__
 from ..transport.errors import DestinationError, PageferryError, UsageError
 from ..transport.links import clear_dead_socket
+from ..transport.messages import UNDECODABLE
 
 # A command is short; one that does not end is none.
 _MAX_COMMAND = 1 << 16
@@ -113,7 +114,7 @@ class Conversation:
         try:
             try:
                 command = msgspec.json.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+            except UNDECODABLE as e:
                 raise QmpError("GenericError", f"invalid JSON: {e}") from e
             if not isinstance(command, dict) or not isinstance(command.get("execute"), str):
                 raise QmpError("GenericError", "a command is an object with 'execute'")

@@ -35,7 +35,7 @@ from ..transport.errors import (
     as_ours,
 )
 from ..transport.keys import KeyDirectory
-from ..transport.links import Endpoint, Gate, bind, sender_key, unbind
+from ..transport.links import NOBLOCK, Endpoint, Gate, bind, sender_key, unbind
 from ..transport.messages import MAX_WORKERS
 from ..transport.pages import NO_RUNS, PAGE_SIZE, Runs, mark, runs_of
 from ..transport.session import Role
@@ -382,8 +382,9 @@ class Server:
 
     async def _greet(self, identity: bytes, data: bytes, peer: Peer | None) -> None:
         async def transmit(answer: bytes) -> None:
+            # At once or never: behind an answer that its peer does not take, all others would wait.
             with contextlib.suppress(zmq.ZMQError):  # gone: heartbeats will tell
-                await self._socket.send_multipart([identity, answer])
+                await self._socket.send_multipart([identity, answer], NOBLOCK)
 
         control = Control(Role.SOURCE, transmit, "the destination")
         try:

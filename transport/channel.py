@@ -20,7 +20,8 @@ from .wire import Buffer, Damaged, Frame, Kind, decode, encode_control, payload_
 # Acknowledge at the latest after this many frames, or when nothing more is waiting: half of
 # the usual credit, so that the sender never runs dry.
 ACK_EVERY = 2
-# More frames than this in flight would mean that credit does not work.
+# More frames than this in flight would mean that credit does not work; and no more can be lost
+# before one that comes.
 MAX_IN_FLIGHT = 4096
 
 T = TypeVar("T")
@@ -174,6 +175,8 @@ class ReceivingChannel:
             raise RemoteProtocolError(f"frame {frame.seq} came again, {self._expected} is next")
         if frame.round != self.round:
             raise RemoteProtocolError(f"frame of round {frame.round} in round {self.round}")
+        if frame.seq - self._expected > MAX_IN_FLIGHT:
+            raise RemoteProtocolError(f"frame {frame.seq}, and {self._expected} is next")
         if frame.seq > self._expected:
             self._nack(self._expected, frame.seq - 1)
         self._expected = frame.seq + 1

@@ -319,6 +319,9 @@ def _readable(message: AnyMessage) -> AnyMessage:
     return message if clean == texts else msgspec.structs.replace(message, **clean)
 
 
+# What msgspec raises for bytes that are no message: a text that is not UTF-8, and values nested
+# deeper than the stack, are no DecodeError.
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
@@ -333,7 +336,7 @@ def decode(data: bytes | memoryview) -> AnyMessage:
         raise RemoteProtocolError(f"control message of {len(data)} bytes")
     try:
         return _readable(_decoder.decode(data))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+    except UNDECODABLE as e:
         raise RemoteProtocolError(f"control message that makes no sense: {e}") from e
 
 

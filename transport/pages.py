@@ -7,6 +7,7 @@ starts and counts, sorted and free of overlap. Nothing here touches memory or a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,17 @@ def mark(table: Bytes8, runs: Runs, value: int) -> None:
         high = max(low + 1, int(np.searchsorted(edges, edges[low] + _EXPAND)))
         table[pages_of((starts[low:high], counts[low:high]))] = value
         low = high
+
+
+def apart(tables: Sequence[Runs]) -> bool:
+    """True if no page is in two of `tables`, each of which is as `check_runs` wants it."""
+    some = [runs for runs in tables if len(runs[0])]
+    if len(some) <= 1:  # nearly always
+        return True
+    starts, counts = (np.concatenate([runs[i] for runs in some]) for i in (0, 1))
+    order = np.argsort(starts, kind="stable")
+    starts = starts[order]
+    return bool((starts[1:] >= (starts + counts[order])[:-1]).all())
 
 
 def check_runs(runs: Runs, pages: int) -> bool:

@@ -33,7 +33,8 @@ Buffer = bytes | bytearray | memoryview
 
 MAGIC = 0x4650  # "PF"
 VERSION = 1
-# Pages with content in one frame: 8 MiB, the largest batch a user may ask for.
+# Pages with content in one frame: 8 MiB, the largest batch a user may ask for. And as many zero
+# ones: they cost no payload, but a receiver of a postcopy has a list of all pages of a frame.
 MAX_BATCH_PAGES = 2048
 # Runs in one table: a full batch of single pages, or that many holes.
 MAX_RUNS = MAX_BATCH_PAGES
@@ -199,8 +200,8 @@ def _unpack_runs(view: memoryview, at: int, n: int) -> Runs:
 
 def _check_sizes(frame: Frame) -> Frame:
     content = total_pages(frame.raw) + total_pages(frame.packed)
-    if content > MAX_BATCH_PAGES:
-        raise RemoteProtocolError(f"frame of {content} pages is above {MAX_BATCH_PAGES}")
+    if (most := max(content, total_pages(frame.zero))) > MAX_BATCH_PAGES:
+        raise RemoteProtocolError(f"frame of {most} pages is above {MAX_BATCH_PAGES}")
     packed = len(frame.packed[0]) > 0
     if frame.packed_size < 0 or (frame.packed_size > 0) != packed:
         raise RemoteProtocolError("frame whose payload does not match its pages")

@@ -33,7 +33,7 @@ from ..transport.links import (
     short,
     unbind,
 )
-from ..transport.pages import PAGE_SIZE, Runs, check_runs, total_pages
+from ..transport.pages import PAGE_SIZE, Runs, apart, check_runs, total_pages
 from ..transport.wire import Buffer, Frame, content_matches
 from . import jobs
 from .checks import Checks, ReadBack
@@ -235,14 +235,22 @@ class Receiver:
                     raise
                 # the sender is gone for the moment; what it does not hear it sends again
 
-    def _place(self, frame: Frame, payload: Buffer) -> None:
-        """Put the pages of a frame where they belong."""
+    def _block_of(self, frame: Frame) -> RamBlock:
+        """The block of a frame; RemoteProtocolError unless each of its pages is there, once."""
         if frame.block >= len(self.job.blocks):
             raise RemoteProtocolError(f"frame for block {frame.block}, which was not announced")
         block = self.job.blocks[frame.block]
-        for runs in (frame.zero, frame.raw, frame.packed):
+        tables = (frame.zero, frame.raw, frame.packed)
+        for runs in tables:
             if not check_runs(runs, block.pages):
                 raise RemoteProtocolError(f"frame with pages outside of block {block.name}")
+        if not apart(tables):
+            raise RemoteProtocolError(f"frame that has a page of block {block.name} twice")
+        return block
+
+    def _place(self, frame: Frame, payload: Buffer) -> None:
+        """Put the pages of a frame where they belong."""
+        block = self._block_of(frame)
         if self.placer is None and (self.channel.round > 1 or not self.job.fresh[frame.block]):
             block.clear(frame.zero)
         view = memoryview(payload)

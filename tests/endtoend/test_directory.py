@@ -6,6 +6,7 @@ import json
 import os
 import signal
 
+import msgspec
 import pytest
 from helpers import Running, receiver, until
 from helpers import pageferry as run
@@ -21,6 +22,7 @@ from pageferry.transport.messages import PROTOCOL, Block, Hello
 from pageferry.transport.pages import PAGE_SIZE
 from pageferry.workers.content import ContentIndex
 from pageferry.workers.digest import CHUNK_PAGES
+from pageferry.workers.guests import image_directory
 from pageferry.workers.guests.image_directory import DirectoryDestination
 from pageferry.workers.guests.uri import GuestUri
 
@@ -348,3 +350,17 @@ def test_who_is_in_a_hurry_waits_for_no_copy(tmp_path):
     again = DirectoryDestination(GuestUri("image", f"{tmp_path}/"))
     again.lay_out(hello)
     again.close()
+
+
+def test_what_is_announced_costs_no_digests(images, monkeypatch):
+    """Of a part that is there, and of an image that is said to be larger than any: no look at
+    terabytes of holes, and no message that is too large; all of it comes."""
+    (images.into / ".vm.pageferry-part").write_bytes(b"something")
+    hello = Hello(PROTOCOL, "1", "id", "image", [Block("ram", 8 * MIB)], 1, 256, name="vm")
+    monkeypatch.setattr(image_directory, "MOST_COMPARED", 8 * MIB)
+    for size, digests in ((8 * MIB, 8 * 16), (8 * MIB + 1, 0)):
+        guest = DirectoryDestination(GuestUri("image", f"{images.into}/"))
+        guest.lay_out(msgspec.structs.replace(hello, blocks=[Block("ram", size)], image_size=size))
+        assert sum(map(len, guest.have)) == digests and guest.fresh == [False]
+        guest.discard()
+        guest.close()

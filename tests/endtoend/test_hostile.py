@@ -1,20 +1,26 @@
 """Peers that mean harm: what they say is bounded before it is memory, ends at most their own
 migration, and never reaches the terminal. Strangers beside a job that goes on."""
 
+import asyncio
 import contextlib
 import json
 import signal
+import tracemalloc
 import uuid
 
 import msgspec
 import psutil
 import pytest
 import zmq
-from helpers import PAGE, Running, pattern, receiver
+from helpers import PAGE, Running, pattern, receiver, until_async
 from helpers import pageferry as run
 from raw_peer import GREETING, RawPeer, long_frame, ready
 
+from pageferry.pipeline.control import Control
+from pageferry.pipeline.destination import Arrival
 from pageferry.transport import messages
+from pageferry.transport.errors import RemoteProtocolError
+from pageferry.transport.links import parse_endpoint
 from pageferry.transport.messages import (
     PAGE_SUMS,
     PROTOCOL,
@@ -28,13 +34,19 @@ from pageferry.transport.messages import (
     Missing,
     Ping,
     Refused,
+    Resume,
+    Round,
     Run,
     StatePart,
     Welcome,
     decode,
     encode,
 )
+from pageferry.transport.session import Phase, Role
 from pageferry.workers.guests.image import ImageState, sum_of
+from pageferry.workers.guests.image_directory import DirectoryDestination
+from pageferry.workers.guests.sample import SampleDestination
+from pageferry.workers.guests.uri import GuestUri
 
 
 @pytest.fixture
@@ -100,6 +112,31 @@ def test_strangers_are_dropped_and_the_job_goes_on(tmp_path, image):
         assert sending.process.poll() is None, sending.finish()
         assert run("set", f"unix:{tmp_path}/m", "max-bandwidth=0").returncode == 0
         code, _, err = sending.finish()
+        assert code == 0, err
+        assert there.finish()[0] == 0
+    assert out.read_bytes() == image.read_bytes()
+
+
+def test_a_stranger_that_takes_no_answers_holds_up_nobody(tmp_path, image):
+    """It asks again and again and reads nothing: answers to others go on, and wait for none of its
+    own."""
+    out = tmp_path / "out"
+    with (
+        receiver("--into", f"image:{out}", "--once") as there,
+        Running("send", f"image:{image}", there.endpoint, "--max-bandwidth", "100kB",
+                "--batch-pages", "16", "--workers", "1", "--codec", "none",
+                "--monitor", f"unix:{tmp_path}/m") as sending,
+    ):  # fmt: skip
+        sending.error_line("round 1")
+        peer = RawPeer(int(there.endpoint.rpartition(":")[2]), window=2048)
+        peer.wait_until_greeted()
+        # a refusal repeats some of it
+        said = encode(Resume(PROTOCOL, "x", 1, b"\xff" * 64))
+        for _ in range(100):
+            peer.send((bytes([0, len(said)]) + said) * 200)
+        assert run("set", f"unix:{tmp_path}/m", "max-bandwidth=0").returncode == 0
+        code, _, err = sending.finish()
+        peer.close()
         assert code == 0, err
         assert there.finish()[0] == 0
     assert out.read_bytes() == image.read_bytes()
@@ -179,6 +216,9 @@ SAID = {
     "pages to come later": ({}, [Missing(0, [0], [1])]),
     "postcopy out of nothing": ({}, [DeviceState("image", b"", True, True)]),
     "a state that makes no sense": ({}, [DeviceState("image", b"\xc1")]),
+    "a state nested deeper than the stack": (
+        {}, [DeviceState("image", b"\x81\xa1x" + b"\x91" * 100_000 + b"\xc0")],
+    ),
     "a state outside of the image": ({}, [DeviceState("image", state((1 << 40, b"x")))]),
     "a state above the bound": (
         {}, [StatePart(bytes(messages.STATE_PART))] * (messages.MAX_STATE // messages.STATE_PART)
@@ -222,6 +262,52 @@ def test_a_hostile_source_ends_its_own_migration_only(image, tmp_path):
         there.process.send_signal(signal.SIGINT)
         there.finish()
     assert (into / "out").read_bytes() == image.read_bytes()
+
+
+async def arriving(guest):
+    """A migration whose source may say what it likes, without a network or a process."""
+    control = Control(Role.DESTINATION, lambda data: asyncio.sleep(0), "the source")
+    control.session.phase = Phase.MOVING
+    here = parse_endpoint("ipc://@nowhere")
+    arrival = Arrival(hello(), control, here, lambda _: guest, None, lambda name, data: None)
+    arrival.guest = guest
+    return arrival
+
+
+def test_what_a_source_says_is_forgotten():
+    """It may say any number of things: what was done with each does not stay."""
+
+    async def main():
+        arrival = await arriving(SampleDestination())
+        for number in range(100):
+            arrival.heard(encode(Round(number, 1)))
+        assert arrival._tasks
+        await until_async(lambda: not arrival._tasks, "all of it is done")
+        assert arrival.statistics.rounds == 99 and not arrival.finished.done()
+
+    asyncio.run(main())
+
+
+def test_contents_of_more_pages_than_digests_take_no_memory(tmp_path):
+    """The pages of a run, which is three numbers, are counted before there is a list of them."""
+    pages = 1 << 26
+
+    async def main():
+        guest = DirectoryDestination(GuestUri("image", f"{tmp_path}/"))
+        guest.lay_out(hello(name="vm", blocks=[Block("ram", pages * PAGE)], image_size=0))
+        arrival = await arriving(guest)
+        tracemalloc.start()
+        try:
+            for digests in (b"", bytes(16), bytes(17)):
+                with pytest.raises(RemoteProtocolError, match="digests"):
+                    await arrival._compare(Contents(0, [0], [pages], digests))
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+            guest.discard()
+            guest.close()
+
+    asyncio.run(main())
 
 
 # ---- a destination -------------------------------------------------------------------------

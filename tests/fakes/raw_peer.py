@@ -21,12 +21,22 @@ def long_frame(size, *, more=False):
 
 
 class RawPeer:
-    """One connection. `greeted`: with the handshake done."""
+    """One connection. `greeted`: with the handshake done; `window`: bytes that it takes unread."""
 
-    def __init__(self, port, *, greeted=True, identity=b"stranger"):
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+    def __init__(self, port, *, greeted=True, identity=b"stranger", window=0):
+        self.socket = socket.socket()
+        self.socket.settimeout(60)
+        if window:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
+        self.socket.connect(("127.0.0.1", port))
         if greeted:
             self.socket.sendall(GREETING + ready(identity))
+
+    def wait_until_greeted(self):
+        """Until the other end has done its part of the handshake: libzmq takes little before."""
+        said = b""
+        while b"Socket-Type" not in said:
+            said += self.socket.recv(4096)
 
     def send(self, data):
         self.socket.sendall(data)

@@ -1,5 +1,6 @@
 """Digests of RAM blocks: the content counts, not the file behind it."""
 
+import hashlib
 import os
 
 import pytest
@@ -12,6 +13,7 @@ from pageferry.workers.digest import (
     CHUNK_BYTES,
     PART_PAGES,
     block_digest,
+    chunk_digests,
     part_count,
     part_digest,
 )
@@ -149,3 +151,14 @@ def test_a_file_that_became_shorter(make):
     os.truncate(block.file.name, PAGE_SIZE)
     with pytest.raises(SourceError, match="shorter"):
         digest(block)
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("what", CONTENTS)
+def test_each_chunk_has_its_digest(make, what, holes):
+    """Half a SHA-256, in order; the last one of what is left."""
+    content = CONTENTS[what]
+    assert chunk_digests(make(content, start=PAGE_SIZE, holes=holes)) == b"".join(
+        hashlib.sha256(content[at : at + CHUNK_BYTES]).digest()[:16]
+        for at in range(0, len(content), CHUNK_BYTES)
+    )

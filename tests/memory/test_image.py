@@ -65,6 +65,16 @@ def elf(*segments, kind=ET_CORE, size=0):
     return bytes(out)
 
 
+def many_segments(count):
+    """A core whose first section header says how many segments there are: more than fit in 16 bits
+    (elf(5), PN_XNUM)."""
+    core = bytearray(elf(Segment(0x1000, pattern(4096)), size=0x3000))
+    struct.pack_into("<Q", core, 0x28, 0x2000)  # e_shoff
+    struct.pack_into("<HHHH", core, 0x38, 0xFFFF, 64, 1, 0)  # e_phnum, e_shentsize, e_shnum
+    struct.pack_into("<I", core, 0x2000 + 44, count)  # sh_info
+    return bytes(core)
+
+
 def pattern(length, seed=1):
     """Bytes that differ from page to page."""
     return b"".join((seed * 1000003 + i).to_bytes(8, "little") for i in range(length // 8 + 1))[
@@ -284,10 +294,11 @@ def test_segments_that_touch_and_a_segment_with_the_headers_in_it(opened, tmp_pa
         (elf(Segment(500, b"note", kind=PT_NOTE)), "0 memory segments"),
         (elf(Segment(500, b"", memory=PAGE_SIZE)), "0 memory segments"),
         (elf(), "0 memory segments|damaged"),
+        (many_segments(1 << 20), "1048576 segments"),
     ],
     ids=[
         "end missing", "half of it", "part of a header", "header missing", "only the type",
-        "overlap", "the same place", "notes only", "no data", "nothing",
+        "overlap", "the same place", "notes only", "no data", "nothing", "a million segments",
     ],
 )  # fmt: skip
 def test_cores_that_are_refused(opened, content, why):

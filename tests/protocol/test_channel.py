@@ -294,6 +294,16 @@ def test_the_receiver_refuses_what_cannot_come():
     refused(pair.receiver, RemoteProtocolError, "receive", *data_frame(3, round_=1))
 
 
+def test_no_more_can_be_lost_than_was_in_flight():
+    """A number far ahead is no gap: what was lost is counted, in 64 bits."""
+    receiver = ReceivingChannel()
+    for seq in (MAX_IN_FLIGHT + 1, 2**64 - 1):
+        refused(receiver, RemoteProtocolError, "receive", *data_frame(seq))
+        refused(receiver, RemoteProtocolError, "receive", encode_control(Frame(Kind.SYNC, seq, 1)))
+    assert receiver.receive(*data_frame(MAX_IN_FLIGHT)) is not None
+    assert receiver.lost == MAX_IN_FLIGHT
+
+
 # ---- anything at any time ------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pageferry.transport.pages import (
     NO_RUNS,
     PAGE_SIZE,
+    apart,
     check_runs,
     complement,
     mark,
@@ -138,6 +139,14 @@ def test_check_runs_says_what_a_check_without_overflow_says(pairs, pages):
         np.array([count for _, count in pairs], np.int64),
     )
     assert check_runs(table, pages) is naive_check(pairs, pages)
+
+
+@given(st.lists(st.sets(st.integers(0, 30), max_size=6), max_size=3))
+@examples
+def test_apart_says_whether_a_page_is_in_two_tables(sets):
+    """As sets say it."""
+    tables = [runs_of(np.array(sorted(pages), np.int64)) for pages in sets]
+    assert apart(tables) is (sum(map(len, sets)) == len(set().union(*sets)))
 
 
 @pytest.mark.parametrize(

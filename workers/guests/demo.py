@@ -28,7 +28,7 @@ from ...transport.errors import (
     SourceError,
     UsageError,
 )
-from ...transport.messages import POSTCOPY, Block, Hello
+from ...transport.messages import POSTCOPY, UNDECODABLE, Block, Hello
 from ...transport.pages import PAGE_SIZE, Runs
 from ...transport.quantities import parse_size
 from ..forking import start_process
@@ -356,12 +356,7 @@ class DemoDestination(DestinationGuest):
 
     def load_state(self, kind: str, state: bytes, running: bool) -> None:
         assert self._guest is not None
-        try:
-            registers = msgspec.msgpack.decode(state, type=Registers)
-        except msgspec.DecodeError as e:
-            raise RemoteProtocolError(f"demo registers that make no sense: {e}") from e
-        _check_registers(registers, self.blocks[0].pages)
-        self._guest.ask("load", registers)
+        self._guest.ask("load", registers_of(state, self.blocks[0].pages))
 
     def run(self) -> str:
         assert self._guest is not None
@@ -413,8 +408,13 @@ class DemoDestination(DestinationGuest):
             self.memory.close()
 
 
-def _check_registers(registers: Registers, pages: int) -> None:
-    """RemoteProtocolError for what no demo guest of `pages` pages has."""
+def registers_of(state: bytes, pages: int) -> Registers:
+    """A device state as registers; RemoteProtocolError for what no demo guest of `pages` pages
+    has."""
+    try:
+        registers = msgspec.msgpack.decode(state, type=Registers)
+    except UNDECODABLE as e:
+        raise RemoteProtocolError(f"demo registers that make no sense: {e}") from e
     if registers.content not in CONTENTS:
         raise RemoteProtocolError(f"demo registers with content {registers.content!r}")
     if registers.access not in ACCESSES:
@@ -423,3 +423,4 @@ def _check_registers(registers: Registers, pages: int) -> None:
         raise RemoteProtocolError("demo registers with several vcpus and sequential access")
     if registers.position >= pages:
         raise RemoteProtocolError(f"demo registers at page {registers.position} of {pages}")
+    return registers

@@ -18,6 +18,7 @@ import msgspec
 
 from ...transport.errors import DestinationError, HostLacks, SourceError, UsageError
 from ...transport.links import clear_dead_socket
+from ...transport.messages import UNDECODABLE
 from ..names import Folder
 
 _MAX_MESSAGE = 1 << 20
@@ -59,7 +60,7 @@ def decode_mappings(data: bytes, descriptors: list[int]) -> list[Mapping]:
         if not descriptors:
             raise SourceError("the guest's handover holds no userfaultfd")
         return mappings
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+    except UNDECODABLE as e:
         for fd in descriptors:
             os.close(fd)
         raise SourceError(f"the guest's handover makes no sense: {e}") from e

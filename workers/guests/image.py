@@ -18,7 +18,7 @@ from ...transport.errors import (
     SourceError,
     VerificationFailed,
 )
-from ...transport.messages import MAX_BLOCKS, Block, Hello
+from ...transport.messages import MAX_BLOCKS, UNDECODABLE, Block, Hello
 from ..ram import RamBlock, RamFile
 from .base import DestinationGuest, SourceGuest, layout_size
 from .files import NewFile, open_to_read
@@ -26,6 +26,8 @@ from .uri import GuestUri
 
 # What an ELF core holds beside memory: notes of some KiB a thread.
 _MAX_SKELETON = 64 << 20
+# Of memory and of anything else.
+_MAX_SEGMENTS = 2 * MAX_BLOCKS
 _ELF_MAGIC, _ET_CORE = b"\x7fELF", 4
 
 
@@ -79,7 +81,12 @@ def _core_blocks(fd: int, size: int, path: str) -> list[Block]:
     blocks: list[Block] = []
     try:
         with os.fdopen(os.dup(fd), "rb") as stream:
-            for segment in ELFFile(stream).iter_segments("PT_LOAD"):
+            core = ELFFile(stream)
+            if (
+                core.num_segments() > _MAX_SEGMENTS
+            ):  # a header may claim 2^32, and each is looked at
+                raise SourceError(f"{path} is an ELF core with {core.num_segments()} segments")
+            for segment in core.iter_segments("PT_LOAD"):
                 header = segment.header
                 if header.p_filesz:
                     address = header.p_paddr or header.p_vaddr
@@ -144,7 +151,7 @@ class ImageDestination(DestinationGuest):
         assert self._new is not None
         try:
             said = msgspec.msgpack.decode(state, type=ImageState)
-        except msgspec.DecodeError as e:
+        except UNDECODABLE as e:
             raise RemoteProtocolError(f"image state that makes no sense: {e}") from e
         if sum_of(said.pieces) != said.sum:
             raise VerificationFailed("what belongs to no memory of the image came damaged")

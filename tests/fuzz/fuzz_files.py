@@ -1,0 +1,205 @@
+"""Fuzz targets: files, and what comes from others on this host (monitors of virtual machines, QMP).
+
+As in fuzz_channels.py, a target raises nothing but what it asserts. Files are memfds: nothing has a
+name, and nothing is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from typing import Any
+
+import msgspec
+from fuzz_draw import Draw
+
+from pageferry.pipeline import manifest, profiles
+from pageferry.pipeline.monitor import Conversation, Splitter, _line
+from pageferry.pipeline.restoring import regions_of
+from pageferry.transport.errors import (
+    HostLacks,
+    RemoteProtocolError,
+    SourceError,
+    UsageError,
+    VerificationFailed,
+)
+from pageferry.transport.messages import MAX_BLOCKS, Block, Hello
+from pageferry.transport.pages import PAGE_SIZE
+from pageferry.workers.guests.demo import registers_of
+from pageferry.workers.guests.handover import decode_mappings
+from pageferry.workers.guests.image import (
+    ImageDestination,
+    ImageState,
+    _core_blocks,
+    _skeleton,
+    sum_of,
+)
+from pageferry.workers.guests.uri import GuestUri
+
+
+@contextlib.contextmanager
+def _file(data: bytes):
+    fd = os.memfd_create("fuzz", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, data)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def core(data: bytes) -> None:
+    """An ELF core: blocks in the file, apart from each other, and all that lies around them."""
+    with _file(data) as fd:
+        try:
+            blocks = _core_blocks(fd, len(data), "a core")
+            pieces = _skeleton(fd, len(data), blocks, "a core")
+        except SourceError:
+            return
+    assert len(blocks) <= MAX_BLOCKS
+    out, at = bytearray(len(data)), 0
+    for block in blocks:
+        assert at <= block.offset < block.offset + block.size <= len(data)
+        at = block.offset + block.size
+        out[block.offset : at] = data[block.offset : at]
+    for offset, piece in pieces:
+        out[offset : offset + len(piece)] = piece
+    assert out == data
+
+
+# ---- an image's state, and the demo guest's ------------------------------------------------
+
+_SIZE = 16 * PAGE_SIZE
+_HELLO = Hello(1, "0", "id", "image", [Block("ram", _SIZE)], 1, 256, image_size=_SIZE)
+
+
+def image_state(data: bytes) -> None:
+    """What of an image is no memory, as it is and with the right sum: never outside of the file."""
+    states = [data]
+    with contextlib.suppress(msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        pieces = msgspec.msgpack.decode(data, type=ImageState).pieces
+        states.append(msgspec.msgpack.encode(ImageState(pieces, sum_of(pieces))))
+    for state in states:
+        guest = ImageDestination(GuestUri("image", os.path.join(tempfile.gettempdir(), "fuzz")))
+        try:
+            guest.lay_out(_HELLO)
+            with contextlib.suppress(RemoteProtocolError, VerificationFailed):
+                guest.load_state("image", state, False)
+            assert guest.blocks[0].file.mapping().size() == _SIZE
+        finally:
+            guest.discard()
+
+
+def demo_state(data: bytes) -> None:
+    """The demo guest's registers: of a guest of that many pages, or refused."""
+    with contextlib.suppress(RemoteProtocolError):
+        registers = registers_of(data, 100)
+        assert 0 <= registers.position < 100 and registers.vcpus >= 1
+
+
+# ---- a monitor that hands its guest's memory over ------------------------------------------
+
+
+def handover(data: bytes) -> None:
+    """Firecracker's handover: regions of the snapshot, apart from each other, or refused with its
+    descriptors closed."""
+    block = Block("ram", 64 << 20)
+    with _file(b"") as fd:
+        given = os.dup(fd)
+        try:
+            mappings = decode_mappings(data, [given])
+        except SourceError:
+            with contextlib.suppress(OSError):
+                os.fstat(given)
+                raise AssertionError("a descriptor was left open") from None
+            return
+        os.close(given)
+    try:
+        regions, page_size = regions_of(mappings, block)
+    except SourceError:
+        return
+    end = 0
+    for region in sorted(regions, key=lambda r: r.first):
+        assert end <= region.first and region.pages > 0 and region.page_size == page_size
+        end = region.first + region.pages
+        assert 0 <= region.address < 1 << 63
+    assert end * PAGE_SIZE <= block.size
+
+
+# ---- QMP -----------------------------------------------------------------------------------
+
+
+class _Idle:
+    """What a monitor looks at when nothing happens."""
+
+    def query(self) -> dict[str, Any]:
+        return {"status": "none"}
+
+    query_parameters = query
+
+    def can_be_yanked(self) -> bool:
+        return False
+
+    def set_parameters(self, arguments: dict[str, Any]) -> None:
+        raise UsageError("no")
+
+    def recover(self, where: str | None) -> None:
+        assert where is None or isinstance(where, str)
+
+    def cancel(self) -> None:
+        pass
+
+    yank = start_postcopy = pause = cancel
+
+
+def _pieces(*parts: bytes) -> list[bytes] | None:
+    splitter, found = Splitter(), []
+    try:
+        for part in parts:
+            found += splitter.feed(part)
+    except ValueError:
+        return None
+    return found
+
+
+def qmp(data: bytes) -> None:
+    """A client of the monitor: cut in the same places however it comes, and each piece answered."""
+    whole = _pieces(data)
+    at = len(data) // 2
+    assert _pieces(data[:at], data[at:]) == whole
+    talk = Conversation(_Idle())
+    talk.negotiated = bool(data) and data[0] % 2 == 0
+    for piece in whole or ():
+        answer = msgspec.json.decode(_line(talk.answer(piece)))
+        assert ("return" in answer) != ("error" in answer)
+
+
+# ---- what people write ---------------------------------------------------------------------
+
+
+def batch(data: bytes) -> None:
+    """A manifest: the first byte says in which form."""
+    draw = Draw(data)
+    form = draw.one_of(("TOML", "JSON", "YAML"))
+    with contextlib.suppress(UsageError, HostLacks):
+        found = manifest.parse(draw.rest(), form, "/images", "tcp://192.0.2.7:4444")
+        assert found.items and found.policy.parallel >= 1
+        for item in found.items:
+            item.parameters()
+
+
+def profile(data: bytes) -> None:
+    """A profile; what it says can be written and says the same."""
+    with _file(data) as fd:
+        try:
+            found = profiles.read_profile(f"/proc/self/fd/{fd}")
+        except UsageError:
+            return
+    with _file(profiles.render(found, ["again"]).encode()) as fd:
+        assert profiles.read_profile(f"/proc/self/fd/{fd}") == found
+
+
+TARGETS = {
+    f.__name__.replace("_", "-"): f
+    for f in (core, image_state, demo_state, handover, qmp, batch, profile)
+}
