@@ -35,7 +35,7 @@ from ..transport.errors import (
     as_ours,
 )
 from ..transport.handshake import refusal
-from ..transport.links import Endpoint, connect, probe
+from ..transport.links import TOKEN_BYTES, Endpoint, connect, probe
 from ..transport.messages import Block
 from ..transport.pages import PAGE_SIZE, mark, runs_of
 from ..transport.session import Role
@@ -548,6 +548,8 @@ class Restoring:
         n = len(serving.endpoints)
         if not 1 <= n == len(serving.tokens) == workers <= messages.MAX_WORKERS:
             raise RemoteProtocolError("the channels do not match what was offered")
+        if any(len(token) != TOKEN_BYTES for token in (*serving.tokens, serving.urgent[1])):
+            raise RemoteProtocolError("a channel's token is of another length than it can be")
         if self._counters is not None and self._counters.workers != n:
             raise RemoteProtocolError("the source has another number of channels than before")
         if self._counters is None:

@@ -18,6 +18,7 @@ from raw_peer import GREETING, RawPeer, long_frame, ready
 
 from pageferry.pipeline.control import Control
 from pageferry.pipeline.destination import Arrival
+from pageferry.pipeline.restoring import Restoring
 from pageferry.transport import messages
 from pageferry.transport.errors import RemoteProtocolError
 from pageferry.transport.links import parse_endpoint
@@ -37,6 +38,7 @@ from pageferry.transport.messages import (
     Resume,
     Round,
     Run,
+    Serving,
     StatePart,
     Welcome,
     decode,
@@ -306,6 +308,26 @@ def test_contents_of_more_pages_than_digests_take_no_memory(tmp_path):
             tracemalloc.stop()
             guest.discard()
             guest.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("length", [0, 15, 17, 256])
+def test_a_snapshots_source_with_tokens_that_there_cannot_be(tmp_path, length):
+    """As an identity of a socket they may be none at all."""
+    good, bad = b"t" * 16, b"t" * length
+
+    async def main():
+        restoring = Restoring(parse_endpoint("tcp://127.0.0.1:9"), f"{tmp_path}/uffd")
+        restoring._faults = object()
+        try:
+            for tokens, urgent in (([good, bad], good), ([good, good], bad)):
+                said = Serving(["tcp:1", "tcp:2"], tokens, ("tcp:3", urgent), [0], [1])
+                with pytest.raises(RemoteProtocolError, match="token"):
+                    await restoring._start_workers(said, 2)
+        finally:
+            restoring._faults = None
+            await restoring._close()
 
     asyncio.run(main())
 

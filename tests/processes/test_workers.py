@@ -1,6 +1,7 @@
 """Real worker processes, driven by a coordinator that is the test: frames lost, damaged, late."""
 
 import asyncio
+import fcntl
 import os
 import random
 import signal
@@ -246,8 +247,21 @@ def test_pages_that_come_out_otherwise_end_it(tmp_path):
     asyncio.run(_with_receiver(tmp_path, body, checked=True))
 
 
+def test_what_lands_elsewhere_ends_it(tmp_path):
+    """The page does not hold what was written: a file that is appended to gets it at its end,
+    wherever it should go."""
+
+    async def body(coordinator, line, block):
+        fcntl.fcntl(block.file.fd, fcntl.F_SETFL, os.O_APPEND)  # of the receiver's as well
+        line.send(3, b"a" * PAGE)
+        error = await coordinator.failure(VerificationFailed)
+        assert "does not hold what was written" in error.message
+
+    asyncio.run(_with_receiver(tmp_path, body, checked=True))
+
+
 def test_a_page_that_is_two_things_at_once_ends_it(tmp_path):
-    """A frame that writes a page twice: it does not hold what was written first."""
+    """A frame that has a page twice; nothing of it is written."""
 
     async def body(coordinator, line, block):
         runs = (np.array([3]), np.array([1]))
@@ -255,8 +269,9 @@ def test_a_page_that_is_two_things_at_once_ends_it(tmp_path):
         total = xxhash.xxh3_64_intdigest(b"a" * PAGE + b"b" * PAGE)
         frame = Frame(Kind.DATA, 0, 1, 0, 3, NO_RUNS, runs, runs, content_sum=total)
         line.socket.send_multipart([encode_data(frame, parts), b"".join(parts)])
-        error = await coordinator.failure(VerificationFailed)
-        assert "does not hold what was written" in error.message
+        error = await coordinator.failure(RemoteProtocolError)
+        assert "twice" in error.message
+        assert block.read(3 * PAGE, PAGE) == bytes(PAGE)
 
     asyncio.run(_with_receiver(tmp_path, body, checked=True))
 
