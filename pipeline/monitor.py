@@ -22,6 +22,8 @@ from ..transport.messages import UNDECODABLE
 
 # A command is short; one that does not end is none.
 _MAX_COMMAND = 1 << 16
+# Bytes of events that a client has not taken: beyond that it is dropped.
+_MOST_UNREAD = 1 << 20
 _COMMANDS = (
     "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
     "migrate-set-parameters", "migrate_cancel", "query-version", "migrate-start-postcopy",
@@ -209,7 +211,9 @@ class Monitor:
             "timestamp": {"seconds": seconds, "microseconds": microseconds},
         }
         for writer, conversation in self._clients.items():
-            if conversation.negotiated:
+            if writer.transport.get_write_buffer_size() > _MOST_UNREAD:
+                writer.transport.abort()
+            elif conversation.negotiated:
                 writer.write(_line(event))
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

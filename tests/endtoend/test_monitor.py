@@ -4,9 +4,11 @@ import asyncio
 import json
 
 import pytest
-from helpers import Running, until
+from helpers import Running, until, until_async
 from helpers import pageferry as run
 from qemu.qmp import ExecuteError, QMPClient
+
+from pageferry.pipeline.monitor import serve_monitor
 
 
 @pytest.fixture
@@ -94,3 +96,34 @@ def test_a_dead_monitor_s_socket_is_replaced_a_living_one_refused(slow, tmp_path
     until(lambda: slow.process.poll() is not None, "it ends")
     third = run("copy", "demo:?size=1M", "demo:", "--monitor", slow.where)
     assert third.returncode == 0, third.stderr
+
+
+def test_a_client_that_reads_nothing_is_dropped(tmp_path):
+    """A peer decides how many events there are: they do not stay in memory for it; whoever reads
+    gets them all."""
+
+    class Quiet:
+        def query(self):
+            return {}
+
+    async def client():
+        reader, writer = await asyncio.open_unix_connection(f"{tmp_path}/m")
+        await reader.readline()
+        writer.write(b'{"execute": "qmp_capabilities"}')
+        await reader.readline()
+        return reader, writer
+
+    async def main():
+        async with serve_monitor(f"unix:{tmp_path}/m", Quiet()) as monitor:
+            (reader, ours), (_, theirs) = await client(), await client()
+            sent = 0
+            while len(monitor._clients) == 2:
+                monitor.emit("MIGRATION_PASS", {"pass": sent, "text": "x" * 4096})
+                assert json.loads(await reader.readline())["data"]["pass"] == sent
+                sent += 1
+                assert sent < 10_000
+            for writer in (ours, theirs):
+                writer.close()
+            await until_async(lambda: not monitor._clients, "both are gone")
+
+    asyncio.run(main())
