@@ -954,6 +954,7 @@ class Destination:
         if self._gate is not None and self._attending is None:
             self._attending = asyncio.ensure_future(self._gate.attend())
         while True:
+            await asyncio.sleep(0)  # all others have a turn, however much a stranger says
             if self._incoming is None:
                 self._incoming = asyncio.ensure_future(self._socket.recv_multipart(copy=False))
             # Whoever waits may be cancelled when it has come already: then it is the next one's. It

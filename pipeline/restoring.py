@@ -326,6 +326,7 @@ class Restoring:
         self, sock: Any, control: Control, heard: asyncio.Queue[messages.AnyMessage]
     ) -> None:
         while True:
+            await asyncio.sleep(0)  # all others have a turn, however much the peer says
             message = control.heard(await sock.recv())
             if isinstance(message, messages.Abort):
                 raise messages.error_of(message)

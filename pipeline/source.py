@@ -632,6 +632,7 @@ class Source:
 
     async def _read_control(self) -> None:
         while True:
+            await asyncio.sleep(0)  # all others have a turn, however much the peer says
             data = await self._socket.recv()
             try:
                 message = self._control.heard(data)

@@ -17,7 +17,7 @@ from helpers import pageferry as run
 from raw_peer import GREETING, RawPeer, long_frame, ready
 
 from pageferry.pipeline.control import Control
-from pageferry.pipeline.destination import Arrival
+from pageferry.pipeline.destination import Arrival, Destination
 from pageferry.pipeline.restoring import Restoring
 from pageferry.transport import messages
 from pageferry.transport.errors import RemoteProtocolError
@@ -26,14 +26,18 @@ from pageferry.transport.messages import (
     PAGE_SUMS,
     PROTOCOL,
     Abort,
+    Armed,
     Block,
     Contents,
     DeviceState,
     DigestRequest,
     Discard,
     Hello,
+    Layout,
     Missing,
+    Offer,
     Ping,
+    Pull,
     Refused,
     Resume,
     Round,
@@ -290,6 +294,35 @@ def test_what_a_source_says_is_forgotten():
     asyncio.run(main())
 
 
+def test_whoever_says_much_takes_no_turn_of_others(tmp_path):
+    """A message that is there is taken without waiting: between two all others are heard."""
+    messages_said, turns = 500, 0
+
+    async def ticking():
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async def main():
+        there = Destination(parse_endpoint(f"ipc://{tmp_path}/s"), lambda _: SampleDestination())
+        with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+            stranger.linger = 0
+            stranger.connect(str(there.endpoint))
+            for _ in range(messages_said):
+                stranger.send(b"\xc1garbage")
+            ticker = asyncio.ensure_future(ticking())
+            for _ in range(messages_said):
+                before = turns
+                await there._next_message()
+                assert turns > before
+            ticker.cancel()
+            await asyncio.gather(ticker, return_exceptions=True)
+        there.close()
+
+    asyncio.run(main())
+
+
 def test_contents_of_more_pages_than_digests_take_no_memory(tmp_path):
     """The pages of a run, which is three numbers, are counted before there is a list of them."""
     pages = 1 << 26
@@ -310,6 +343,52 @@ def test_contents_of_more_pages_than_digests_take_no_memory(tmp_path):
             guest.close()
 
     asyncio.run(main())
+
+
+# What somebody who pulls a snapshot of 500 pages says after its Offer.
+LAID = {
+    "garbage": b"\xc1garbage",
+    "Armed before anything": Armed(),
+    "a second Pull": Pull(PROTOCOL, "1"),
+    "pages behind the end": Layout(PAGE, [499], [2]),
+    "pages before the beginning": Layout(PAGE, [-1], [2]),
+    "pages twice": Layout(PAGE, [0, 1], [2, 1]),
+    "no pages in a run": Layout(PAGE, [0], [0]),
+    "more starts than counts": Layout(PAGE, [0, 5], [1]),
+    "more pages than a number holds": Layout(PAGE, [0], [1 << 64 - 1]),
+    "host pages of nothing": Layout(0, [0], [1]),
+    "host pages that there are not": Layout(8192, [0], [2]),
+    "host pages below zero": Layout(-PAGE, [0], [1]),
+    "bits of another layout": Layout(PAGE, [0], [500], b"\xff"),
+    "a key that nobody asked for": Layout(PAGE, [0], [500], key=b"x" * 40),
+}
+
+
+def test_a_hostile_destination_of_a_snapshot_ends_its_own_pull_only(image):
+    """Each is told that it broke the protocol; who lays out what there is is served."""
+    with (
+        Running("serve", f"image:{image}", "--listen", "tcp://127.0.0.1:0", "--json",
+                "--workers", "1") as server,
+        zmq.Context() as context,
+    ):  # fmt: skip
+        endpoint = json.loads(server.line())["endpoint"]
+        for what, said in (*LAID.items(), ("right", Layout(PAGE, [0], [500]))):
+            peer = HostileSource(context, endpoint)
+            peer.say(Pull(PROTOCOL, "1"))
+            assert isinstance(peer.hear(), Offer), what
+            peer.say(said)
+            answer = peer.hear()
+            if what == "right":
+                assert isinstance(answer, Serving)
+            else:
+                assert isinstance(answer, Abort), (what, answer)
+                assert answer.error == "RemoteProtocolError", (what, answer)
+                told = json.loads(server.line())["error"]
+                assert told["class"] == "RemoteProtocolError", (what, told)
+            peer.close()
+        server.process.send_signal(signal.SIGINT)
+        _, _, err = server.finish()
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("length", [0, 15, 17, 256])
