@@ -301,8 +301,8 @@ def test_whoever_says_much_takes_no_turn_of_others(tmp_path):
     async def ticking():
         nonlocal turns
         while True:
-            await asyncio.sleep(0)
             turns += 1
+            await asyncio.sleep(0)
 
     async def main():
         there = Destination(parse_endpoint(f"ipc://{tmp_path}/s"), lambda _: SampleDestination())
@@ -312,13 +312,15 @@ def test_whoever_says_much_takes_no_turn_of_others(tmp_path):
             for _ in range(messages_said):
                 stranger.send(b"\xc1garbage")
             ticker = asyncio.ensure_future(ticking())
-            for _ in range(messages_said):
-                before = turns
-                await there._next_message()
-                assert turns > before
-            ticker.cancel()
-            await asyncio.gather(ticker, return_exceptions=True)
-        there.close()
+            try:
+                for _ in range(messages_said):
+                    before = turns
+                    await there._next_message()
+                    assert turns > before
+            finally:
+                ticker.cancel()
+                await asyncio.gather(ticker, return_exceptions=True)
+                there.close()
 
     asyncio.run(main())
 
