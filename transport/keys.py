@@ -106,6 +106,8 @@ class KeyDirectory:
     def _check_folder(self, folder: str) -> None:
         try:
             found = os.stat(folder)
+        except PermissionError as e:
+            raise self._closed() from e
         except OSError as e:
             raise UsageError(
                 f"cannot read the keys in {self.path} ({e.strerror}): `pageferry keys new --keys "
@@ -123,8 +125,17 @@ class KeyDirectory:
             raise UsageError(
                 f"{self.path} has no key: `pageferry keys new --keys {self.path}` makes one"
             ) from e
+        except PermissionError as e:
+            raise self._closed() from e
         except (OSError, ValueError) as e:
             raise UsageError(f"cannot read the key {path}: {_why(e)}") from e
+
+    def _closed(self) -> UsageError:
+        uid = os.geteuid()
+        return UsageError(
+            f"user {uid} may not read the keys in {self.path}: give them to it (chown -R {uid} "
+            f"{self.path}), or use keys of its own"
+        )
 
     # ---- peers -----------------------------------------------------------------------------
 

@@ -17,9 +17,9 @@ from ...workers.guests import GuestUri, is_directory, parse_guest
 from .copy import checked_oracle
 from .log_lines import escaped
 from .main import error_object
-from .options import integer, listening_options, output_options, page_options
+from .options import integer, listening_options, output_options, page_options, user_option
 from .reporting import received
-from .running import Interrupts, run, show
+from .running import Interrupts, as_user, run, show
 from .view import View
 
 
@@ -35,6 +35,7 @@ from .view import View
               "arrive at a time, with --into image:DIR/.")  # fmt: skip
 @click.option("--once", is_flag=True, help="End after one migration, with its exit code.")
 @listening_options
+@user_option
 @page_options
 @output_options
 def receive_command(
@@ -58,6 +59,7 @@ def receive_command(
     guest = None if into is None else parse_guest(into)
     expected = "demo" if guest is not None and guest.kind == "demo" else None
     as_json, quiet = options["as_json"], options["quiet"]
+    as_user(options["user"])
     if guest is not None and is_directory(guest) and not once:
         _receive_many(endpoint, guest, integer("at-once", at_once) or 0, options)
         return

@@ -15,8 +15,8 @@ from ...transport.links import parse_endpoint
 from ...transport.quantities import format_bytes, format_seconds, parse_rate
 from ...workers.guests import parse_guest
 from .main import error_object
-from .options import integer, listening_options, trace_option
-from .running import Interrupts, run
+from .options import integer, listening_options, trace_option, user_option
+from .running import Interrupts, as_user, run
 from .view import View
 
 
@@ -30,6 +30,7 @@ from .view import View
 @click.option("--max-postcopy-bandwidth", metavar="RATE", default="0",
               help="For the background of each destination. Default: no limit.")  # fmt: skip
 @listening_options
+@user_option
 @trace_option
 @click.option("--json", "as_json", is_flag=True, help="A JSON object a line on stdout.")
 @click.option("--quiet", is_flag=True, help="Say nothing.")
@@ -50,6 +51,7 @@ def serve_command(source: str, listen: str, **options: Any) -> None:
         insecure=options["insecure"],
     ).checked()
     as_json, quiet = options["as_json"], options["quiet"]
+    as_user(options["user"])
 
     async def start(view: View, interrupts: Interrupts) -> None:
         def ended(name: str, report: dict[str, Any] | None, error: PageferryError | None) -> None:
