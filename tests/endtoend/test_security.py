@@ -225,8 +225,9 @@ def test_a_batch(ends, image, tmp_path):
 
 class Relay:
     """Between a source that dials an address of ours and a receiver at another: copies bytes and
-    keeps them. Nobody else has ports at either. Channels are at ports that the receiver tells; so before anything goes back to
-    the source, whatever port the receiver listens at is listened at here."""
+    keeps them. Nobody else has ports at either. Channels are at ports that the receiver tells; so
+    before anything goes back to the source, whatever port the receiver listens at is listened at
+    here."""
 
     def __init__(self, near, address, port):
         self.near, self.address, self.kept, self._lock = near, address, [], threading.Lock()
@@ -290,7 +291,8 @@ class Relay:
 @pytest.mark.parametrize("postcopy", [(), ("--postcopy", "now")])
 def test_on_the_wire(ends, image, tmp_path, secured, postcopy):
     """A relay between both ends keeps all bytes: pages are in it without keys, with them not."""
-    near, address = (f"127.{n}.{os.getpid() // 250 % 250}.{os.getpid() % 250 + 1}" for n in (78, 77))
+    own = f"{os.getpid() // 250 % 250}.{os.getpid() % 250 + 1}"
+    near, address = f"127.78.{own}", f"127.77.{own}"
     here = ("--keys", ends.here.path) if secured else ()
     there = ("--keys", ends.there.path) if secured else ()
     source = "demo:?size=8M&content=text" if postcopy else f"image:{image}"
@@ -298,9 +300,7 @@ def test_on_the_wire(ends, image, tmp_path, secured, postcopy):
     with receiver(*into, *there, "--once", listen=f"tcp://{address}:0") as receiving:
         relay = Relay(near, address, parse_endpoint(receiving.endpoint).port)
         try:
-            done = send(
-                source, f"tcp://{near}:{relay.port}", "--codec", "none", *here, *postcopy
-            )
+            done = send(source, f"tcp://{near}:{relay.port}", "--codec", "none", *here, *postcopy)
             assert done.returncode == 0, done.stderr
             assert receiving.finish()[0] == 0
         finally:
