@@ -69,6 +69,7 @@ class KeyDirectory:
     have changed or read what is there."""
 
     domain = "pageferry"
+    mechanism = "CURVE"
 
     def __init__(self, path: str) -> None:
         self.path = os.path.abspath(path)

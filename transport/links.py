@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import zmq
 from zmq.utils import garbage
 
-from .curve import Binds, Dials, Gatekeeper, zap_answer
+from .curve import CHANNEL_USER, Binds, Dials, Gatekeeper, Invites, password, zap_answer
 from .errors import (
     ConnectError,
     DestinationError,
@@ -182,7 +182,7 @@ def _prepare(
 
 
 class Gate:
-    """Says, in a context that listens with keys, who may connect: libzmq asks it of each
+    """Says, in a context that does not listen to everybody, who may connect: libzmq asks it of each
     connection, and refuses where there is none (ZAP_ENFORCE_DOMAIN). Make it before `bind`."""
 
     def __init__(self, context: Any, gatekeeper: Gatekeeper) -> None:
@@ -226,16 +226,19 @@ def bind(
     gatekeeper: Gatekeeper | None = None,
 ) -> tuple[Any, Endpoint]:
     """A listening ROUTER at `endpoint`, and where it really listens (port 0: the kernel's pick).
-    `control`: it is a control link's, with messages of so many bytes at the most; `gatekeeper`:
-    only with keys; the context has a Gate."""
+    `control`: it is a control link's, with messages of so many bytes at the most; `gatekeeper`: who
+    may join, and the context has a Gate; None: everybody (a control link without keys)."""
     sock = context.socket(zmq.ROUTER)
     _prepare(sock, control or MAX_PAYLOAD + 65536, endpoint, tos)
     if control:
         sock.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
     sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     if gatekeeper is not None:
-        sock.setsockopt(zmq.CURVE_SERVER, 1)
-        sock.setsockopt(zmq.CURVE_SECRETKEY, gatekeeper.secret)
+        if gatekeeper.mechanism == "CURVE":
+            sock.setsockopt(zmq.CURVE_SERVER, 1)
+            sock.setsockopt(zmq.CURVE_SECRETKEY, gatekeeper.secret)
+        else:
+            sock.setsockopt(zmq.PLAIN_SERVER, 1)
         sock.setsockopt(zmq.ZAP_DOMAIN, gatekeeper.domain.encode())
         sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -243,6 +246,9 @@ def bind(
     sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
     try:
         if endpoint.scheme == "ipc":
+            # an abstract name has no mode: whose process it is, is asked of the kernel
+            for uid in {os.geteuid(), 0}:
+                sock.setsockopt(zmq.IPC_FILTER_UID, uid)
             if not endpoint.path.startswith("@"):
                 clear_dead_socket(endpoint.path, str(endpoint))
             # the umask makes the socket ours alone before anybody can connect
@@ -262,6 +268,20 @@ def bind(
     assert isinstance(last, bytes)
     bound = int(last.rstrip(b"\0").decode().rpartition(":")[2])
     return sock, Endpoint("tcp", endpoint.host, bound)
+
+
+def open_channel(
+    context: Any, endpoint: Endpoint, token: bytes, curve: Binds | None, tos: int = 0
+) -> tuple[Gate, Any, Endpoint]:
+    """`bind` for whoever was told `token` and has the key, if there are keys; nobody else gets a
+    byte in. The caller closes gate and socket, and has the gate answer."""
+    gatekeeper: Gatekeeper = Invites(token) if curve is None else curve
+    gate = Gate(context, gatekeeper)
+    try:
+        return gate, *bind(context, endpoint, tos=tos, gatekeeper=gatekeeper)
+    except BaseException:
+        gate.close()
+        raise
 
 
 def clear_dead_socket(path: str, what: str) -> None:
@@ -319,6 +339,9 @@ def connect(
         sock.setsockopt(zmq.CURVE_SERVERKEY, curve.server)
         sock.setsockopt(zmq.CURVE_PUBLICKEY, curve.public)
         sock.setsockopt(zmq.CURVE_SECRETKEY, curve.secret)
+    elif not control:
+        sock.setsockopt(zmq.PLAIN_USERNAME, CHANNEL_USER)
+        sock.setsockopt(zmq.PLAIN_PASSWORD, password(token))
     if watched is not None:
         watched.append(sock.get_monitor_socket(_HANDSHAKES))
     sock.connect(str(endpoint))
@@ -407,15 +430,12 @@ class ZmqLink:
 
     def listen(self, endpoint: Endpoint, token: bytes, curve: Binds | None = None) -> Endpoint:
         self._token = token
-        if curve is not None:
-            self._gate = Gate(self._context, curve)
-        self._socket, self._endpoint = bind(
-            self._context, endpoint, tos=TOS_URGENT, gatekeeper=curve
+        self._gate, self._socket, self._endpoint = open_channel(
+            self._context, endpoint, token, curve, TOS_URGENT
         )
-        if self._gate is not None:
-            self._both = select.epoll()
-            for fd in (int(self._socket.getsockopt(zmq.FD)), self._gate.fd):
-                self._both.register(fd, select.EPOLLIN)
+        self._both = select.epoll()
+        for fd in (int(self._socket.getsockopt(zmq.FD)), self._gate.fd):
+            self._both.register(fd, select.EPOLLIN)
         return self._endpoint
 
     def dial(self, endpoint: Endpoint, token: bytes, curve: Dials | None = None) -> None:
@@ -443,14 +463,14 @@ class ZmqLink:
 
     def receive(self) -> bytes | None:
         sock = self._socket
-        if self._gate is not None:
-            self._gate.answer()
         while sock.getsockopt(EVENTS) & POLLIN:
             if not self._token:
                 return bytes(sock.recv(NOBLOCK))
             parts = sock.recv_multipart(NOBLOCK)
             if parts[0] == self._token and len(parts) == 2:
                 return bytes(parts[1])
+        if self._gate is not None:
+            self._gate.answer()
         return None
 
     def close(self) -> None:
