@@ -17,7 +17,7 @@ import re
 import select
 import socket
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import zmq
@@ -66,12 +66,14 @@ _SUN_PATH, _MAX_IPC_PATH = 107, 100
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a peer listens: tcp://HOST:PORT or ipc://PATH."""
+    """Where a peer listens: tcp://HOST:PORT or ipc://PATH. `fd`: a socket that listens there
+    already, for `bind` to take over; -1 if there is none."""
 
     scheme: str
     host: str = ""
     port: int = 0
     path: str = ""
+    fd: int = field(default=-1, compare=False, repr=False)
 
     def __str__(self) -> str:
         if self.scheme == "ipc":
@@ -244,12 +246,14 @@ def bind(
     sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
     # A peer whose connection broke comes back under its own token.
     sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    if endpoint.fd >= 0:
+        sock.setsockopt(zmq.USE_FD, endpoint.fd)
     try:
         if endpoint.scheme == "ipc":
             # an abstract name has no mode: whose process it is, is asked of the kernel
             for uid in {os.geteuid(), 0}:
                 sock.setsockopt(zmq.IPC_FILTER_UID, uid)
-            if not endpoint.path.startswith("@"):
+            if not endpoint.path.startswith("@") and endpoint.fd < 0:
                 clear_dead_socket(endpoint.path, str(endpoint))
             # the umask makes the socket ours alone before anybody can connect
             before = os.umask(0o177)
@@ -312,7 +316,7 @@ def short(endpoint: Endpoint) -> str:
 def unbind(sock: zmq.Socket[bytes], endpoint: Endpoint) -> None:
     """Close a listening socket and remove its path. Idempotent."""
     sock.close()
-    if endpoint.scheme == "ipc" and not endpoint.path.startswith("@"):
+    if endpoint.scheme == "ipc" and not endpoint.path.startswith("@") and endpoint.fd < 0:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(endpoint.path)
 

@@ -11,7 +11,7 @@ from ...pipeline import api
 from ...pipeline.destination import Destination
 from ...pipeline.reception import Reception
 from ...transport.errors import PageferryError, UsageError
-from ...transport.links import Endpoint, parse_endpoint
+from ...transport.links import Endpoint
 from ...transport.quantities import format_bytes, format_seconds
 from ...workers.guests import GuestUri, is_directory, parse_guest
 from .copy import checked_oracle
@@ -20,12 +20,13 @@ from .main import error_object
 from .options import integer, listening_options, output_options, page_options, user_option
 from .reporting import received
 from .running import Interrupts, as_user, run, show
+from .service import ready, where_to_listen
 from .view import View
 
 
 @click.command("receive")
-@click.option("--listen", required=True, metavar="ENDPOINT", help="tcp://HOST:PORT (port 0: any) "
-              "or ipc://PATH. Channels listen beside it, on ports of their own.")  # fmt: skip
+@click.option("--listen", required=True, metavar="ENDPOINT", help="tcp://HOST:PORT (port 0: any), "
+              "ipc://PATH, systemd. Channels listen beside it, on ports of their own.")  # fmt: skip
 @click.option("--into", metavar="DESTINATION", help="Where guests go. Default: a demo: guest as "
               "such, memory into a new segment in /dev/shm.")  # fmt: skip
 @click.option("--qemu-command", metavar="COMMAND", help="Start a QEMU for a VM that arrives, with "
@@ -51,7 +52,7 @@ def receive_command(
     \b
     pageferry receive --listen tcp://192.0.2.7:4444 --into image:/var/lib/vm.mem --once
     """
-    endpoint = parse_endpoint(listen)
+    endpoint = where_to_listen(listen)
     if options["keys"] and options["insecure"]:
         raise UsageError("--keys and --insecure: leave one of them out")
     if into is not None and qemu_command is not None:
@@ -156,3 +157,4 @@ def _say_listening(destination: Destination, view: View, as_json: bool) -> None:
         line = {"event": "listening", "endpoint": str(destination.endpoint)}
         print(json.dumps(line), flush=True)
     view.say(f"listening at {destination.endpoint}")
+    ready()
