@@ -11,25 +11,13 @@ import threading
 
 import pytest
 from helpers import Running, pageferry, receiver, same_file, until
+from key_ends import Ends
 
 from pageferry.transport.curve import Binds, Dials
 from pageferry.transport.keys import KeyDirectory, new_pair
 from pageferry.transport.links import parse_endpoint, urgent_link
 
 PAGE = b"nobody but the two of us reads this page! ".ljust(64, b".") * 64
-
-
-class Ends:
-    """Directories of keys, each of which allows the other."""
-
-    def __init__(self, folder):
-        self.here = KeyDirectory.create(str(folder / "here"))
-        self.there = KeyDirectory.create(str(folder / "there"))
-        self.here.allow(self.there.public, "there")
-        self.there.allow(self.here.public, "here")
-
-    def receiver(self, *arguments, **how):
-        return receiver("--keys", self.there.path, *arguments, **how)
 
 
 @pytest.fixture
