@@ -190,7 +190,10 @@ class KeyDirectory:
         if not names and _NAME.fullmatch(what) and os.path.lexists(f"{folder}/{what}{_SUFFIX}"):
             names = [what]  # damaged
         if not names:
-            raise UsageError(f"no peer is listed as {what[:80]!r} in {self.path}")
+            raise UsageError(
+                f"no peer is listed as {what[:80]!r} in {self.path}: `pageferry keys list --keys "
+                f"{self.path}` shows who is"
+            )
         for name in names:
             os.unlink(os.path.join(folder, name + _SUFFIX))
         _sync(folder)

@@ -131,21 +131,9 @@ def test_a_server_that_comes_back(ends, tmp_path):
                     ends.here.path)
         )  # fmt: skip
         until(path.exists, "listening")
-        client = stack.enter_context(
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "pageferry.tools.uffd_client",
-                    "--socket",
-                    str(path),
-                    "--image",
-                    str(snapshot),
-                ],
-                stdout=subprocess.PIPE,
-                text=True,
-            )  # fmt: skip
-        )
+        client_of = [sys.executable, "-m", "pageferry.tools.uffd_client", "--socket", str(path),
+                     "--image", str(snapshot)]  # fmt: skip
+        client = stack.enter_context(subprocess.Popen(client_of, stdout=subprocess.PIPE, text=True))
         restore.error_line("postcopy:")
         stop(first)
         restore.error_line("paused")
@@ -156,6 +144,31 @@ def test_a_server_that_comes_back(ends, tmp_path):
         code, _, err = restore.finish()
         assert code == 0, err
         assert json.loads(client.communicate()[0].splitlines()[0])["wrong-pages"] == 0
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def test_keys_by_the_command_line(tmp_path):
+    """The recipe of docs/security.md: what `show` prints last is what `allow` takes; a key is never
+    replaced, and errors say what to do."""
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    made = [pageferry("keys", "new", "--keys", folder).stdout.split()[-1] for folder in (one, two)]
+    shown = [pageferry("keys", "show", "--keys", folder) for folder in (one, two)]
+    assert [done.stdout.split()[-1] for done in shown] == made
+    assert all(done.stdout.endswith(f" {key}\n") for done, key in zip(shown, made, strict=True))
+    again = pageferry("keys", "new", "--keys", one)
+    assert again.returncode == 2 and "keys show" in again.stderr
+    assert pageferry("keys", "allow", made[1], "--keys", one, "--name", "two").returncode == 0
+    assert json.loads(pageferry("keys", "list", "--keys", one, "--json").stdout) == {"two": made[1]}
+    assert pageferry("keys", "revoke", "two", "--keys", one).returncode == 0
+    for wrong, says in (
+        (("show", "--keys", f"{one}/none"), "keys new"),
+        (("allow", "abc", "--keys", one), "keys show"),
+        (("revoke", "two", "--keys", one), "keys list"),
+    ):
+        done = pageferry("keys", *wrong)
+        assert done.returncode == 2 and says in done.stderr, done.stderr
 
 
 # ---- who may speak on the control link -----------------------------------------------------------
