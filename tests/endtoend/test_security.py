@@ -15,7 +15,8 @@ from key_ends import Ends
 
 from pageferry.transport.curve import Binds, Dials
 from pageferry.transport.keys import KeyDirectory, new_pair
-from pageferry.transport.links import parse_endpoint, urgent_link
+from pageferry.transport.links import parse_endpoint
+from pageferry.transport.urgent_links import urgent_link
 
 PAGE = b"nobody but the two of us reads this page! ".ljust(64, b".") * 64
 

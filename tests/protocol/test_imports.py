@@ -37,11 +37,11 @@ IO_MODULES = {
     "signal", "socket", "ssl", "subprocess", "threading", "time", "zmq",
 }  # fmt: skip
 
-# Who may import the socket module: links, who looks at its connections, the handover of descriptors
-# over a unix socket, and what the service manager is told.
+# Who may import the socket module: links and the direct one, who looks at connections, the handover
+# of descriptors over a unix socket, and what the service manager is told.
 SOCKET_MODULES = {
     "transport/links.py", "workers/guests/handover.py", "workers/guests/qmp.py",
-    "workers/leash.py", "transport/doorkeeper.py", "tools/cli/service.py",
+    "workers/leash.py", "transport/doorkeeper.py", "transport/direct.py", "tools/cli/service.py",
 }  # fmt: skip
 OPENING = {"socket", "bind", "connect"}
 # The monitor's unix socket is a stream of asyncio's; the live view is HTTP.
