@@ -1035,6 +1035,7 @@ class Destination:
                 continue
             assert self.arrival is not None
             if same_peer(self.arrival.peer, peer):
+                self._doorkeeper.welcome()  # it may have had to connect again
                 self.arrival.heard(data)
 
     def close(self) -> None:

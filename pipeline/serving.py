@@ -376,6 +376,7 @@ class Server:
                 if identity not in self._pulled:
                     await self._greet(identity, data, peer)
                 elif same_peer(self._pulled[identity].peer, peer):
+                    self._doorkeeper.welcome()  # it may have had to connect again
                     self._pulled[identity].heard(data)
         finally:
             for task in attending:

@@ -1,6 +1,7 @@
 """Peers that mean harm: what they say is bounded before it is memory, ends at most their own
 migration, and never reaches the terminal. Strangers beside a job that goes on."""
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -10,11 +11,15 @@ import msgspec
 import psutil
 import pytest
 import zmq
-from helpers import PAGE, Running, pattern, receiver
+from helpers import PAGE, Running, pattern, receiver, until_async
 from helpers import pageferry as run
 from raw_peer import GREETING, RawPeer, long_frame, ready
 
+from pageferry.pipeline import api
+from pageferry.pipeline.destination import Destination
 from pageferry.transport import messages
+from pageferry.transport.errors import PageferryError
+from pageferry.transport.links import parse_endpoint
 from pageferry.transport.messages import (
     PAGE_SUMS,
     PROTOCOL,
@@ -182,6 +187,38 @@ def test_a_crowd_of_idle_strangers(tmp_path, image):
         ]
         assert not left
         assert run("send", f"image:{image}", there.endpoint).returncode == 0
+
+
+def test_who_connects_again_is_no_stranger(tmp_path):
+    """libzmq does so by itself when a connection breaks; what was begun goes on."""
+
+    async def main():
+        there = Destination(parse_endpoint("tcp://127.0.0.1:0"), api.opener(None))
+        arriving = asyncio.ensure_future(api.receive_one(there))
+        with zmq.Context() as context, contextlib.ExitStack() as stack:
+
+            def connected():
+                source = stack.enter_context(context.socket(zmq.DEALER))
+                source.linger = 1000
+                source.setsockopt(zmq.ROUTING_ID, b"0123456789abcdef")
+                source.connect(str(there.endpoint))
+                return source
+
+            first = connected()
+            first.send(encode(Hello(
+                PROTOCOL, "0", str(uuid.uuid4()), "demo", [Block("ram", 64 * PAGE)], 1, 16
+            )))  # fmt: skip
+            await until_async(lambda: there.arrival is not None, "it begins")
+            again = connected()
+            again.send(encode(Ping(1)))
+            door = there._doorkeeper._strangers
+            await until_async(lambda: len(door.numbers()) == 2 and not door.strangers, "welcome")
+            again.send(encode(Abort("Cancelled", "that is all")))
+            with pytest.raises(PageferryError, match="that is all"):
+                await arriving
+        there.close()
+
+    asyncio.run(main())
 
 
 # ---- a source ------------------------------------------------------------------------------
