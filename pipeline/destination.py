@@ -816,7 +816,7 @@ class Destination:
         self._socket: Any = sock
         self._doorkeeper = Doorkeeper(
             sock, self.endpoint, messages.MAX_TO_DESTINATION, messages.MAX_TO_DESTINATION,
-            counts=self._keys is None, on_cut=_log.info,
+            sealed=self._keys is not None, on_cut=_log.info,
         )  # fmt: skip
         self._incoming: asyncio.Future[list[bytes]] | None = None  # a message that is awaited
         self._open_guest = open_guest

@@ -350,7 +350,7 @@ class Server:
 
         self._doorkeeper = Doorkeeper(
             self._socket, self.endpoint, _MAX_PULL, messages.MAX_TO_SERVER,
-            counts=self._keys is None, on_cut=_log.info,
+            sealed=self._keys is not None, on_cut=_log.info,
         )  # fmt: skip
 
     def __repr__(self) -> str:

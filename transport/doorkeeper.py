@@ -33,15 +33,14 @@ _COME, _GO = int(zmq.Event.ACCEPTED), int(zmq.Event.DISCONNECTED)
 
 class Doorkeeper:
     """Of the ROUTER `sock` at `endpoint`, in a context of zmq.asyncio. `first`, `largest`: see
-    Strangers. `counts`: messages come as they are on the wire, without keys: then bytes are
-    compared too. `on_cut`: told why."""
+    Strangers. `sealed`: it has keys. `on_cut`: told why."""
 
     def __init__(
-        self, sock: Any, endpoint: Endpoint, first: int, largest: int, *, counts: bool,
+        self, sock: Any, endpoint: Endpoint, first: int, largest: int, *, sealed: bool,
         on_cut: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._socket, self._endpoint = sock, endpoint
-        self._counts = counts and endpoint.scheme == "tcp"
+        self._sealed = sealed
         self._on_cut = on_cut
         self._strangers = Strangers(first, largest, QUEUE_MESSAGES)
         self._inodes: dict[int, int] = {}
@@ -69,7 +68,8 @@ class Doorkeeper:
             self._last = int(parts[-1].get(zmq.SRCFD))
         except zmq.ZMQError:  # of a peer that speaks ZMTP 1, which is none of ours
             self._last = -1
-        self._strangers.heard(self._last, sum(on_the_wire(len(part)) for part in parts[1:]))
+        size = sum(on_the_wire(len(part), self._sealed) for part in parts[1:])
+        self._strangers.heard(self._last, size)
 
     def welcome(self) -> None:
         """What was heard last has begun something here."""
@@ -103,7 +103,7 @@ class Doorkeeper:
 
     def _look(self) -> None:
         received = {}
-        if self._counts:
+        if self._endpoint.scheme == "tcp":  # of others nothing is known
             for fd in self._strangers.numbers():
                 with self._borrowed(fd) as connection:
                     if connection is not None:

@@ -19,6 +19,8 @@ STRANGER_SECONDS = 10.0
 MOST_BYTES = 64 << 20
 # A connection begins with less than this, and frames have heads.
 _GREETING_BYTES = 64 << 10
+# "MESSAGE" and its length, nonce, tag, flags
+_SEAL = 8 + 8 + 16 + 1
 _SHORT, _SHORT_HEAD, _LONG_HEAD = 255, 2, 9
 
 
@@ -29,8 +31,9 @@ class _Connection:
     welcome: bool = False
 
 
-def on_the_wire(size: int) -> int:
-    """Bytes of a message part of `size` bytes (ZMTP 3, RFC 23)."""
+def on_the_wire(size: int, sealed: bool = False) -> int:
+    """Bytes of a message part of `size` bytes (ZMTP 3, RFC 23); `sealed`: with keys (RFC 26)."""
+    size += _SEAL * sealed
     return size + (_SHORT_HEAD if size <= _SHORT else _LONG_HEAD)
 
 

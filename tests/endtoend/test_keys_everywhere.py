@@ -233,6 +233,23 @@ def test_another_peer_s_message_is_not_heard(ends, tmp_path):
         until(lambda: is_now(monitor, "failed", "none", "cancelled"), "it ends")
 
 
+def test_bytes_are_counted_with_keys_too(ends, tmp_path):
+    """What a peer has said is known as it is on the wire: who says much, and all of it messages, is
+    not taken for one that says a message without an end."""
+    with ends.receiver("--into", f"image:{tmp_path}/to") as receiving, contextlib.ExitStack() as s:
+        peer = Speaker(
+            s, receiving.endpoint, b"0123456789abcdef", ends.here.dials(ends.there.public)
+        )
+        watching = peer.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        s.callback(watching.close)
+        s.callback(peer.socket.disable_monitor)
+        for _ in range(20):  # more than may be under way, all of it messages
+            peer.socket.send(bytes(1 << 20))
+        peer.say(hello(KeyDirectory.create(str(tmp_path / "channel")).public))
+        peer.hear(Welcome)
+        assert not watching.poll(0)
+
+
 def test_a_direct_link_is_refused_by_the_receiver(ends, tmp_path):
     """A source that asks for one all the same is told what to do."""
     with ends.receiver() as receiving, contextlib.ExitStack() as stack:
