@@ -209,10 +209,12 @@ def test_who_connects_again_is_no_stranger(tmp_path):
                 PROTOCOL, "0", str(uuid.uuid4()), "demo", [Block("ram", 64 * PAGE)], 1, 16
             )))  # fmt: skip
             await until_async(lambda: there.arrival is not None, "it begins")
+            door = there._doorkeeper._strangers
+            first.close()
+            await until_async(lambda: not door.numbers(), "it is gone")
             again = connected()
             again.send(encode(Ping(1)))
-            door = there._doorkeeper._strangers
-            await until_async(lambda: len(door.numbers()) == 2 and not door.strangers, "welcome")
+            await until_async(lambda: len(door.numbers()) == 1 and not door.strangers, "welcome")
             again.send(encode(Abort("Cancelled", "that is all")))
             with pytest.raises(PageferryError, match="that is all"):
                 await arriving
