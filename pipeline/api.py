@@ -26,6 +26,7 @@ from ..workers.forking import warm_up
 from ..workers.guests import (
     DestinationGuest,
     GuestUri,
+    SourceGuest,
     open_destination,
     open_source,
     parse_guest,
@@ -66,13 +67,16 @@ async def send(
     name: str = "",
     reserve: Reserve | None = None,
     receiver_cpu: Callable[[], float | None] = lambda: None,
+    on_attached: Callable[[SourceGuest], None] | None = None,
 ) -> dict[str, Any]:
     """Migrate `source` to the receiver at `endpoint`. Returns the report, raises the error. `name`:
     what it is to be called in a receiver's directory; by default as its file here. `reserve`: where
     worker processes come from, if they are not to be its own. `receiver_cpu`: processor seconds of
-    the receivers, where that is known."""
+    the receivers, where that is known. `on_attached`: called when the guest is open, and before
+    anything is started for it: here root can be given up."""
     parameters = parameters.checked()
-    warm_up()
+    if on_attached is None:
+        warm_up()
     opening = Blocking()
     try:
         guest = await opening(open_source, source)
@@ -81,6 +85,9 @@ async def send(
             opened.close()
         raise
     try:
+        if on_attached is not None:
+            on_attached(guest)
+            warm_up()
         migration = Source(
             guest, endpoint, parameters, on_progress, identity=identity,
             name=name or _name_of(source), reserve=reserve,

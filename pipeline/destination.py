@@ -24,6 +24,7 @@ import zmq.asyncio
 from .._version import __version__
 from ..transport import messages
 from ..transport.curve import Binds
+from ..transport.doorkeeper import Doorkeeper
 from ..transport.errors import (
     Cancelled,
     DestinationError,
@@ -841,7 +842,7 @@ class Destination:
         self._keys: KeyDirectory | None = listening(endpoint, keys, insecure=insecure)
         self._context = zmq.asyncio.Context()
         self._gate = Gate(self._context, self._keys) if self._keys is not None else None
-        self._attending: asyncio.Future[None] | None = None
+        self._attending: list[asyncio.Future[None]] = []
         try:
             sock, self.endpoint = bind(
                 self._context, endpoint, control=messages.MAX_TO_DESTINATION, gatekeeper=self._keys
@@ -852,6 +853,10 @@ class Destination:
             self._context.term()
             raise
         self._socket: Any = sock
+        self._doorkeeper = Doorkeeper(
+            sock, self.endpoint, messages.MAX_TO_DESTINATION, messages.MAX_TO_DESTINATION,
+            sealed=self._keys is not None, on_cut=_log.info,
+        )  # fmt: skip
         self._incoming: asyncio.Future[list[bytes]] | None = None  # a message that is awaited
         self._open_guest = open_guest
         self._expected_kind = expected_kind
@@ -951,8 +956,10 @@ class Destination:
 
     async def _next_message(self) -> tuple[bytes, bytes, Peer | None]:
         """An identity, a message, and whose it is if there are keys."""
-        if self._gate is not None and self._attending is None:
-            self._attending = asyncio.ensure_future(self._gate.attend())
+        if not self._attending:
+            self._attending = [asyncio.ensure_future(self._doorkeeper.attend())]
+            if self._gate is not None:
+                self._attending.append(asyncio.ensure_future(self._gate.attend()))
         while True:
             await asyncio.sleep(0)  # all others have a turn, however much a stranger says
             if self._incoming is None:
@@ -961,6 +968,7 @@ class Destination:
             # may be the Hello of a source that knocked as the last migration ended.
             parts = await asyncio.shield(self._incoming)
             self._incoming = None
+            self._doorkeeper.heard(parts)
             if len(parts) == 2 and self._only in (None, parts[0].bytes[:16]):
                 keys = self._keys
                 peer = Peer(keys, sender_key(parts[1])) if keys is not None else None
@@ -1001,6 +1009,7 @@ class Destination:
             self._refuse(control, e)
             return None
         self._identity = identity
+        self._doorkeeper.welcome()
         arrival = Arrival(
             hello, control, self.endpoint, self._open_guest,
             self._progress, self._event, self._reserve, peer,
@@ -1045,6 +1054,7 @@ class Destination:
             self._refuse(control, PeerRefused("resumed with other parameters", field="workers"))
             return
         self._identity = identity
+        self._doorkeeper.welcome()
         arrival.resume(message, control)
 
     def _refuse(self, control: Control, error: PeerRefused) -> None:
@@ -1066,6 +1076,7 @@ class Destination:
                 continue
             assert self.arrival is not None
             if same_peer(self.arrival.peer, peer):
+                self._doorkeeper.welcome()  # it may have had to connect again
                 self.arrival.heard(data)
 
     def close(self) -> None:
@@ -1075,9 +1086,10 @@ class Destination:
             if self._incoming is not None:
                 self._incoming.cancel()
                 self._incoming = None
+            for task in self._attending:
+                task.cancel()
+            self._doorkeeper.close()
             unbind(self._socket, self.endpoint)
-            if self._attending is not None:
-                self._attending.cancel()
             if self._gate is not None:
                 self._gate.close()
             self._context.term()

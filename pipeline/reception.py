@@ -99,6 +99,7 @@ class Reception(Destination):
                 known = self._arrivals.get(identity)
                 if known is not None:
                     if same_peer(known.peer, peer):
+                        self._doorkeeper.welcome()  # it may have had to connect again
                         known.heard(data)
                 elif (arrival := self._greet(identity, data, peer)) is not None:
                     arrival.slot = self._free_slot()

@@ -26,6 +26,7 @@ import zmq.asyncio
 
 from .._version import __version__
 from ..transport import messages
+from ..transport.doorkeeper import Doorkeeper
 from ..transport.errors import (
     PageferryError,
     PeerLost,
@@ -347,6 +348,11 @@ class Server:
             self._context.term()
             raise
 
+        self._doorkeeper = Doorkeeper(
+            self._socket, self.endpoint, _MAX_PULL, messages.MAX_TO_SERVER,
+            sealed=self._keys is not None, on_cut=_log.info,
+        )  # fmt: skip
+
     def __repr__(self) -> str:
         return f"<Server {self.endpoint} {len(self._pulled)} destinations>"
 
@@ -356,13 +362,14 @@ class Server:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        attending = None
+        attending = [asyncio.ensure_future(self._doorkeeper.attend())]
         if self._gate is not None:
-            attending = asyncio.ensure_future(self._gate.attend())
+            attending.append(asyncio.ensure_future(self._gate.attend()))
         try:
             while True:
                 await asyncio.sleep(0)  # all others have a turn, however much a stranger says
                 parts = await self._socket.recv_multipart(copy=False)
+                self._doorkeeper.heard(parts)
                 if len(parts) != 2 or self._only not in (None, parts[0].bytes[:16]):
                     continue
                 identity, data = parts[0].bytes, parts[1].bytes
@@ -370,10 +377,11 @@ class Server:
                 if identity not in self._pulled:
                     await self._greet(identity, data, peer)
                 elif same_peer(self._pulled[identity].peer, peer):
+                    self._doorkeeper.welcome()  # it may have had to connect again
                     self._pulled[identity].heard(data)
         finally:
-            if attending is not None:
-                attending.cancel()
+            for task in attending:
+                task.cancel()
             for pulled in self.destinations:
                 pulled.end()
             await to_its_end(self._wait_for_all())
@@ -412,6 +420,7 @@ class Server:
             self._snapshot, peer,
         )  # fmt: skip
         self._pulled[identity] = pulled
+        self._doorkeeper.welcome()
         task = asyncio.get_running_loop().create_task(self._serve(identity, pulled))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -433,6 +442,7 @@ class Server:
     def close(self) -> None:
         """Stop listening. Idempotent."""
         if self._socket is not None:
+            self._doorkeeper.close()
             unbind(self._socket, self.endpoint)
             if self._gate is not None:
                 self._gate.close()

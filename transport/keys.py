@@ -74,6 +74,7 @@ class KeyDirectory:
     have changed or read what is there."""
 
     domain = "pageferry"
+    mechanism = "CURVE"
 
     def __init__(self, path: str) -> None:
         self.path = os.path.abspath(path)
@@ -112,6 +113,8 @@ class KeyDirectory:
     def _check_folder(self, folder: str) -> None:
         try:
             found = os.stat(folder)
+        except PermissionError as e:
+            raise self._closed() from e
         except OSError as e:
             raise UsageError(
                 f"cannot read the keys in {self.path} ({e.strerror}): `pageferry keys new --keys "
@@ -129,8 +132,17 @@ class KeyDirectory:
             raise UsageError(
                 f"{self.path} has no key: `pageferry keys new --keys {self.path}` makes one"
             ) from e
+        except PermissionError as e:
+            raise self._closed() from e
         except (OSError, ValueError) as e:
             raise UsageError(f"cannot read the key {path}: {_why(e)}") from e
+
+    def _closed(self) -> UsageError:
+        uid = os.geteuid()
+        return UsageError(
+            f"user {uid} may not read the keys in {self.path}: give them to it (chown -R {uid} "
+            f"{self.path}), or use keys of its own"
+        )
 
     # ---- peers -----------------------------------------------------------------------------
 
@@ -203,7 +215,10 @@ class KeyDirectory:
         if not names and _NAME.fullmatch(what) and os.path.lexists(f"{folder}/{what}{_SUFFIX}"):
             names = [what]  # damaged
         if not names:
-            raise UsageError(f"no peer is listed as {what[:80]!r} in {self.path}")
+            raise UsageError(
+                f"no peer is listed as {what[:80]!r} in {self.path}: `pageferry keys list --keys "
+                f"{self.path}` shows who is"
+            )
         for name in names:
             os.unlink(os.path.join(folder, name + _SUFFIX))
         _sync(folder)

@@ -1,4 +1,5 @@
-"""The only file that opens ZeroMQ sockets: endpoints, options, the shape of each link.
+"""The only file that opens ZeroMQ sockets: endpoints, options, the shape of each link. (The urgent
+channel is made of them in urgent_links.py; direct.py has one without ZeroMQ.)
 
 A link's socket at the destination is a ROUTER, which tells peers apart; at the source it is a
 DEALER. A channel's DEALER carries a secret token as its identity, handed out over the control
@@ -10,25 +11,21 @@ taken for delivered: sessions and channels number and acknowledge.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import ipaddress
 import os
 import re
-import select
 import socket
 import stat
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import zmq
 from zmq.utils import garbage
 
-from .curve import Binds, Dials, Gatekeeper, zap_answer
+from .curve import CHANNEL_USER, Binds, Dials, Gatekeeper, Invites, password, zap_answer
 from .errors import (
     ConnectError,
     DestinationError,
-    LocalProtocolError,
-    RemoteProtocolError,
     UsageError,
 )
 from .messages import MAX_MESSAGE
@@ -48,10 +45,6 @@ HANDSHAKE_MS = 5000
 # Left to libzmq after close: long enough for a last Abort, short enough for Ctrl-C.
 LINGER_MS = 500
 CONNECT_SECONDS = 5.0
-# A direct link's read, and what it keeps for a peer that does not take it.
-_READ = 1 << 18
-_MOST_OUTPUT = 8 << 20
-_MOST_STRANGERS = 16
 # Where libzmq asks who may connect (RFC 27).
 _ZAP = "inproc://zeromq.zap.01"
 # How ZMTP's greeting begins (RFC 23): signature and version. Who hears that says the mechanism that
@@ -66,12 +59,14 @@ _SUN_PATH, _MAX_IPC_PATH = 107, 100
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a peer listens: tcp://HOST:PORT or ipc://PATH."""
+    """Where a peer listens: tcp://HOST:PORT or ipc://PATH. `fd`: a socket that listens there
+    already, for `bind` to take over; -1 if there is none."""
 
     scheme: str
     host: str = ""
     port: int = 0
     path: str = ""
+    fd: int = field(default=-1, compare=False, repr=False)
 
     def __str__(self) -> str:
         if self.scheme == "ipc":
@@ -182,7 +177,7 @@ def _prepare(
 
 
 class Gate:
-    """Says, in a context that listens with keys, who may connect: libzmq asks it of each
+    """Says, in a context that does not listen to everybody, who may connect: libzmq asks it of each
     connection, and refuses where there is none (ZAP_ENFORCE_DOMAIN). Make it before `bind`."""
 
     def __init__(self, context: Any, gatekeeper: Gatekeeper) -> None:
@@ -226,24 +221,32 @@ def bind(
     gatekeeper: Gatekeeper | None = None,
 ) -> tuple[Any, Endpoint]:
     """A listening ROUTER at `endpoint`, and where it really listens (port 0: the kernel's pick).
-    `control`: it is a control link's, with messages of so many bytes at the most; `gatekeeper`:
-    only with keys; the context has a Gate."""
+    `control`: it is a control link's, with messages of so many bytes at the most; `gatekeeper`: who
+    may join, and the context has a Gate; None: everybody (a control link without keys)."""
     sock = context.socket(zmq.ROUTER)
     _prepare(sock, control or MAX_PAYLOAD + 65536, endpoint, tos)
     if control:
         sock.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
     sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     if gatekeeper is not None:
-        sock.setsockopt(zmq.CURVE_SERVER, 1)
-        sock.setsockopt(zmq.CURVE_SECRETKEY, gatekeeper.secret)
+        if gatekeeper.mechanism == "CURVE":
+            sock.setsockopt(zmq.CURVE_SERVER, 1)
+            sock.setsockopt(zmq.CURVE_SECRETKEY, gatekeeper.secret)
+        else:
+            sock.setsockopt(zmq.PLAIN_SERVER, 1)
         sock.setsockopt(zmq.ZAP_DOMAIN, gatekeeper.domain.encode())
         sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
     # A peer whose connection broke comes back under its own token.
     sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    if endpoint.fd >= 0:
+        sock.setsockopt(zmq.USE_FD, endpoint.fd)
     try:
         if endpoint.scheme == "ipc":
-            if not endpoint.path.startswith("@"):
+            # an abstract name has no mode: whose process it is, is asked of the kernel
+            for uid in {os.geteuid(), 0}:
+                sock.setsockopt(zmq.IPC_FILTER_UID, uid)
+            if not endpoint.path.startswith("@") and endpoint.fd < 0:
                 clear_dead_socket(endpoint.path, str(endpoint))
             # the umask makes the socket ours alone before anybody can connect
             before = os.umask(0o177)
@@ -262,6 +265,20 @@ def bind(
     assert isinstance(last, bytes)
     bound = int(last.rstrip(b"\0").decode().rpartition(":")[2])
     return sock, Endpoint("tcp", endpoint.host, bound)
+
+
+def open_channel(
+    context: Any, endpoint: Endpoint, token: bytes, curve: Binds | None, tos: int = 0
+) -> tuple[Gate, Any, Endpoint]:
+    """`bind` for whoever was told `token` and has the key, if there are keys; nobody else gets a
+    byte in. The caller closes gate and socket, and has the gate answer."""
+    gatekeeper: Gatekeeper = Invites(token) if curve is None else curve
+    gate = Gate(context, gatekeeper)
+    try:
+        return gate, *bind(context, endpoint, tos=tos, gatekeeper=gatekeeper)
+    except BaseException:
+        gate.close()
+        raise
 
 
 def clear_dead_socket(path: str, what: str) -> None:
@@ -292,7 +309,7 @@ def short(endpoint: Endpoint) -> str:
 def unbind(sock: zmq.Socket[bytes], endpoint: Endpoint) -> None:
     """Close a listening socket and remove its path. Idempotent."""
     sock.close()
-    if endpoint.scheme == "ipc" and not endpoint.path.startswith("@"):
+    if endpoint.scheme == "ipc" and not endpoint.path.startswith("@") and endpoint.fd < 0:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(endpoint.path)
 
@@ -319,6 +336,9 @@ def connect(
         sock.setsockopt(zmq.CURVE_SERVERKEY, curve.server)
         sock.setsockopt(zmq.CURVE_PUBLICKEY, curve.public)
         sock.setsockopt(zmq.CURVE_SECRETKEY, curve.secret)
+    elif not control:
+        sock.setsockopt(zmq.PLAIN_USERNAME, CHANNEL_USER)
+        sock.setsockopt(zmq.PLAIN_PASSWORD, password(token))
     if watched is not None:
         watched.append(sock.get_monitor_socket(_HANDSHAKES))
     sock.connect(str(endpoint))
@@ -337,389 +357,3 @@ def let_go_of_sent() -> None:
     """After all contexts have ended: end what pyzmq has for sends without a copy (a thread, a
     context, and references to what was sent, until the thread gets round to them)."""
     garbage.gc.stop()
-
-
-class UrgentLink(Protocol):
-    """One end of the urgent channel (urgent.py): whole messages, at once, never blocking.
-
-    `fd` becomes readable when something happens; its level is not kept: receive until None.
-    `broken`: the connection is gone and does not come back.
-    """
-
-    broken: bool
-    # Look even if `fd` is not readable: with ZeroMQ anything that is sent may hide what came.
-    eager: bool
-
-    @property
-    def connected(self) -> bool:
-        """True between `listen` or `dial` and `close`."""
-
-    @property
-    def fd(self) -> int: ...
-
-    def listen(self, endpoint: Endpoint, token: bytes, curve: Binds | None = None) -> Endpoint:
-        """Destination: take messages of the peer that knows `token`; where it listens. `curve`:
-        only with keys; LocalProtocolError if there can be none."""
-
-    def dial(self, endpoint: Endpoint, token: bytes, curve: Dials | None = None) -> None:
-        """Source: connect to where the destination listens."""
-
-    def send(self, data: bytes) -> bool:
-        """Hand `data` over; False if the peer is not there (yet)."""
-
-    def receive(self) -> bytes | None:
-        """The next message, or None if none waits."""
-
-    def flush(self) -> None:
-        """Hand on what was taken and could not be handed on at once; `fd` says when."""
-
-    def close(self) -> None:
-        """Idempotent."""
-
-
-class ZmqLink:
-    """The urgent channel over ZeroMQ. Its context's threads run at real-time priority `priority`
-    (0: as they are): two of their hand-overs are in every request."""
-
-    broken = False  # libzmq connects again by itself
-    eager = True
-
-    def __init__(self, priority: int) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        if priority:
-            self._context.set(zmq.THREAD_SCHED_POLICY, os.SCHED_FIFO)
-            self._context.set(zmq.THREAD_PRIORITY, priority)
-        self._socket: Any = None
-        self._endpoint: Endpoint | None = None
-        self._token = b""
-        self._gate: Gate | None = None
-        self._both: select.epoll | None = None  # socket and gate
-
-    @property
-    def connected(self) -> bool:
-        return self._socket is not None
-
-    @property
-    def fd(self) -> int:
-        if self._both is not None:
-            return self._both.fileno()
-        return int(self._socket.getsockopt(zmq.FD))
-
-    def listen(self, endpoint: Endpoint, token: bytes, curve: Binds | None = None) -> Endpoint:
-        self._token = token
-        if curve is not None:
-            self._gate = Gate(self._context, curve)
-        self._socket, self._endpoint = bind(
-            self._context, endpoint, tos=TOS_URGENT, gatekeeper=curve
-        )
-        if self._gate is not None:
-            self._both = select.epoll()
-            for fd in (int(self._socket.getsockopt(zmq.FD)), self._gate.fd):
-                self._both.register(fd, select.EPOLLIN)
-        return self._endpoint
-
-    def dial(self, endpoint: Endpoint, token: bytes, curve: Dials | None = None) -> None:
-        self._socket = connect(
-            self._context, endpoint, token, control=False, tos=TOS_URGENT, data=True, curve=curve
-        )
-
-    def send(self, data: bytes) -> bool:
-        try:
-            if self._token:
-                self._socket.send(self._token, SNDMORE | NOBLOCK)
-            self._socket.send(data, NOBLOCK)
-        except zmq.Again:
-            return False
-        except zmq.ZMQError as e:
-            if e.errno != zmq.EHOSTUNREACH:
-                raise
-            return False
-        return True
-
-    def flush(self) -> None:
-        """libzmq does; but a peer that comes back is let in here, if nobody receives meanwhile."""
-        if self._gate is not None:
-            self._gate.answer()
-
-    def receive(self) -> bytes | None:
-        sock = self._socket
-        if self._gate is not None:
-            self._gate.answer()
-        while sock.getsockopt(EVENTS) & POLLIN:
-            if not self._token:
-                return bytes(sock.recv(NOBLOCK))
-            parts = sock.recv_multipart(NOBLOCK)
-            if parts[0] == self._token and len(parts) == 2:
-                return bytes(parts[1])
-        return None
-
-    def close(self) -> None:
-        if self._socket is not None:
-            if self._endpoint is not None:
-                unbind(self._socket, self._endpoint)
-            else:
-                self._socket.close()
-            self._socket = None
-        if self._both is not None:
-            self._both.close()
-            self._both = None
-        if self._gate is not None:
-            self._gate.close()
-        self._context.term()
-
-
-class DirectLink:
-    """The urgent channel over a connection of its own, without libzmq's threads in between: each
-    message a length (u32) and its bytes. The peer says the token first; who does not is dropped."""
-
-    eager = False
-
-    def __init__(self) -> None:
-        self.broken = False
-        self._drained = False  # the last read took all there was
-        self._epoll = select.epoll()
-        self._listening: socket.socket | None = None
-        self._endpoint: Endpoint | None = None
-        self._peer: socket.socket | None = None
-        self._token = b""
-        self._known = False  # the peer has said the token
-        self._strangers: dict[socket.socket, bytearray] = {}  # connected, token not yet said
-        self._input = bytearray()
-        self._output = bytearray()
-
-    @property
-    def connected(self) -> bool:
-        return self._listening is not None or self._peer is not None
-
-    @property
-    def fd(self) -> int:
-        return self._epoll.fileno()
-
-    def listen(self, endpoint: Endpoint, token: bytes, curve: Binds | None = None) -> Endpoint:
-        _no_keys(curve)
-        self._token = token
-        family, address = _socket_address(endpoint)
-        if endpoint.scheme == "ipc" and not endpoint.path.startswith("@"):
-            clear_dead_socket(endpoint.path, str(endpoint))
-        self._listening = socket.socket(family)
-        before = os.umask(0o177)  # the path is ours alone before anybody can connect
-        try:
-            self._listening.bind(address)
-            self._listening.listen(4)
-        except OSError as e:
-            self._listening.close()
-            self._listening = None
-            raise DestinationError(f"cannot listen at {endpoint}: {e.strerror}") from e
-        finally:
-            os.umask(before)
-        self._listening.setblocking(False)
-        self._epoll.register(self._listening.fileno(), select.EPOLLIN)
-        self._endpoint = endpoint
-        if endpoint.scheme == "tcp":
-            self._endpoint = Endpoint("tcp", endpoint.host, self._listening.getsockname()[1])
-        return self._endpoint
-
-    def dial(self, endpoint: Endpoint, token: bytes, curve: Dials | None = None) -> None:
-        _no_keys(curve)
-        family, address = _socket_address(endpoint)
-        peer = socket.socket(family)
-        peer.settimeout(CONNECT_SECONDS)
-        try:
-            peer.connect(address)
-            peer.sendall(token)
-        except OSError as e:
-            peer.close()
-            raise ConnectError(f"cannot connect to {endpoint} ({e.strerror or e})") from e
-        self._known = True
-        self._take(peer)
-
-    def _take(self, peer: socket.socket) -> None:
-        peer.setblocking(False)
-        if peer.family != socket.AF_UNIX:
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if peer.family == socket.AF_INET:
-                peer.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, TOS_URGENT)
-        self._peer = peer
-        self._epoll.register(peer.fileno(), select.EPOLLIN)
-
-    def _drop(self) -> None:
-        """The peer is gone."""
-        assert self._peer is not None
-        self._epoll.unregister(self._peer.fileno())
-        self._peer.close()
-        self._peer = None
-        self.broken = self.broken or self._known
-        self._known = False
-        self._input.clear()
-        self._output.clear()
-
-    def send(self, data: bytes) -> bool:
-        if self._peer is None or not self._known:
-            return False
-        framed = len(data).to_bytes(4, "little") + data
-        if self._output:
-            if len(self._output) > _MOST_OUTPUT:
-                return False
-            self._output += framed
-            return True
-        try:
-            sent = self._peer.send(framed)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self._drop()
-            return False
-        if sent < len(framed):
-            self._output += framed[sent:]
-            self._watch(select.EPOLLIN | select.EPOLLOUT)
-        return True
-
-    def _watch(self, events: int) -> None:
-        """`fd` becomes readable when the kernel takes more, as well."""
-        if self._peer is not None:
-            self._epoll.modify(self._peer.fileno(), events)
-
-    def flush(self) -> None:
-        if not self._output:
-            return
-        while self._output and self._peer is not None:
-            try:
-                sent = self._peer.send(self._output)
-            except BlockingIOError:
-                return
-            except OSError:
-                self._drop()
-                return
-            del self._output[:sent]
-        self._watch(select.EPOLLIN)
-
-    def receive(self) -> bytes | None:
-        self.flush()
-        while True:
-            message = self._next()
-            if message is not None:
-                return message
-            if self._drained:
-                self._drained = False
-                return None
-            if self._peer is None:
-                self._accept()
-            if self._peer is None or not self._read():
-                return None
-
-    def _accept(self) -> None:
-        """Take as the peer who says the token; others wait beside, so that nobody who says nothing
-        keeps it out."""
-        if self._listening is None or self.broken:
-            return
-        with contextlib.suppress(BlockingIOError, ConnectionError):
-            while True:
-                stranger, _ = self._listening.accept()
-                stranger.setblocking(False)
-                self._strangers[stranger] = bytearray()
-                self._epoll.register(stranger.fileno(), select.EPOLLIN)
-                if len(self._strangers) > _MOST_STRANGERS:
-                    self._turn_away(next(iter(self._strangers)))
-        for stranger, said in list(self._strangers.items()):
-            self._hear(stranger, said)
-            if self._peer is not None:
-                return
-
-    def _hear(self, stranger: socket.socket, said: bytearray) -> None:
-        try:
-            data = stranger.recv(len(self._token) - len(said))
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        said += data
-        if not data:
-            self._turn_away(stranger)
-        elif len(said) == len(self._token):
-            if not hmac.compare_digest(said, self._token):
-                self._turn_away(stranger)
-                return
-            del self._strangers[stranger]
-            self._epoll.unregister(stranger.fileno())
-            for other in list(self._strangers):
-                self._turn_away(other)
-            self._stop_listening()
-            self._known = True
-            self._take(stranger)
-
-    def _stop_listening(self) -> None:
-        if self._listening is None or self._endpoint is None:
-            return
-        self._epoll.unregister(self._listening.fileno())
-        self._listening.close()
-        self._listening = None
-        path = self._endpoint.path
-        if path and not path.startswith("@"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-
-    def _turn_away(self, stranger: socket.socket) -> None:
-        del self._strangers[stranger]
-        self._epoll.unregister(stranger.fileno())
-        stranger.close()
-
-    def _read(self) -> bool:
-        """More bytes of the peer; False if there are none now."""
-        assert self._peer is not None
-        try:
-            data = self._peer.recv(_READ)
-        except BlockingIOError:
-            return False
-        except OSError:
-            data = b""
-        if not data:
-            self._drop()
-            return False
-        self._input += data
-        self._drained = len(data) < _READ
-        return True
-
-    def _next(self) -> bytes | None:
-        """A whole message of what was read."""
-        if len(self._input) < 4:
-            return None
-        size = int.from_bytes(self._input[:4], "little")
-        if size > MAX_PAYLOAD:
-            raise RemoteProtocolError(f"an urgent message of {size} bytes")
-        if len(self._input) < 4 + size:
-            return None
-        message = bytes(self._input[4 : 4 + size])
-        del self._input[: 4 + size]
-        return message
-
-    def close(self) -> None:
-        self._stop_listening()
-        for sock in (self._peer, *self._strangers):
-            if sock is not None:
-                sock.close()
-        self._peer = None
-        self._strangers.clear()
-        self._epoll.close()
-
-
-def _no_keys(curve: Binds | Dials | None) -> None:
-    """Whoever has keys must not come here: Parameters and Hello are checked."""
-    if curve is not None:
-        raise LocalProtocolError("a direct link is not encrypted")
-
-
-def _socket_address(endpoint: Endpoint) -> tuple[socket.AddressFamily, Any]:
-    if endpoint.scheme == "ipc":
-        path = endpoint.path
-        return socket.AF_UNIX, f"\0{path[1:]}" if path.startswith("@") else path
-    host = "0.0.0.0" if endpoint.host == "*" else endpoint.host
-    try:
-        found = socket.getaddrinfo(host, endpoint.port, type=socket.SOCK_STREAM)[0]
-    except OSError as e:
-        raise ConnectError(f"cannot find {endpoint.host}: {e.strerror}") from e
-    return found[0], found[4]
-
-
-def urgent_link(direct: bool, priority: int) -> UrgentLink:
-    """An urgent link of either kind."""
-    return DirectLink() if direct else ZmqLink(priority)

@@ -24,9 +24,10 @@ import numpy as np
 
 from ..transport.curve import Binds, Dials
 from ..transport.errors import GuestGone, LocalProtocolError, RemoteProtocolError, WorkerDied
-from ..transport.links import UrgentLink, parse_endpoint, short, urgent_link
+from ..transport.links import parse_endpoint, short
 from ..transport.pages import PAGE_SIZE
 from ..transport.urgent import Elsewhere, Page, Requesting
+from ..transport.urgent_links import UrgentLink, urgent_link
 from . import jobs
 from .counters import Counters
 from .guests.base import ArmedMemory, Region

@@ -20,9 +20,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ..transport.errors import LocalProtocolError, PeerLost, RemoteProtocolError, SourceError
-from ..transport.links import parse_endpoint, short, urgent_link
+from ..transport.links import parse_endpoint, short
 from ..transport.pages import PAGE_SIZE
 from ..transport.urgent import MAX_HOST_PAGES, Answering, Placed, Request
+from ..transport.urgent_links import urgent_link
 from . import jobs
 from .counters import Counters
 from .page_table import CLEAN, PageTable

@@ -27,8 +27,8 @@ from ..transport.links import (
     NOBLOCK,
     Endpoint,
     Gate,
-    bind,
     connect,
+    open_channel,
     parse_endpoint,
     short,
     unbind,
@@ -166,9 +166,7 @@ class Receiver:
             return None
         self.prefix = [self.job.token]
         assert not isinstance(curve, Dials)
-        if curve is not None:
-            self.gate = Gate(self.context, curve)
-        self.socket, endpoint = bind(self.context, where, gatekeeper=curve)
+        self.gate, self.socket, endpoint = open_channel(self.context, where, self.job.token, curve)
         return endpoint
 
     def _commands(self) -> bool:

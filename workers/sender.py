@@ -34,8 +34,8 @@ from ..transport.links import (
     SNDMORE,
     Endpoint,
     Gate,
-    bind,
     connect,
+    open_channel,
     parse_endpoint,
     short,
     unbind,
@@ -224,12 +224,10 @@ class Sender:
 
     def _listen(self, job: jobs.Listen) -> None:
         """Let the receiver connect; its first message says that it has."""
-        if job.curve is not None:
-            self.gate = Gate(self.context, job.curve)
-            self.poller.register(self.gate.socket, zmq.POLLIN)
-        self.socket, self.bound = bind(
-            self.context, parse_endpoint(job.endpoint), tos=self.job.tos, gatekeeper=job.curve
+        self.gate, self.socket, self.bound = open_channel(
+            self.context, parse_endpoint(job.endpoint), job.token, job.curve, self.job.tos
         )
+        self.poller.register(self.gate.socket, zmq.POLLIN)
         self.peer = job.token
         self.poller.register(self.socket, zmq.POLLIN)
         self.desk.say(jobs.Ready(short(self.bound)))

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from fleet_hosts import NET, SCHEDULER, cluster
 from helpers import PAGE, Running, command, receiver, same_file, until
 
 from pageferry.pipeline.batch_state import look
+from pageferry.transport.keys import KeyDirectory
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("distributed") is None,
@@ -94,6 +96,33 @@ def resume(hosts, tmp_path, *more):
 
 def rows(tmp_path):
     return {row.item.name: row for row in look(str(tmp_path / "state")).rows}
+
+
+def test_with_keys(hosts, files, batch, tmp_path):
+    """Each source has the keys of its own host, at the path that the manifest names; one that the
+    receiver does not list moves nothing."""
+    folders = {name: hosts[name].own / "keys" for name in ("kvm1", "kvm2", "kvm3")}
+    keys = {name: KeyDirectory.create(str(folder)) for name, folder in folders.items()}
+    try:
+        for name in ("kvm1", "kvm2"):
+            keys[name].allow(keys["kvm3"].public, f"{NET}.4")
+        keys["kvm3"].allow(keys["kvm1"].public)
+        there = receiver(
+            "--into", f"image:{files}/", "--keys", f"{files}/keys", listen=TO,
+            within=hosts["kvm3"].within,
+        )  # fmt: skip
+        with there:
+            done = hosts.first.run(*batch(
+                *(item(files, name, host=name) for name in ("kvm1", "kvm2")),
+                defaults={"workers": 1, "keys": f"{files}/keys"}, retries=0,
+            ))  # fmt: skip
+        assert done.returncode == 15, done.stderr
+        assert "does not know our key" in done.stderr
+        assert same_file(hosts["kvm1"].own / "vm.mem", hosts["kvm3"].own / "kvm1")
+        assert not (hosts["kvm3"].own / "kvm2").exists()
+    finally:
+        for folder in folders.values():
+            shutil.rmtree(folder)
 
 
 def test_each_from_its_host(hosts, files, batch, tmp_path):

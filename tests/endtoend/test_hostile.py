@@ -16,11 +16,12 @@ from helpers import PAGE, Running, pattern, receiver, until_async
 from helpers import pageferry as run
 from raw_peer import GREETING, RawPeer, long_frame, ready
 
+from pageferry.pipeline import api
 from pageferry.pipeline.control import Control
 from pageferry.pipeline.destination import Arrival, Destination
 from pageferry.pipeline.restoring import Restoring
 from pageferry.transport import messages
-from pageferry.transport.errors import RemoteProtocolError
+from pageferry.transport.errors import PageferryError, RemoteProtocolError
 from pageferry.transport.links import parse_endpoint
 from pageferry.transport.messages import (
     PAGE_SUMS,
@@ -165,6 +166,100 @@ def test_claims_take_no_memory(image, tmp_path):
     assert code == 0, err
     peaks = [process["peak-memory"] for process in json.loads(out)["processes"]]
     assert max(peaks) < 100 * messages.MAX_TO_DESTINATION // 4
+
+
+def _say(peer, what, times):
+    for _ in range(times):
+        peer.send(what)
+
+
+def _memory(process):
+    return psutil.Process(process.pid).memory_info().rss
+
+
+@pytest.mark.parametrize("where", ["control", "channels"])
+def test_a_message_without_an_end(tmp_path, where):
+    """Parts and parts, each within the bound: cut off long before they are memory; on channels not
+    a byte comes in. The migration beside it goes on."""
+    with (
+        receiver("--once") as there,
+        Running("send", "demo:?size=8M&content=random&access=random", there.endpoint, "--json",
+                "--max-bandwidth", "2MB", "--monitor", f"unix:{tmp_path}/m") as sending,
+        contextlib.ExitStack() as stack,
+    ):  # fmt: skip
+        sending.error_line("round 1")
+        control = int(there.endpoint.rpartition(":")[2])
+        ports = {control} if where == "control" else _listening(there.process) - {control}
+        family = [psutil.Process(there.process.pid), *psutil.Process(there.process.pid).children()]
+        before = [_memory(process) for process in family]
+        part = bytes(1 << 20)
+        for port in ports:
+            peer = RawPeer(port)
+            stack.callback(peer.close)
+            with pytest.raises(ConnectionError):
+                _say(peer, (long_frame(len(part), more=True) + part) * 4, 1 << 10)
+        for process, was in zip(family, before, strict=True):
+            assert _memory(process) - was < 512 << 20
+        assert run("set", f"unix:{tmp_path}/m", "max-bandwidth=0").returncode == 0
+        code, _, err = sending.finish()
+        assert code == 0, err
+        code, out, err = there.finish()
+        assert code == 0, err
+        assert json.loads(out.splitlines()[-1])["oracle"]["ok"]
+
+
+def test_a_crowd_of_idle_strangers(tmp_path, image):
+    """Most of 200 are cut off as others come, the rest soon after; who sends is let in at once."""
+    with receiver("--into", f"image:{tmp_path}/out") as there, contextlib.ExitStack() as stack:
+        port = int(there.endpoint.rpartition(":")[2])
+        crowd = []
+        for i in range(200):
+            crowd.append(RawPeer(port, identity=b"idle%d" % i))
+            stack.callback(crowd[-1].close)
+        assert run("send", f"image:{image}", there.endpoint).returncode == 0
+        for peer in crowd:
+            peer.wait_until_dropped()
+        left = [
+            one
+            for one in psutil.Process(there.process.pid).net_connections("tcp")
+            if one.status == "ESTABLISHED"
+        ]
+        assert not left
+        assert run("send", f"image:{image}", there.endpoint).returncode == 0
+
+
+def test_who_connects_again_is_no_stranger(tmp_path):
+    """libzmq does so by itself when a connection breaks; what was begun goes on."""
+
+    async def main():
+        there = Destination(parse_endpoint("tcp://127.0.0.1:0"), api.opener(None))
+        arriving = asyncio.ensure_future(api.receive_one(there))
+        with zmq.Context() as context, contextlib.ExitStack() as stack:
+
+            def connected():
+                source = stack.enter_context(context.socket(zmq.DEALER))
+                source.linger = 1000
+                source.setsockopt(zmq.ROUTING_ID, b"0123456789abcdef")
+                source.connect(str(there.endpoint))
+                return source
+
+            first = connected()
+            first.send(encode(Hello(
+                PROTOCOL, "0", str(uuid.uuid4()), "demo", [Block("ram", 64 * PAGE)], 1, 16
+            )))  # fmt: skip
+            await until_async(lambda: there.arrival is not None, "it begins")
+            door = there._doorkeeper._strangers
+            first.close()
+            await until_async(lambda: not door.numbers(), "it is gone")
+            again = connected()
+            again.send(encode(Ping(1)))
+            await until_async(lambda: len(door.numbers()) == 1 and not door.strangers, "welcome")
+            again.send(encode(Abort("Cancelled", "that is all")))
+            with pytest.raises(PageferryError, match="that is all"):
+                await arriving
+        there.close()
+
+    asyncio.run(main())
 
 
 # ---- a source ------------------------------------------------------------------------------

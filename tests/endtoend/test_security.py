@@ -11,25 +11,14 @@ import threading
 
 import pytest
 from helpers import Running, pageferry, receiver, same_file, until
+from key_ends import Ends
 
 from pageferry.transport.curve import Binds, Dials
 from pageferry.transport.keys import KeyDirectory, new_pair
-from pageferry.transport.links import parse_endpoint, urgent_link
+from pageferry.transport.links import parse_endpoint
+from pageferry.transport.urgent_links import urgent_link
 
 PAGE = b"nobody but the two of us reads this page! ".ljust(64, b".") * 64
-
-
-class Ends:
-    """Directories of keys, each of which allows the other."""
-
-    def __init__(self, folder):
-        self.here = KeyDirectory.create(str(folder / "here"))
-        self.there = KeyDirectory.create(str(folder / "there"))
-        self.here.allow(self.there.public, "there")
-        self.there.allow(self.here.public, "here")
-
-    def receiver(self, *arguments, **how):
-        return receiver("--keys", self.there.path, *arguments, **how)
 
 
 @pytest.fixture
@@ -224,17 +213,18 @@ def test_a_batch(ends, image, tmp_path):
 
 
 class Relay:
-    """Between a source that dials 127.0.0.1 and a receiver at an address of its own: copies bytes
-    and keeps them. Channels are at ports that the receiver tells; so before anything goes back to
-    the source, whatever port the receiver listens at is listened at here."""
+    """Between a source that dials an address of ours and a receiver at another: copies bytes and
+    keeps them. Nobody else has ports at either. Channels are at ports that the receiver tells; so
+    before anything goes back to the source, whatever port the receiver listens at is listened at
+    here."""
 
-    def __init__(self, address, port):
-        self.address, self.kept, self._lock = address, [], threading.Lock()
+    def __init__(self, near, address, port):
+        self.near, self.address, self.kept, self._lock = near, address, [], threading.Lock()
         self._open, self._sockets, self._threads = {}, [], []
         self.port = self._listen(port, 0)
 
     def _listen(self, port, here):
-        server = socket.create_server(("127.0.0.1", here))
+        server = socket.create_server((self.near, here))
         self._open[port] = server
         self._start(self._accept, server, port)
         return server.getsockname()[1]
@@ -290,17 +280,16 @@ class Relay:
 @pytest.mark.parametrize("postcopy", [(), ("--postcopy", "now")])
 def test_on_the_wire(ends, image, tmp_path, secured, postcopy):
     """A relay between both ends keeps all bytes: pages are in it without keys, with them not."""
-    address = f"127.77.{os.getpid() // 250 % 250}.{os.getpid() % 250 + 1}"
+    own = f"{os.getpid() // 250 % 250}.{os.getpid() % 250 + 1}"
+    near, address = f"127.78.{own}", f"127.77.{own}"
     here = ("--keys", ends.here.path) if secured else ()
     there = ("--keys", ends.there.path) if secured else ()
     source = "demo:?size=8M&content=text" if postcopy else f"image:{image}"
     into = () if postcopy else ("--into", f"image:{tmp_path}/to")
     with receiver(*into, *there, "--once", listen=f"tcp://{address}:0") as receiving:
-        relay = Relay(address, parse_endpoint(receiving.endpoint).port)
+        relay = Relay(near, address, parse_endpoint(receiving.endpoint).port)
         try:
-            done = send(
-                source, f"tcp://127.0.0.1:{relay.port}", "--codec", "none", *here, *postcopy
-            )
+            done = send(source, f"tcp://{near}:{relay.port}", "--codec", "none", *here, *postcopy)
             assert done.returncode == 0, done.stderr
             assert receiving.finish()[0] == 0
         finally:

@@ -15,7 +15,7 @@ from helpers import PAGE, until_async
 from urgent_peer import UrgentPeer
 
 from pageferry.transport.errors import HostLacks, PeerLost, RemoteProtocolError
-from pageferry.transport.links import parse_endpoint, urgent_link
+from pageferry.transport.links import parse_endpoint
 from pageferry.transport.messages import Block
 from pageferry.transport.pages import NO_RUNS
 from pageferry.transport.urgent import (
@@ -29,6 +29,7 @@ from pageferry.transport.urgent import (
     decode,
     encode,
 )
+from pageferry.transport.urgent_links import urgent_link
 from pageferry.workers import fault, jobs, postcopy
 from pageferry.workers.counters import Counters
 from pageferry.workers.forking import context

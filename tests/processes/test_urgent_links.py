@@ -11,8 +11,9 @@ import pytest
 from urgent_peer import UrgentPeer
 
 from pageferry.transport.errors import ConnectError, DestinationError, RemoteProtocolError
-from pageferry.transport.links import Endpoint, parse_endpoint, urgent_link
+from pageferry.transport.links import Endpoint, parse_endpoint
 from pageferry.transport.urgent import MAX_MESSAGE
+from pageferry.transport.urgent_links import urgent_link
 from pageferry.transport.wire import MAX_PAYLOAD
 
 TOKEN, WRONG = b"0123456789abcdef", b"0123456789abcdeF"

@@ -13,10 +13,12 @@ import xxhash
 import zmq
 from coordinator import Coordinator
 from helpers import PAGE, pattern
+from zmq.utils.monitor import parse_monitor_message
 
 from pageferry.transport.channel import Acked, SendingChannel, Synced
+from pageferry.transport.curve import CHANNEL_USER, password
 from pageferry.transport.errors import RemoteProtocolError, VerificationFailed, WorkerDied
-from pageferry.transport.links import connect, parse_endpoint
+from pageferry.transport.links import connect, open_channel, parse_endpoint, unbind
 from pageferry.transport.messages import Block
 from pageferry.transport.pages import NO_RUNS
 from pageferry.transport.wire import Frame, Kind, decode, encode_control, encode_data
@@ -284,10 +286,34 @@ def test_packed_pages_without_a_sum_end_it(tmp_path):
     asyncio.run(_with_receiver(tmp_path, body, checked=True))
 
 
-def test_strays_are_dropped_and_counted(tmp_path):
+def test_who_was_not_told_the_token_is_turned_away(tmp_path):
     async def body(coordinator, line, block):
         with zmq.Context() as other:
-            socket = connect(other, parse_endpoint(f"ipc://{tmp_path}/c"), b"x" * 16, control=False)
+            watched = []
+            socket = connect(
+                other, parse_endpoint(f"ipc://{tmp_path}/c"), b"x" * 16, control=False,
+                watched=watched,
+            )  # fmt: skip
+            assert await asyncio.to_thread(watched[0].poll, 10_000)
+            event = parse_monitor_message(watched[0].recv_multipart())["event"]
+            assert event == zmq.Event.HANDSHAKE_FAILED_AUTH
+            socket.disable_monitor()
+            watched[0].close()
+            socket.close(0)
+
+    asyncio.run(_with_receiver(tmp_path, body))
+
+
+def test_strays_are_dropped_and_counted(tmp_path):
+    """Who knows the token, and is somebody else."""
+
+    async def body(coordinator, line, block):
+        with zmq.Context() as other:
+            socket = other.socket(zmq.DEALER)
+            socket.setsockopt(zmq.ROUTING_ID, b"x" * 16)
+            socket.setsockopt(zmq.PLAIN_USERNAME, CHANNEL_USER)
+            socket.setsockopt(zmq.PLAIN_PASSWORD, password(TOKEN))
+            socket.connect(f"ipc://{tmp_path}/c")
             data = b"evil" * 1024
             runs = (np.array([0]), np.array([1]))
             meta = encode_data(Frame(Kind.DATA, 0, 1, 0, 0, NO_RUNS, runs, NO_RUNS), [data])
@@ -323,15 +349,19 @@ async def _with_sender(tmp_path, body, codec="none"):
     coordinator = Coordinator(counters)
     zmq_context = zmq.Context()
     try:
-        router = zmq_context.socket(zmq.ROUTER)
-        router.bind(f"ipc://{tmp_path}/c")
+        gate, router, where = open_channel(
+            zmq_context, parse_endpoint(f"ipc://{tmp_path}/c"), TOKEN, None
+        )
         job = sender.SenderJob([block], table, counters, bandwidth, None, codec, None, 16)
         await coordinator.pool.start(sender.main, [job])
         await coordinator.hear(jobs.Ready)
         coordinator.say(jobs.Open(f"ipc://{tmp_path}/c", TOKEN))
+        assert await asyncio.to_thread(gate.socket.poll, 10_000), "the sender does not connect"
+        gate.answer()
         table.mark_dirty(0, (np.array([0]), np.array([PAGES])))
         await body(coordinator, router, table)
-        router.close(0)
+        gate.close()
+        unbind(router, where)
     finally:
         await coordinator.pool.close()
         zmq_context.term()

@@ -19,6 +19,7 @@ SANS_IO = {
     *(f"transport/{name}.py" for name in ("errors", "quantities", "urgent", "__init__")),
     "transport/codecs/__init__.py",
     "transport/curve.py",
+    "transport/strangers.py",
     "transport/codecs/choice.py",
     *(f"pipeline/{name}.py" for name in ("migration", "state", "convergence", "partition")),
     *(f"pipeline/{name}.py" for name in ("agreement", "pacing", "parameters", "__init__")),
@@ -36,10 +37,11 @@ IO_MODULES = {
     "signal", "socket", "ssl", "subprocess", "threading", "time", "zmq",
 }  # fmt: skip
 
-# Who may import the socket module: links, and the handover of descriptors over a unix socket.
+# Who may import the socket module: links and the direct one, who looks at connections, the handover
+# of descriptors over a unix socket, and what the service manager is told.
 SOCKET_MODULES = {
     "transport/links.py", "workers/guests/handover.py", "workers/guests/qmp.py",
-    "workers/leash.py",
+    "workers/leash.py", "transport/doorkeeper.py", "transport/direct.py", "tools/cli/service.py",
 }  # fmt: skip
 OPENING = {"socket", "bind", "connect"}
 # The monitor's unix socket is a stream of asyncio's; the live view is HTTP.

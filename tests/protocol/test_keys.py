@@ -13,7 +13,18 @@ from pageferry.pipeline.agreement import check_key
 from pageferry.pipeline.manifest import manifest
 from pageferry.pipeline.parameters import Parameters
 from pageferry.transport import keys as keys_module
-from pageferry.transport.curve import Z85, Binds, Dials, Pair, as_text, is_key, zap_answer
+from pageferry.transport.curve import (
+    CHANNEL_USER,
+    Z85,
+    Binds,
+    Dials,
+    Invites,
+    Pair,
+    as_text,
+    is_key,
+    password,
+    zap_answer,
+)
 from pageferry.transport.errors import PeerRefused, UsageError
 from pageferry.transport.keys import KeyDirectory, new_pair, parse_key, public_key
 from pageferry.transport.links import parse_endpoint
@@ -265,6 +276,31 @@ def test_all_others_are_turned_away(gatekeeper, other):
 @given(st.lists(st.binary(max_size=40), max_size=8))
 def test_nonsense_is_turned_away(parts):
     assert zap_answer(parts, Binds(b"", b"0" * 40, "d"))[2] == b"400"
+
+
+TOKEN = bytes(range(16))
+
+
+def by_token(**other):
+    said = {
+        "version": b"1.0", "number": b"7", "domain": b"pageferry", "address": b"", "id": b"",
+        "mechanism": b"PLAIN", "name": CHANNEL_USER, "password": password(TOKEN),
+    } | other  # fmt: skip
+    return zap_answer(list(said.values()), Invites(TOKEN))[2]
+
+
+def test_a_token_lets_in():
+    assert by_token() == b"200"
+    assert TOKEN.hex() not in repr(Invites(TOKEN))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"password": b""}, {"password": password(TOKEN[::-1])}, {"password": password(TOKEN)[:-1]},
+     {"name": b""}, {"domain": b"d"}, {"mechanism": b"CURVE"}, {"more": b""}],
+)  # fmt: skip
+def test_another_token_does_not(other):
+    assert by_token(**other) == b"400"
 
 
 # ---- what is said of it ------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import click
 from ..._version import __version__
 from ...transport.errors import PageferryError
 from ...workers.forking import warm_up
+from ...workers.privileges import prepare
 from .logs import talkative, verbose_option
 
 # command -> the module that has it, whether it starts workers, what it is
@@ -51,7 +52,9 @@ class _Group(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, starts_workers, _ = COMMANDS[cmd_name]
-        if starts_workers and "--help" not in sys.argv:
+        if starts_workers and any(word.split("=")[0] == "--user" for word in sys.argv):
+            prepare()  # processes are started when we are that user
+        elif starts_workers and "--help" not in sys.argv:
             warm_up()
         found: click.Command = getattr(
             importlib.import_module(f".{module}", __package__),

@@ -55,6 +55,13 @@ def listening_options(function: F) -> F:
     return keys(insecure(function))
 
 
+def user_option(function: F) -> F:
+    """What runs for long, or hears strangers, takes."""
+    user = click.option("--user", metavar="NAME[:GROUP]", help="Become this user as soon as what "
+                        "needs root is done.")  # fmt: skip
+    return user(function)
+
+
 def memory_options(function: F) -> F:
     """What is said of a migration itself."""
     for option in reversed(

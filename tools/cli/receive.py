@@ -11,21 +11,22 @@ from ...pipeline import api
 from ...pipeline.destination import Destination
 from ...pipeline.reception import Reception
 from ...transport.errors import PageferryError, UsageError
-from ...transport.links import Endpoint, parse_endpoint
+from ...transport.links import Endpoint
 from ...transport.quantities import format_bytes, format_seconds
 from ...workers.guests import GuestUri, is_directory, parse_guest
 from .copy import checked_oracle
 from .log_lines import escaped
 from .main import error_object
-from .options import integer, listening_options, output_options, page_options
+from .options import integer, listening_options, output_options, page_options, user_option
 from .reporting import received
-from .running import Interrupts, run, show
+from .running import Interrupts, as_user, run, show
+from .service import ready, where_to_listen
 from .view import View
 
 
 @click.command("receive")
-@click.option("--listen", required=True, metavar="ENDPOINT", help="tcp://HOST:PORT (port 0: any) "
-              "or ipc://PATH. Channels listen beside it, on ports of their own.")  # fmt: skip
+@click.option("--listen", required=True, metavar="ENDPOINT", help="tcp://HOST:PORT (port 0: any), "
+              "ipc://PATH, systemd. Channels listen beside it, on ports of their own.")  # fmt: skip
 @click.option("--into", metavar="DESTINATION", help="Where guests go. Default: a demo: guest as "
               "such, memory into a new segment in /dev/shm.")  # fmt: skip
 @click.option("--qemu-command", metavar="COMMAND", help="Start a QEMU for a VM that arrives, with "
@@ -35,6 +36,7 @@ from .view import View
               "arrive at a time, with --into image:DIR/.")  # fmt: skip
 @click.option("--once", is_flag=True, help="End after one migration, with its exit code.")
 @listening_options
+@user_option
 @page_options
 @output_options
 def receive_command(
@@ -50,7 +52,7 @@ def receive_command(
     \b
     pageferry receive --listen tcp://192.0.2.7:4444 --into image:/var/lib/vm.mem --once
     """
-    endpoint = parse_endpoint(listen)
+    endpoint = where_to_listen(listen)
     if options["keys"] and options["insecure"]:
         raise UsageError("--keys and --insecure: leave one of them out")
     if into is not None and qemu_command is not None:
@@ -58,6 +60,7 @@ def receive_command(
     guest = None if into is None else parse_guest(into)
     expected = "demo" if guest is not None and guest.kind == "demo" else None
     as_json, quiet = options["as_json"], options["quiet"]
+    as_user(options["user"])
     if guest is not None and is_directory(guest) and not once:
         _receive_many(endpoint, guest, integer("at-once", at_once) or 0, options)
         return
@@ -154,3 +157,4 @@ def _say_listening(destination: Destination, view: View, as_json: bool) -> None:
         line = {"event": "listening", "endpoint": str(destination.endpoint)}
         print(json.dumps(line), flush=True)
     view.say(f"listening at {destination.endpoint}")
+    ready()

@@ -10,9 +10,9 @@ from ...pipeline import api
 from ...pipeline.parameters import Parameters
 from ...transport.links import Endpoint, parse_endpoint
 from ...workers.guests import GuestUri, parse_guest
-from .options import key_options, output_options, page_options
+from .options import key_options, output_options, page_options, user_option
 from .reporting import recorded
-from .running import Interrupts, run
+from .running import Interrupts, as_user, run
 from .view import View
 
 
@@ -21,6 +21,7 @@ from .view import View
 @click.option("--uffd-socket", required=True, metavar="PATH", help="Where the monitor connects and "
               "hands over its userfaultfd, as Firecracker does (backend_type Uffd).")  # fmt: skip
 @key_options
+@user_option
 @page_options
 @output_options
 def restore_command(source: str, uffd_socket: str, **options: Any) -> None:
@@ -39,6 +40,7 @@ def restore_command(source: str, uffd_socket: str, **options: Any) -> None:
     parameters = Parameters(
         postcopy="now", keys=options["keys"], peer=options["peer"], insecure=options["insecure"]
     ).checked()
+    as_user(options["user"])
 
     async def start(view: View, interrupts: Interrupts) -> dict[str, Any]:
         async with recorded(

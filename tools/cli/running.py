@@ -15,8 +15,26 @@ from typing import Any, Protocol
 
 from ...pipeline.tracing import recording
 from ...transport.errors import Cancelled
-from ...workers.guests import GuestUri
+from ...workers.forking import warm_up
+from ...workers.guests import GuestUri, SourceGuest, needs_process
+from ...workers.privileges import become, become_after_attach, find_user
 from .view import View, make_view, summary
+
+
+def as_user(
+    text: str | None, source: GuestUri | None = None
+) -> Callable[[SourceGuest], None] | None:
+    """With --user: become that user now, or, if `source` is another process, by what this returns,
+    to be called when that is attached to. Nothing runs yet."""
+    if text is None:
+        return None
+    user = find_user(text)
+    if source is None or not needs_process(source):
+        become(user)
+        warm_up()
+        return None
+    attached = become_after_attach(user)
+    return lambda guest: attached(guest.process)
 
 
 class Cancellable(Protocol):

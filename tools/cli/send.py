@@ -9,9 +9,9 @@ import click
 from ...pipeline import api
 from ...transport.links import parse_endpoint
 from ...workers.guests import parse_guest
-from .options import key_options, migration_options, parameters
+from .options import key_options, migration_options, parameters, user_option
 from .reporting import recorded
-from .running import Interrupts, run
+from .running import Interrupts, as_user, run
 from .view import View
 
 
@@ -20,6 +20,7 @@ from .view import View
 @click.argument("endpoint")
 @click.option("--name", default="", help="What it is to be called in a receiver's directory.")
 @key_options
+@user_option
 @migration_options
 def send_command(source: str, endpoint: str, name: str, **options: Any) -> None:
     """Move the guest SOURCE to the `pageferry receive` at ENDPOINT (tcp://HOST:PORT, ipc://PATH).
@@ -29,6 +30,7 @@ def send_command(source: str, endpoint: str, name: str, **options: Any) -> None:
     """
     checked = parameters(options)
     where, there = parse_guest(source), parse_endpoint(endpoint)
+    on_attached = as_user(options["user"], where)
 
     async def start(view: View, interrupts: Interrupts) -> dict[str, Any]:
         async with recorded(
@@ -38,6 +40,7 @@ def send_command(source: str, endpoint: str, name: str, **options: Any) -> None:
             recording.report = await api.send(
                 where, there, checked, on_progress=recording.on_progress,
                 on_started=recording.on_started, monitor=options["monitor"], name=name,
+                on_attached=on_attached,
             )  # fmt: skip
             return recording.report
 

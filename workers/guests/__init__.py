@@ -14,6 +14,7 @@ __all__ = [
     "GuestUri",
     "SourceGuest",
     "is_directory",
+    "needs_process",
     "open_destination",
     "open_source",
     "parse_guest",
@@ -73,6 +74,11 @@ def open_destination(uri: GuestUri, index: ContentIndex | None = None) -> Destin
 def is_directory(uri: GuestUri) -> bool:
     """image:DIR/ takes many images, each by its name."""
     return uri.kind == "image" and uri.rest.endswith("/")
+
+
+def needs_process(uri: GuestUri) -> bool:
+    """The source at `uri` is memory of a process that runs already."""
+    return uri.kind in ("qemu", "pid") or "pid" in uri.options
 
 
 def start_qemu(command: str) -> DestinationGuest:

@@ -117,6 +117,8 @@ class SourceGuest(ABC):
     image_size: int = 0
     # What a destination must know beyond the usual (transport/messages.py).
     capabilities: tuple[str, ...] = ()
+    # Whose memory it is, if that is another process: it is read, and stopped, until the end.
+    process: int = 0
     # When it was told to stop (CLOCK_MONOTONIC, seconds), if `stop` does more before; else 0.
     stopped_at: float = 0.0
 

@@ -47,6 +47,7 @@ class ProcessSource(SourceGuest):
     def __init__(self, uri: GuestUri) -> None:
         how = uri.choice("tracking", (TRACKING_PAGEMAP, TRACKING_HASH))
         self._process = WriterProcess(int(uri.rest))
+        self.process = self._process.pid
         self._file: RamFile | None = None
         self._tracker: WriteTracker | None = None
         self._facts: dict[str, Any] = {}

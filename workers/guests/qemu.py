@@ -192,6 +192,7 @@ class QemuSource(SourceGuest):
             self.close()
             raise
         self.image_size = sum(backend.size for backend in self._found)
+        self.process = self._monitor.pid
 
     def _track(self, how: str) -> None:
         """By the kernel if that can be, else by content: then the statistics say why."""

@@ -57,6 +57,7 @@ class RamSource(SourceGuest):
                 self.close()
                 raise
             self.can_stop = True
+            self.process = self._writer.pid
 
     def stop(self) -> None:
         if self._writer is not None:

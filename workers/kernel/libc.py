@@ -18,6 +18,7 @@ _libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_PR_SET_NO_NEW_PRIVS = 38
 _SCHED_SETATTR = 274 if platform.machine() == "aarch64" else 314
 _FALLOC_PUNCH_HOLE = 0x02 | 0x01  # with KEEP_SIZE, as fallocate(2) demands
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
@@ -63,6 +64,12 @@ def die_with_parent(parent: int) -> None:
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
     if os.getppid() != parent:  # it ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def forbid_new_privileges() -> None:
+    """No program that this thread, or what it starts, executes gains anything by being setuid
+    (prctl(2)). For good."""
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
 
 
 def set_process_name(name: str) -> None:
