@@ -1,13 +1,14 @@
 # make demo   set up, then live-migrate a running guest and check every byte of it
 # make test   set up, then run all tests
 # make lint   ruff and mypy; make bench: the benchmark against its peers
+# make torture  every fault in every state, many times: writes docs/torture.md (root, half an hour)
 
 VENV   ?= .venv
 PYTHON := $(VENV)/bin/python
 # Test files at the same time. Each needs a /dev/shm of its own, and that needs root.
 JOBS   ?= $(if $(filter 0,$(shell id -u)),2,0)
 
-.PHONY: demo test lint bench picture clean
+.PHONY: demo test lint bench torture picture clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/pageferry copy 'demo:?size=512M&content=text&rate=20000' demo:
@@ -22,6 +23,9 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.demo
 	@$(PYTHON) -m pageferry.tools.bench throughput
+
+torture: $(VENV)/.test
+	@$(PYTHON) tests/torture --full docs/torture.md
 
 picture: $(VENV)/.demo
 	@$(VENV)/bin/pip install --quiet pyte selenium pillow -e '.[web]'
