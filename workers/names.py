@@ -27,6 +27,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from multiprocessing import resource_tracker, util
 
 from .kernel.libc import lock_file
@@ -35,6 +36,7 @@ SHARED_MEMORY = "/dev/shm"
 PREFIX = "pageferry-"
 # Where the fork server finds the folder that it removes when its coordinator is gone.
 FOLDER_VARIABLE = "PAGEFERRY_FOLDER"
+_A_MOMENT = 0.001
 _numbers = itertools.count()
 
 
@@ -115,7 +117,8 @@ class Folder:
         self.fd = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             with contextlib.suppress(OSError):  # a file system without locks: then nobody has one
-                lock_file(self.fd)
+                while not lock_file(self.fd):  # a sweep looks at it just now
+                    time.sleep(_A_MOMENT)
             os.rename(hidden, self.path)
         except BaseException:
             os.close(self.fd)
