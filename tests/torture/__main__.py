@@ -22,7 +22,7 @@ from table import write
 
 # Cells that are being started at the same time, and that are there.
 _STARTING, _AT_ONCE = 2, 12
-_FULL = {"size": "32M", "workers": 2}
+_FULL = {"size": "32M", "workers": 2, "varied": True}
 _REPEATS, _RANDOM = 3, 200
 
 

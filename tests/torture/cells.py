@@ -122,7 +122,13 @@ class Cell:
     hit: Victim | Line
 
     def __str__(self) -> str:
-        return f"{self.moment}: {self.fault.value} {self.hit.value}"
+        return f"{self.moment}: {self.what}"
+
+    @property
+    def what(self) -> str:
+        """The fault, and what it hits: both ways of a connection that breaks."""
+        hit = self.hit.value
+        return f"{self.fault.value} {hit.partition(',')[0] if self.fault is Fault.RESET else hit}"
 
 
 WORKERS = (Victim.SENDER, Victim.RECEIVER, Victim.URGENT, Victim.FAULT)
@@ -324,10 +330,15 @@ def expected(cell: Cell) -> Outcome:
 
 def allowed(cell: Cell) -> set[Outcome]:
     """What may come of it: at no moment in particular, what may at any, or it comes too late. A
-    connection with frames on their way may take answers along when it breaks."""
+    connection with frames on their way may take answers along when it breaks. The kernel may choose
+    a worker when memory runs out."""
     if cell.moment is not ANYWHERE:
-        lost = (cell.fault, cell.hit) == (Fault.RESET, Line.DATA) and _frames(cell.moment)
-        return {expected(cell)} | ({OUTCOMES[Loss.LINK][cell.moment.run]} if lost else set())
+        found = {expected(cell)}
+        if (cell.fault, cell.hit) == (Fault.RESET, Line.DATA) and _frames(cell.moment):
+            found.add(OUTCOMES[Loss.LINK][cell.moment.run])
+        if (cell.moment, cell.hit) == (POSTCOPY, Line.MEMORY):
+            found.add(Outcome.RECOVERS)
+        return found
     if cell.fault is Fault.RESET:  # it may come while something is on its way
         return {Outcome.COMPLETES, *OUTCOMES[Loss.LINK].values()}
     at = [Cell(moment, cell.fault, cell.hit) for moment in MOMENTS]

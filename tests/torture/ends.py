@@ -31,7 +31,7 @@ from pageferry.pipeline import api
 from pageferry.pipeline.destination import Arrival, Destination
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.source import Source
-from pageferry.transport.errors import DestinationError, PageferryError
+from pageferry.transport.errors import DestinationError, PageferryError, SourceError
 from pageferry.transport.links import parse_endpoint
 from pageferry.workers.forking import warm_up
 from pageferry.workers.guests import demo, demo_process, open_source, parse_guest
@@ -168,7 +168,10 @@ class SourceEnd(End):
             obeying = await self.until_over(self.source.run)
             moving.cancel()
             if uri.kind == "demo":
-                found = await asyncio.to_thread(self.look_at, guest)
+                try:
+                    found = await asyncio.to_thread(self.look_at, guest)
+                except SourceError:  # killed when it was over
+                    found = {"guest": "gone"}
                 self.wire.say("guest", **found)
             await self.stay(obeying)
             if uri.kind == "demo" and guest._stopped and not guest._guest.has_ended():

@@ -248,12 +248,16 @@ class MemoryGroup:
 
     def leave(self, more):
         """What is used now and `more` bytes are all there is."""
-        used, limit = (
-            ("memory.current", "memory.max") if self._v2
-            else ("memory.usage_in_bytes", "memory.limit_in_bytes")
-        )  # fmt: skip
-        now = int((self.folder / used).read_text())
-        (self.folder / limit).write_text(str(now + more))
+        used = "memory.current" if self._v2 else "memory.usage_in_bytes"
+        self._limit(str(int((self.folder / used).read_text()) + more))
+
+    def lift(self):
+        """There is enough again."""
+        self._limit("max" if self._v2 else "-1")
+
+    def _limit(self, most):
+        name = "memory.max" if self._v2 else "memory.limit_in_bytes"
+        (self.folder / name).write_text(most)
 
     def __exit__(self, *rest):
         for _ in range(200):

@@ -42,11 +42,12 @@ def _counts(line, parts):
             return urgent.decode(parts[0]).kind == urgent.Kind.REQUEST
 
 
-def _damaged(parts):
-    """One bit of the last part is another."""
-    last = bytearray(parts[-1])
-    last[len(last) // 2] ^= 0x10
-    return [*parts[:-1], bytes(last)]
+def _damaged(parts, draw):
+    """One bit is another: in the middle of the last part, or anywhere."""
+    index = draw.randrange(len(parts)) if draw else len(parts) - 1
+    part = bytearray(parts[index])
+    part[draw.randrange(len(part)) if draw else len(part) // 2] ^= 0x10
+    return [*parts[:index], bytes(part), *parts[index + 1 :]]
 
 
 class _Pipe:
@@ -119,9 +120,11 @@ class _Pipe:
 
 
 class Relay:
-    """All links of one migration. `endpoint`: where the source is to connect."""
+    """All links of one migration. `endpoint`: where the source is to connect; `draw`: a generator
+    of random numbers, if damage is to be anywhere."""
 
-    def __init__(self, there):
+    def __init__(self, there, draw=None):
+        self._draw = draw
         self.there = parse_endpoint(there)
         self.context = zmq.asyncio.Context()
         self.pipes = [_Pipe(self, "control", self.there)]
@@ -179,7 +182,7 @@ class Relay:
         self._now()
         match fault:
             case Fault.CORRUPT:
-                await send(_damaged(parts))
+                await send(_damaged(parts, self._draw))
             case Fault.LOSE:
                 pass
             case Fault.REPEAT:

@@ -61,7 +61,7 @@ _GATES = {
 _SLOW = 150_000
 # A guest of 32 MiB moves in a few seconds, and so long is waited at the most for a random moment.
 _IN_SECONDS = {"max_bandwidth": 20_000_000, "max_postcopy_bandwidth": 10_000_000}
-_AT_RANDOM_SECONDS = 2.5
+_AT_RANDOM_SECONDS = 2.0
 # Longer than any heartbeat (4 s).
 _STOPPED_SECONDS = 4.5
 _PATIENCE = 3  # times the bound, on a busy machine
@@ -93,9 +93,9 @@ class Result:
 class _Cell:
     """One cell while it runs."""
 
-    def __init__(self, cell, nursery, starting, size, workers, seed):
+    def __init__(self, cell, nursery, starting, size, workers, seed, varied):
         self.cell, self.nursery, self.starting = cell, nursery, starting
-        self.size, self.workers, self.seed = size, workers, seed
+        self.size, self.workers, self.seed, self.varied = size, workers, seed, varied
         self.result = Result(str(cell), " or ".join(sorted(o.value for o in allowed(cell))))
         self.stack = contextlib.AsyncExitStack()
         self.relay = self.network = self.group = self.image = None
@@ -110,6 +110,11 @@ class _Cell:
     def _on_disk(self):
         return self.cell.hit is Line.DISK
 
+    @property
+    def _relayed(self):
+        direct = (Line.WIRE, Line.DISK, Line.MEMORY)
+        return isinstance(self.cell.hit, Line) and self.cell.hit not in direct
+
     def _parameters(self):
         moment = self.cell.moment
         found = {
@@ -117,6 +122,8 @@ class _Cell:
             "postcopy": "never" if self._on_disk else "manual", "max_rounds": 1000,
             "downtime_limit": 10.0,
         }  # fmt: skip
+        if self.varied and not self._relayed and self.draw.random() < 0.5:
+            found["postcopy_link"] = "direct"
         if moment is ANYWHERE:
             when = self.draw.choice(["manual", "now", "after=1"])
             return found | _IN_SECONDS | {"postcopy": when, "downtime_limit": 0.3}
@@ -157,8 +164,8 @@ class _Cell:
             self._lay_disk(there)
         self.destination = await self._end(there)
         endpoint = (await self.destination.heard("listening"))["endpoint"]
-        if isinstance(cell.hit, Line) and (cell.hit not in (Line.WIRE, Line.DISK, Line.MEMORY)):
-            self.relay = Relay(endpoint)
+        if self._relayed:
+            self.relay = Relay(endpoint, self.draw if self.varied else None)
             stack.push_async_callback(self.relay.close)
             endpoint = self.relay.endpoint
         self.source = await self._end(here | {"endpoint": endpoint, "guest": self._guest()})
@@ -363,6 +370,8 @@ class _Cell:
         """Whatever can go on does, and whatever cannot ends."""
         if self.network is not None:
             self.network.join()
+        if self.group is not None:
+            self.group.lift()
         self._go_on()
         asked = 0
         until = time.monotonic() + 60
@@ -436,6 +445,8 @@ class _Cell:
             if source:
                 self._stands_still(facts)
             return Outcome.ARRIVES
+        if self._killed_on_arrival(source, there):
+            return Outcome.LOST
         if there and not there["error"]:
             return f"arrived, and the oracle says {there['oracle']}"
         errors = {e["error"] for e in (source, there) if e}
@@ -454,6 +465,11 @@ class _Cell:
         if not source or guest.get("guest") == "gone":
             return Outcome.GUEST_DIES
         return f"source {source}, destination {there}, guest {guest}"
+
+    def _killed_on_arrival(self, source, there):
+        """Its guest had arrived, and died there of the fault before it was looked at."""
+        both = source and there and not source["error"] and there["error"]
+        return both and loss(self.cell) is Loss.DESTINATION_GUEST
 
     def _stands_still(self, facts):
         """The guest runs at one side only, and its memory here is as it was when it left."""
@@ -516,8 +532,8 @@ def _as_expected(cell, observed):
     return observed in allowed(cell)
 
 
-async def run_cell(cell, nursery, starting, *, size="4M", workers=1, seed=1):
+async def run_cell(cell, nursery, starting, *, size="4M", workers=1, seed=1, varied=False):
     """What came of it. In the quick form guests are small and there is one channel. `starting`: a
     semaphore; what costs processor time is the start, and who gets none for four seconds is taken
-    for dead."""
-    return await _Cell(cell, nursery, starting, size, workers, seed).run()
+    for dead. `varied`: by the seed, what does not matter to the outcome."""
+    return await _Cell(cell, nursery, starting, size, workers, seed, varied).run()

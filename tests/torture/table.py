@@ -91,7 +91,7 @@ def _table(file, by_cell):
         for cell, results in found.items():
             seen = sorted({r.observed for r in results if r.observed})
             file.write(_row(
-                f"{cell.fault.value} {cell.hit.value}", " / ".join(seen) or "-",
+                cell.what, " / ".join(seen) or "-",
                 _seconds(results, "source"), _seconds(results, "destination"),
                 str(sum(not r.skipped for r in results)), _verdict(results),
             ))  # fmt: skip
