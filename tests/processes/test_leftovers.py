@@ -213,11 +213,12 @@ def sweep_just_now(event, arguments):
         held.append(None)
         held[0] = os.open(arguments[0], os.O_RDONLY)
         fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        threading.Timer(0.05, os.close, held).start()
+        held.append(threading.Timer(0.05, os.close, held[:1]))
+        held[1].start()
 
 sys.addaudithook(sweep_just_now)
 folder = Folder()
-assert held
+held[1].join()
 print(lock_file(os.open(folder.path, os.O_RDONLY)))
 folder.close()
 """
