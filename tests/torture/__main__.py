@@ -23,7 +23,6 @@ from table import write
 # Cells that are being started at the same time, and that are there.
 _STARTING, _AT_ONCE = 2, 12
 _FULL = {"size": "32M", "workers": 2, "varied": True}
-_REPEATS, _RANDOM = 3, 200
 
 
 async def run_all(wanted, at_once, told, **how):
@@ -45,17 +44,17 @@ def _say(cell, result):
     print(json.dumps(result.as_dict()), flush=True)
 
 
-def _full(path, at_once, seed):
+def _full(path, at_once, seed, repeats, at_random):
     """The whole matrix, then random moments; True if all was as it should be."""
     draw, begin = random.Random(seed), time.monotonic()
     print(f"seed {seed}", file=sys.stderr)
-    every = list(cells()) * _REPEATS
-    anywhere = [draw.choice(cells_at_random()) for _ in range(_RANDOM)]
+    every = list(cells()) * repeats
+    anywhere = [draw.choice(cells_at_random()) for _ in range(at_random)]
     results = []
 
     def told(cell, result):
         results.append((cell, result))
-        print(f"{len(results)} of {len(every) + _RANDOM}: {result.cell}: "
+        print(f"{len(results)} of {len(every) + at_random}: {result.cell}: "
               f"{result.skipped or result.wrong or result.observed}", file=sys.stderr)  # fmt: skip
 
     wanted = [(cell, draw.randrange(1 << 32)) for cell in (*every, *anywhere)]
@@ -72,9 +71,12 @@ def main():
     parser.add_argument("--at-once", type=int, default=_AT_ONCE)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "big"))
     parser.add_argument("--full", metavar="FILE", help="where the table goes")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--at-random", type=int, default=200)
     given = parser.parse_args()
     if given.full:
-        sys.exit(not _full(given.full, given.at_once, given.seed))
+        how = (given.at_once, given.seed, given.repeats, given.at_random)
+        sys.exit(not _full(given.full, *how))
     names = None
     if given.cells:
         with open(0 if given.cells == "-" else given.cells, encoding="utf-8") as file:

@@ -32,10 +32,12 @@ class Nursery:
 
     def __init__(self):
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # numpy's linear algebra is not used, and its threads would be there at every fork
+        quiet = {"OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::UserWarning"}
+        # numpy's linear algebra is not used, and its threads would be there at every fork; resource
+        # trackers warn of what those who were killed have left
         self.process = subprocess.Popen(
             [sys.executable, HERE / "ends.py", str(theirs.fileno())], pass_fds=[theirs.fileno()],
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
+            env=os.environ | quiet, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         theirs.close()
 

@@ -250,6 +250,7 @@ class _Cell:
             case Line.MEMORY, _:
                 self.group.leave(1 << 20)
                 self._unlimit()
+                await self._until_the_kernel_kills()
             case line, Fault.RESET:
                 resetting = self.relay.reset(line)
                 with contextlib.suppress(TimeoutError):  # over meanwhile: nobody says anything
@@ -260,6 +261,13 @@ class _Cell:
                     self._go_on()
                 await asyncio.wait_for(self.relay.done.wait(), 30)
                 self.at = self.relay.at
+
+    async def _until_the_kernel_kills(self):
+        """Somebody, when memory has run out: that is the fault."""
+        there = len(self.destination.alive())
+        while len(self.destination.alive()) == there:
+            self.at = time.monotonic()
+            await asyncio.sleep(0.005)
 
     async def _until_dead(self, pid):
         """What a fork server has started ends with it, and not in the same moment."""
@@ -304,13 +312,10 @@ class _Cell:
     # ---- what comes of it ----------------------------------------------------------------
 
     def _trouble(self, end):
-        """When an end knew of it: its error, or its pause."""
+        """When an end said so: by its error, when it has let go of everything, or its pause."""
         found = [
             e["t"] for e in end.said
-            if e["t"] >= self.at and (
-                (e["event"] == "ended" and e["error"])
-                or (e["event"] == "status" and e["status"] in ("postcopy-paused", "failed"))
-            )
+            if e["t"] >= self.at and (e.get("error") or e.get("status") == "postcopy-paused")
         ]  # fmt: skip
         return min(found, default=0.0)
 

@@ -1,6 +1,7 @@
 """docs/torture.md: what there is to know of the matrix, and what came of a run of it. Pure."""
 
 import collections
+import io
 
 from cells import ANYWHERE, LEFT_OUT, MOMENTS, OUTCOMES, RunSaid
 
@@ -59,6 +60,15 @@ paused already, or recovering, is recovered before it completes.
 """)
 
 
+def rules():
+    """What does not depend on a run."""
+    file = io.StringIO()
+    file.write(_HEAD)
+    _moments(file)
+    _outcomes(file)
+    return file.getvalue()
+
+
 def _seconds(results, end):
     """The longest time to the error at an end, and the errors."""
     took = [r.took[end] for r in results if r.took.get(end) is not None]
@@ -102,9 +112,7 @@ def write(file, results, *, seed, seconds, size):
     by_cell = collections.defaultdict(list)
     for cell, result in results:
         by_cell[cell].append(result)
-    file.write(_HEAD)
-    _moments(file)
-    _outcomes(file)
+    file.write(rules())
     ran = [r for _, r in results if not r.skipped]
     late = [r for r in ran for end, took in r.took.items() if took > r.bounds[end]]
     ok = sum(not r.wrong for r in ran)

@@ -1,5 +1,7 @@
 """What there is to be tested, and what is to come of it: looked at as a reader would."""
 
+from pathlib import Path
+
 import pytest
 from cells import (
     ASKING,
@@ -26,6 +28,7 @@ from cells import (
     expected,
     loss,
 )
+from table import rules
 
 from pageferry.pipeline.state import FINAL, Status
 from pageferry.transport import messages
@@ -120,3 +123,14 @@ def test_a_dead_local_process_is_known_within_two_seconds_all_else_within_five()
     assert bound(Cell(ROUND_1, Fault.STOP, Victim.SENDER)) == 5
     assert bound(Cell(ROUND_1, Fault.KILL, Victim.SOURCE)) == 5
     assert bound(Cell(ROUND_1, Fault.CUT, Line.WIRE)) == 5
+
+
+def test_the_document_is_of_this_matrix():
+    """`make torture` writes it."""
+    text = (Path(__file__).parents[2] / "docs" / "torture.md").read_text()
+    assert rules() in text
+    for moment in MOMENTS:
+        _, _, after = text.partition(f"### {moment.name}\n")
+        part = after.partition("###")[0]
+        for cell in ALL:
+            assert cell.moment is not moment or f"| {cell.what} |" in part, str(cell)
