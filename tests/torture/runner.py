@@ -236,7 +236,12 @@ class _Cell:
             self.at = time.monotonic()
             if cell.fault is Fault.STOP:
                 self.stopped = pid
-            os.kill(pid, signal.SIGSTOP if cell.fault is Fault.STOP else signal.SIGKILL)
+            try:
+                os.kill(pid, signal.SIGSTOP if cell.fault is Fault.STOP else signal.SIGKILL)
+            except ProcessLookupError:
+                if cell.moment is not ANYWHERE:
+                    raise
+                raise Missing("it has just ended") from None
             if cell.hit is Victim.DESTINATION_SERVER and cell.fault is Fault.KILL:
                 await self._until_dead(self.destination.find("pf-demo-guest"))
             return
