@@ -225,25 +225,7 @@ class _Cell:
     async def _do(self):
         cell = self.cell
         if isinstance(cell.hit, Victim):
-            pid = self._pid(cell.hit)
-            if not pid and cell.moment is ANYWHERE:
-                raise Missing("it was not there")
-            while not pid:
-                await asyncio.sleep(0.01)
-                pid = self._pid(cell.hit)
-            for end in (self.source, self.destination):
-                end.look()
-            self.at = time.monotonic()
-            if cell.fault is Fault.STOP:
-                self.stopped = pid
-            try:
-                os.kill(pid, signal.SIGSTOP if cell.fault is Fault.STOP else signal.SIGKILL)
-            except ProcessLookupError:
-                if cell.moment is not ANYWHERE:
-                    raise
-                raise Missing("it has just ended") from None
-            if cell.hit is Victim.DESTINATION_SERVER and cell.fault is Fault.KILL:
-                await self._until_dead(self.destination.find("pf-demo-guest"))
+            await self._hit(cell.hit)
             return
         self.at = time.monotonic()
         match cell.hit, cell.fault:
@@ -266,6 +248,29 @@ class _Cell:
                     self._go_on()
                 await asyncio.wait_for(self.relay.done.wait(), 30)
                 self.at = self.relay.at
+
+    async def _hit(self, victim):
+        """A process."""
+        cell = self.cell
+        pid = self._pid(victim)
+        if not pid and cell.moment is ANYWHERE:
+            raise Missing("it was not there")
+        while not pid:
+            await asyncio.sleep(0.01)
+            pid = self._pid(victim)
+        for end in (self.source, self.destination):
+            end.look()
+        self.at = time.monotonic()
+        if cell.fault is Fault.STOP:
+            self.stopped = pid
+        try:
+            os.kill(pid, signal.SIGSTOP if cell.fault is Fault.STOP else signal.SIGKILL)
+        except ProcessLookupError:
+            if cell.moment is not ANYWHERE:
+                raise
+            raise Missing("it has just ended") from None
+        if victim is Victim.DESTINATION_SERVER and cell.fault is Fault.KILL:
+            await self._until_dead(self.destination.find("pf-demo-guest"))
 
     async def _until_the_kernel_kills(self):
         """Somebody, when memory has run out: that is the fault."""
