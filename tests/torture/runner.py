@@ -483,8 +483,8 @@ class _Cell:
 
     def _killed_on_arrival(self, source, there):
         """Its guest had arrived, and died there of the fault before it was looked at."""
-        both = source and there and not source["error"] and there["error"]
-        return both and loss(self.cell) is Loss.DESTINATION_GUEST
+        told = source and not source["error"] and (not there or there["error"])
+        return told and loss(self.cell) in (Loss.DESTINATION_GUEST, Loss.DESTINATION_END)
 
     def _stands_still(self, facts):
         """The guest runs at one side only, and its memory here is as it was when it left."""
