@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import random
+import signal
 import sys
 import time
 
@@ -74,6 +75,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--at-random", type=int, default=200)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cells clean up
     if given.full:
         how = (given.at_once, given.seed, given.repeats, given.at_random)
         sys.exit(not _full(given.full, *how))
