@@ -151,6 +151,7 @@ class End:
         return found
 
     async def close(self):
+        self.look()  # a cell that was left out has looked at none
         for process in self.alive():
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGCONT)
