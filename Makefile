@@ -2,6 +2,7 @@
 # make test   set up, then run all tests
 # make soak   one demo guest after another there and back 1,000 times (TRIPS=N)
 # make lint   ruff and mypy; make bench: the benchmark against its peers
+# make torture  every fault in every state, many times: writes docs/torture.md (root, half an hour)
 
 VENV   ?= .venv
 PYTHON := $(VENV)/bin/python
@@ -14,7 +15,7 @@ TRIPS  ?= 1000
 SECONDS ?= 60
 TARGET  ?=
 
-.PHONY: demo test soak lint bench fuzz picture clean
+.PHONY: demo test soak lint bench fuzz torture picture clean
 
 demo: $(VENV)/.demo
 	@$(VENV)/bin/pageferry copy 'demo:?size=512M&content=text&rate=20000' demo:
@@ -37,6 +38,9 @@ bench: $(VENV)/.demo
 fuzz: $(VENV)/.test
 	@$(VENV)/bin/pip install --quiet --only-binary :all: -e '.[fuzz]' || true
 	@$(PYTHON) tests/fuzz/fuzz_run.py --seconds $(SECONDS) --target '$(TARGET)'
+
+torture: $(VENV)/.test
+	@$(PYTHON) tests/torture --full docs/torture.md
 
 picture: $(VENV)/.demo
 	@$(VENV)/bin/pip install --quiet pyte selenium pillow -e '.[web]'

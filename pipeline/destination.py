@@ -287,6 +287,7 @@ class Arrival:
             await self.control.say(messages.refusal(e))
             raise
         self.statistics.total_pages = sum(block.pages for block in self.guest.blocks)
+        self._task(self._watch())
         urgent = await self._start_faults() if POSTCOPY in self.hello.capabilities else None
         self._counters = self.statistics.counters = Counters(self.hello.workers, self.journal.lane)
         if PAGE_SUMS in self.hello.capabilities:
@@ -309,7 +310,6 @@ class Arrival:
                 self._channel_keys.public,
             )
         )
-        self._task(self._watch())
 
     def _keep_contact(self, control: Control) -> None:
         self._task(control.keep_alive())
@@ -386,13 +386,13 @@ class Arrival:
 
     async def _watch(self) -> None:
         while True:
-            assert self._pool is not None
-            self._pool.check()
+            if self._pool is not None:
+                self._pool.check()
             if self._faults is not None:
                 self._faults.check()
             assert self.guest is not None
             self.guest.check()
-            if self.on_progress is not None:
+            if self.on_progress is not None and self.status is not Status.SETUP:
                 tell(self.on_progress, self.query())
             await asyncio.sleep(WATCH_SECONDS / 2)
 
@@ -679,8 +679,8 @@ class Arrival:
         self._their_key = message.key
         token = secrets.token_bytes(16)
         urgent = await self._faults.relink(token, curve=self._curve())
+        self._task(self._watch())  # not before: one that stands still is replaced in there
         endpoints = await self._start_receivers(installing=True)
-        self._task(self._watch())
         if self.status is not Status.POSTCOPY_RECOVER or self.control is not control:
             return
         self.statistics.extra.pop("paused-because", None)

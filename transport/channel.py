@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from .errors import LocalProtocolError, RemoteProtocolError
+from .errors import LocalProtocolError, PeerLost, RemoteProtocolError
 from .wire import Buffer, Damaged, Frame, Kind, decode, encode_control, payload_matches
 
 # Acknowledge at the latest after this many frames, or when nothing more is waiting: half of
@@ -83,6 +83,10 @@ class SendingChannel(Generic[T]):
         # zero pages cost no payload: their frames meet this bound long before the credit
         return len(self._waiting) < MAX_IN_FLIGHT and self.in_flight + size <= self.credit
 
+    def may_probe(self) -> bool:
+        """True if an empty frame may be sent, whatever credit says."""
+        return not self._syncing and len(self._waiting) < MAX_IN_FLIGHT
+
     def next_seq(self) -> int:
         return self._next
 
@@ -126,6 +130,9 @@ class SendingChannel(Generic[T]):
     def _settle(self, frame: Frame) -> list[Acked[T] | Lost[T] | Synced]:
         if frame.last < frame.seq or frame.last >= self._next:
             raise RemoteProtocolError(f"{frame.kind.name} of frame {frame.last}, never sent")
+        oldest = next(iter(self._waiting), frame.last)
+        if frame.kind == Kind.ACK and oldest < frame.seq:
+            raise PeerLost(f"the answer to frame {oldest} of a channel was lost")
         # Only what is waiting counts: walk our own records, never the peer's range.
         seqs = [s for s in self._waiting if frame.seq <= s <= frame.last]
         events: list[Acked[T] | Lost[T] | Synced] = []

@@ -71,6 +71,9 @@ _POSTCOPY_BURST_NS = 200_000
 # No acknowledgement for this long with frames in flight: this channel is gone. A peer or a link
 # that is gone altogether shows on the control link, within four seconds.
 STALL_SECONDS = 30.0
+# Heard nothing, and sent nothing, for this long with frames in flight: an empty frame shows the
+# destination whether there is a gap before it.
+PROBE_SECONDS = 2.0
 
 
 @dataclass
@@ -144,10 +147,10 @@ class Sender:
         self.tables: dict[int, Any] = {}
         self.first_page = np.concatenate(([0], np.cumsum([b.pages for b in job.blocks]))).tolist()
         self.maker = BatchMaker(job.codec, job.level, self.row)
-        self.channel: SendingChannel[_Sent] = SendingChannel(job.credit)
+        self.channel: SendingChannel[_Sent | None] = SendingChannel(job.credit)
         self.readers: dict[int, BlockReader] = {}
         self.queue: deque[jobs.AnyJob] = deque()
-        self.last_answer = time.monotonic()
+        self.last_answer = self.last_sent = time.monotonic()
         self.started = False
         # where the receiver dials us: its identity
         self.peer, self.peer_came = b"", False
@@ -407,7 +410,8 @@ class Sender:
             ),
             batch.payload,
         )  # fmt: skip
-        self._record(_Sent(extent, block, pages, hashes, time.monotonic()), batch, len(meta))
+        self.last_sent = time.monotonic()
+        self._record(_Sent(extent, block, pages, hashes, self.last_sent), batch, len(meta))
         if self.peer:
             self.socket.send(self.peer, SNDMORE)
         if batch.payload:
@@ -489,8 +493,24 @@ class Sender:
         self._take_jobs()
         if self.socket is not None:
             self._read_answers()
-        if time.monotonic() - self.last_answer > STALL_SECONDS and not self.channel.idle:
+        if self.channel.idle:
+            return
+        now = time.monotonic()
+        if now - self.last_answer > STALL_SECONDS:
             raise PeerLost(f"no acknowledgement for {STALL_SECONDS:.0f} s on a channel")
+        quiet = now - max(self.last_answer, self.last_sent)
+        if quiet > PROBE_SECONDS and self.channel.may_probe():
+            self._probe()
+
+    def _probe(self) -> None:
+        """An empty frame: what was lost before it is lost for certain when it arrives."""
+        assert self.socket is not None
+        meta = encode_data(Frame(Kind.DATA, self.channel.next_seq(), self.channel.round))
+        self.channel.sent(None, 0, 0)
+        self.last_sent = time.monotonic()
+        if self.peer:
+            self.socket.send(self.peer, SNDMORE)
+        self.socket.send(meta)
 
     def _read_answers(self) -> None:
         assert self.socket is not None
@@ -509,11 +529,10 @@ class Sender:
                 continue
             self.last_answer = time.monotonic()
             for event in self.channel.receive(meta):
-                if not isinstance(event, Synced):
-                    self._settle(event)
+                if not isinstance(event, Synced) and event.token is not None:
+                    self._settle(event, event.token)
 
-    def _settle(self, event: Acked[_Sent] | Lost[_Sent]) -> None:
-        sent = event.token
+    def _settle(self, event: Acked[Any] | Lost[Any], sent: _Sent) -> None:
         if isinstance(event, Acked):
             if (took := time.monotonic() - sent.at) < self.round_trip and self.preemption is None:
                 self.round_trip = took

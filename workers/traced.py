@@ -138,9 +138,8 @@ class TracedSender(Sender):
         super()._stand_aside(preemption)
         self.trace.add(Kind.STAND_ASIDE, begin)
 
-    def _settle(self, event: Acked[Any] | Lost[Any]) -> None:
-        super()._settle(event)
-        sent = event.token
+    def _settle(self, event: Acked[Any] | Lost[Any], sent: Any) -> None:
+        super()._settle(event, sent)
         if isinstance(event, Acked):
             at = round(sent.at * 1e9)
             self.trace.add(Kind.IN_FLIGHT, min(at, _now()), block=sent.block, **_range(sent.pages))

@@ -37,6 +37,7 @@ from helpers import PAGE, pattern, receiver
 from helpers import pageferry as run
 
 from pageferry.transport import wire
+from pageferry.transport.curve import CHANNEL_USER, password
 from pageferry.transport.links import parse_endpoint
 from pageferry.transport.messages import (
     PAGE_SUMS,
@@ -123,12 +124,15 @@ class _Told:
 
 
 class _Peer:
-    """A source that says what it likes."""
+    """A source that says what it likes. `token`: on a channel, which is joined with it."""
 
-    def __init__(self, context, endpoint: str, name: bytes = b"") -> None:
+    def __init__(self, context, endpoint: str, token: bytes = b"") -> None:
         self.socket = context.socket(zmq.DEALER)
         self.socket.linger = 0
-        self.socket.setsockopt(zmq.ROUTING_ID, name or uuid.uuid4().bytes)
+        self.socket.setsockopt(zmq.ROUTING_ID, token or uuid.uuid4().bytes)
+        if token:
+            self.socket.setsockopt(zmq.PLAIN_USERNAME, CHANNEL_USER)
+            self.socket.setsockopt(zmq.PLAIN_PASSWORD, password(token))
         self.socket.connect(endpoint)
 
     def hear(self, *kinds):

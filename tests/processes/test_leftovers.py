@@ -259,6 +259,38 @@ def test_a_file_that_is_being_written_for_long(tmp_path, monkeypatch):
         new.discard()
 
 
+SWEPT = """
+import fcntl, os, sys, threading
+from pageferry.workers.kernel.libc import lock_file
+from pageferry.workers.names import Folder
+
+held = []
+
+def sweep_just_now(event, arguments):
+    # it has been made, and is about to be locked
+    if event == "open" and not held and ".pageferry-" in str(arguments[0]):
+        held.append(None)
+        held[0] = os.open(arguments[0], os.O_RDONLY)
+        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(threading.Timer(0.05, os.close, held[:1]))
+        held[1].start()
+
+sys.addaudithook(sweep_just_now)
+folder = Folder()
+held[1].join()
+print(lock_file(os.open(folder.path, os.O_RDONLY)))
+folder.close()
+"""
+
+
+def test_a_folder_that_a_sweep_looks_at_while_it_is_made():
+    """It is locked in the end all the same, or the next sweep would take it for a dead one's."""
+    ran = subprocess.run(
+        [sys.executable, "-c", SWEPT], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ran.stdout == "False\n", ran.stderr
+
+
 def test_what_arrived_of_an_image(tmp_path):
     """Shown; removed only if that is asked for, and nobody receives it."""
     held = PartialFile(str(tmp_path / "held.mem"), 4096)

@@ -17,7 +17,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from pageferry.transport.channel import Acked, SendingChannel, Synced
 from pageferry.transport.curve import CHANNEL_USER, password
-from pageferry.transport.errors import RemoteProtocolError, VerificationFailed, WorkerDied
+from pageferry.transport.errors import PeerLost, RemoteProtocolError, VerificationFailed, WorkerDied
 from pageferry.transport.links import connect, open_channel, parse_endpoint, unbind
 from pageferry.transport.messages import Block
 from pageferry.transport.pages import NO_RUNS
@@ -448,6 +448,47 @@ def test_an_answer_to_what_was_never_sent_ends_it(tmp_path):
         assert isinstance(await asyncio.wait_for(coordinator.failed, 20), RemoteProtocolError)
 
     asyncio.run(_with_sender(tmp_path, body))
+
+
+def test_the_last_frame_is_lost_and_nothing_follows(tmp_path):
+    """After two seconds without an answer an empty frame comes: it shows the gap."""
+
+    async def body(coordinator, router, table):
+        coordinator.say(jobs.Extent(0, 0, 16, False))
+        assert (await _receive(router)).seq == 0  # and let it be lost
+        probe = await _receive(router)
+        assert (probe.kind, probe.seq, probe.page_total) == (Kind.DATA, 1, 0)
+        _answer(router, Kind.NACK, 0, 0)
+        _answer(router, Kind.ACK, 1, 1)
+        assert (await coordinator.hear(jobs.ExtentDone)).lost == 16
+        coordinator.say(jobs.Barrier(1))
+        sync = await _receive(router)
+        assert (sync.kind, sync.frames, sync.pages) == (Kind.SYNC, 1, 0)
+
+    asyncio.run(_with_sender(tmp_path, body))
+
+
+def test_an_answer_that_was_lost_ends_it_at_once(tmp_path):
+    async def body(coordinator, router, table):
+        coordinator.say(jobs.Extent(0, 0, 32, False))
+        for _ in range(2):
+            await _receive(router)
+        _answer(router, Kind.ACK, 1, 1)
+        error = await coordinator.failure(PeerLost)
+        assert "the answer to frame 0" in error.message
+
+    asyncio.run(_with_sender(tmp_path, body))
+
+
+def test_an_empty_frame_is_acknowledged(tmp_path):
+    async def body(coordinator, line, block):
+        line.send(0, b"a" * PAGE, lose=True)
+        meta = encode_data(Frame(Kind.DATA, line.channel.next_seq(), 1))
+        line.channel.sent(1, 0, 0)
+        line.socket.send(meta)
+        assert await line.settle() == ([1], [0])
+
+    asyncio.run(_with_receiver(tmp_path, body))
 
 
 def test_bandwidth_is_exact():

@@ -19,7 +19,7 @@ from pageferry.transport.channel import (
     SendingChannel,
     Synced,
 )
-from pageferry.transport.errors import LocalProtocolError, RemoteProtocolError
+from pageferry.transport.errors import LocalProtocolError, PeerLost, RemoteProtocolError
 from pageferry.transport.pages import NO_RUNS, PAGE_SIZE
 from pageferry.transport.wire import Frame, Kind, decode, encode_control, encode_data
 
@@ -230,10 +230,38 @@ def test_an_answer_settles_each_frame_once(kind):
     for token in "abcd":
         sender.sent(token, 10, 1)
     event = Acked if kind is Kind.ACK else Lost
-    assert sender.receive(ack(1, 2, kind)) == [event("b"), event("c")]
-    assert sender.receive(ack(1, 2, kind)) == []
-    assert sender.receive(ack(0, 3, Kind.ACK)) == [Acked("a"), Acked("d")]
+    assert sender.receive(ack(0, 2, kind)) == [event("a"), event("b"), event("c")]
+    assert sender.receive(ack(0, 2, kind)) == []
+    assert sender.receive(ack(0, 3, Kind.ACK)) == [Acked("d")]
     assert sender.in_flight == 0 and sender.idle
+
+
+def test_an_answer_that_was_lost_shows_in_the_next():
+    """Acknowledgements come in order; what the lost one said is not known. A NACK may pass one
+    that waits for company, and says nothing of what is before it."""
+    sender = SendingChannel(credit=1 << 20)
+    for token in "abc":
+        sender.sent(token, 10, 1)
+    assert sender.receive(ack(1, 1, Kind.NACK)) == [Lost("b")]
+    refused(sender, PeerLost, "receive", ack(2, 2))
+    assert sender.receive(ack(0, 0)) == [Acked("a")]
+    assert sender.receive(ack(2, 2)) == [Acked("c")]
+
+
+def test_an_empty_frame_shows_that_the_last_one_was_lost():
+    """It is numbered, placed and counted as any, and needs no credit."""
+    sender, receiver = SendingChannel(credit=1), ReceivingChannel()
+    sender.sent("lost", 10_000, 1)
+    assert not sender.may_send(1) and sender.may_probe()
+    meta = encode_data(Frame(Kind.DATA, sender.next_seq(), sender.round))
+    sender.sent("probe", 0, 0)
+    receiver.placed(receiver.receive(meta).frame)
+    events = [e for answer in receiver.answers(idle=True) for e in sender.receive(answer)]
+    assert events == [Lost("lost"), Acked("probe")]
+    receiver.receive(sender.sync())
+    assert not sender.may_probe()
+    (answer,) = receiver.answers(idle=True)
+    assert sender.receive(answer) == [Synced(1)]
 
 
 def test_illegal_answers_change_nothing():
