@@ -21,7 +21,7 @@ from pageferry.transport.channel import (
     Synced,
 )
 from pageferry.transport.codecs import BY_WIRE_ID, CODECS, Decoders
-from pageferry.transport.errors import RemoteProtocolError
+from pageferry.transport.errors import PeerLost, RemoteProtocolError
 from pageferry.transport.pages import NO_RUNS, PAGE_SIZE
 from pageferry.transport.wire import Damaged, Frame, Kind
 
@@ -182,7 +182,7 @@ def _answer_anything(
     before, round_ = _state(channel), channel.round
     try:
         events = channel.receive(meta)
-    except RemoteProtocolError:
+    except (RemoteProtocolError, PeerLost):
         assert _state(channel) == before
         return syncing
     for event in events:

@@ -173,7 +173,7 @@ def session(data: bytes) -> None:
 class _One:
     """A gatekeeper that admits one key."""
 
-    secret, domain = b"", "pageferry"
+    secret, domain, mechanism = b"", "pageferry", "CURVE"
     key = curve.as_text(bytes(range(32)))
 
     def admits(self, key: bytes) -> bool:
