@@ -92,13 +92,15 @@ def become_after_attach(user: User) -> Callable[[int], None]:
 
     def attached(process: int) -> None:
         try:
-            owner = os.stat(f"/proc/{process}").st_uid
+            found = os.stat(f"/proc/{process}")
         except OSError as e:
             raise SourceError(f"there is no process {process}") from e
-        if owner != user.uid:
+        # what it maps is read by whoever has its group too, and nobody else (ptrace(2))
+        if (found.st_uid, found.st_gid) != (user.uid, user.gid):
             raise UsageError(
-                f"--user {user.name}: process {process} is uid {owner}'s, and is read and stopped "
-                f"until the end: name its user, or leave --user out"
+                f"--user {user.name}: process {process} is uid {found.st_uid}'s, gid "
+                f"{found.st_gid}, and is read and stopped until the end: name its user and group "
+                f"(--user {found.st_uid}:{found.st_gid}), or leave --user out"
             )
         become(user)
 

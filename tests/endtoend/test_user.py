@@ -187,6 +187,16 @@ def test_a_process_of_another_user(folder):
     assert code == 2 and "uid 0's" in err, err
 
 
+def test_a_process_of_another_group(folder, writer):
+    """The kernel shows what it maps to whoever has both."""
+    with Running(
+        "send", f"pid:{writer.pid}", "tcp://127.0.0.1:1", "--user", "nobody:daemon",
+        within=within(folder),
+    ) as running:  # fmt: skip
+        code, _, err = running.finish()
+    assert code == 2 and f"--user {NOBODY.pw_uid}:{NOBODY.pw_gid}" in err, err
+
+
 @pytest.mark.parametrize(
     ("user", "says"),
     [("nobody-at-all", "no user"), ("nobody:no-such-group", "no group"), ("root", "that is root"),
