@@ -8,6 +8,7 @@ be the socket that was meant.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -21,14 +22,16 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from .links import QUEUE_MESSAGES, Endpoint
+from .links import QUEUE_MESSAGES, Endpoint, comings_and_goings
 from .strangers import Strangers, on_the_wire
 
 # How often it is looked while there are strangers (at 10 Gbit/s that is 60 MB), and while not.
 _LOOK_SECONDS, _CALM_SECONDS = 0.05, 0.5
+# Comings and goings that are taken in one turn of the event loop.
+_EVENTS_AT_ONCE = 100
 # struct tcp_info (<linux/tcp.h>): tcpi_bytes_received, since Linux 4.1
 _BYTES_RECEIVED, _INFO_BYTES = 128, 136
-_COME, _GO = int(zmq.Event.ACCEPTED), int(zmq.Event.DISCONNECTED)
+_COME = int(zmq.Event.ACCEPTED)
 
 
 class Doorkeeper:
@@ -45,7 +48,11 @@ class Doorkeeper:
         self._strangers = Strangers(first, largest, QUEUE_MESSAGES)
         self._inodes: dict[int, int] = {}
         self._last = -1  # whose message was heard last
-        self._events: Any = sock.get_monitor_socket(_COME | _GO)
+        self._events = comings_and_goings(sock)
+        # Looked at through a descriptor that is there already: when there are no more, as many
+        # connections as that must be cut off all the same.
+        self._nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._copy = os.dup(self._nothing)
 
     def __repr__(self) -> str:
         return f"<Doorkeeper {self._endpoint} {self._strangers!r}>"
@@ -56,11 +63,14 @@ class Doorkeeper:
         while True:
             pause = _LOOK_SECONDS if self._strangers.strangers else _CALM_SECONDS
             await self._events.poll(int(pause * 1000))
-            while await self._events.poll(0):
+            for _ in range(_EVENTS_AT_ONCE):
+                if not await self._events.poll(0):
+                    break
                 self._happened(await self._events.recv_multipart())
             if time.monotonic() - looked >= _LOOK_SECONDS:
                 self._look()
                 looked = time.monotonic()
+            await asyncio.sleep(0)  # all others have a turn, however many come and go
 
     def heard(self, parts: list[Any]) -> None:
         """A message has come, its sender's identity first (frames of pyzmq)."""
@@ -78,9 +88,11 @@ class Doorkeeper:
     def close(self) -> None:
         """Before the socket's. Idempotent."""
         if self._events is not None:
-            self._socket.disable_monitor()
+            self._socket.monitor(None, 0)
             self._events.close(0)
             self._events = None
+            os.close(self._copy)
+            os.close(self._nothing)
 
     def _happened(self, message: list[bytes]) -> None:
         event = parse_monitor_message(message)
@@ -118,17 +130,22 @@ class Doorkeeper:
     def _borrowed(self, fd: int) -> Iterator[Socket | None]:
         """The connection that was `fd` when it came; None if that is gone."""
         try:
-            copy = os.dup(fd)
+            os.dup2(fd, self._copy, inheritable=False)
         except OSError:
             yield None
             return
-        status = os.fstat(copy)
-        if status.st_ino != self._inodes.get(fd) or not stat.S_ISSOCK(status.st_mode):
-            os.close(copy)
-            yield None
-            return
-        with Socket(fileno=copy) as connection:
-            yield connection
+        try:
+            status = os.fstat(self._copy)
+            if status.st_ino != self._inodes.get(fd) or not stat.S_ISSOCK(status.st_mode):
+                yield None
+                return
+            connection = Socket(fileno=self._copy)
+            try:
+                yield connection
+            finally:
+                connection.detach()
+        finally:
+            os.dup2(self._nothing, self._copy, inheritable=False)
 
 
 def _bytes_received(connection: Socket) -> int:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 # Connections of strangers; one more, and the oldest goes. Who has business here says so at once.
 MOST_STRANGERS = 64
 STRANGER_SECONDS = 10.0
+# But many may begin at once (a batch has 256 items): each has a second to say so.
+NEW_SECONDS, MOST_NEW = 1.0, 512
 # What all strangers together may have under way.
 MOST_BYTES = 64 << 20
 # A connection begins with less than this, and frames have heads.
@@ -87,8 +89,9 @@ class Strangers:
             elif not connection.welcome and now - connection.since > STRANGER_SECONDS:
                 cut[number] = "has begun nothing"
         left = [n for n in strangers if n not in cut]  # the oldest first
-        for number in left[: max(0, len(left) - MOST_STRANGERS)]:
-            cut[number] = f"is one of more than {MOST_STRANGERS} that have begun nothing"
+        old = sum(now - self._connections[n].since > NEW_SECONDS for n in left)
+        for number in left[: max(0, old - MOST_STRANGERS, len(left) - MOST_NEW)]:
+            cut[number] = "is one of too many that have begun nothing"
         left = sorted((n for n in left if n not in cut), key=under_way.__getitem__)
         while left and sum(under_way[n] for n in left) > MOST_BYTES:
             cut[left.pop()] = "has most under way of all who have begun nothing"

@@ -506,11 +506,15 @@ class Sender:
         """An empty frame: what was lost before it is lost for certain when it arrives."""
         assert self.socket is not None
         meta = encode_data(Frame(Kind.DATA, self.channel.next_seq(), self.channel.round))
+        parts = [self.peer, meta] if self.peer else [meta]
+        try:
+            self.socket.send_multipart(parts, NOBLOCK)
+        except zmq.ZMQError as e:
+            if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            return  # away for now, or with enough to read: it is asked again
         self.channel.sent(None, 0, 0)
         self.last_sent = time.monotonic()
-        if self.peer:
-            self.socket.send(self.peer, SNDMORE)
-        self.socket.send(meta)
 
     def _read_answers(self) -> None:
         assert self.socket is not None

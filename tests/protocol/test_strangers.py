@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 
 from pageferry.transport.strangers import (
     MOST_BYTES,
+    MOST_NEW,
     MOST_STRANGERS,
+    NEW_SECONDS,
     STRANGER_SECONDS,
     Strangers,
     on_the_wire,
@@ -51,8 +53,20 @@ def test_a_crowd():
     found = door(MOST_STRANGERS + 10)
     found.welcome(0)
     found.welcome(5)
-    assert sorted(found.to_cut({}, 1.0)) == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert sorted(found.to_cut({}, 2.0)) == [1, 2, 3, 4, 6, 7, 8, 9]
     assert found.strangers == MOST_STRANGERS
+
+
+def test_many_that_begin_at_once():
+    """As a batch does: none of them is cut off before it could say anything."""
+    found = Strangers(FIRST, LARGEST, QUEUED)
+    for number in range(MOST_NEW + 1):
+        found.connected(number, 1.0)
+    assert sorted(found.to_cut({}, 1.0 + NEW_SECONDS)) == [0]
+    for number in range(1, 300):
+        found.welcome(number)
+    found.to_cut({}, 1.1 + NEW_SECONDS)
+    assert found.strangers == MOST_STRANGERS and len(found.numbers()) == 299 + MOST_STRANGERS
 
 
 def test_many_that_stay_below_the_bound():

@@ -1,0 +1,103 @@
+"""Who comes and goes at a control link, by the thousand, early, and when descriptors are out."""
+
+import asyncio
+import contextlib
+import os
+import resource
+import socket
+import time
+
+import pytest
+import zmq
+import zmq.asyncio
+from helpers import until_async
+from raw_peer import RawPeer, long_frame
+
+from pageferry.transport.doorkeeper import Doorkeeper
+from pageferry.transport.links import bind, parse_endpoint, unbind
+
+
+@contextlib.asynccontextmanager
+async def door():
+    """A control link that nobody attends to yet, and what was said of who was cut off."""
+    context = zmq.asyncio.Context()
+    sock, endpoint = bind(context, parse_endpoint("tcp://127.0.0.1:0"), control=8 << 20)
+    said = []
+    found = Doorkeeper(sock, endpoint, 0, 0, sealed=False, on_cut=said.append)
+    try:
+        yield sock, endpoint, found, said
+    finally:
+        found.close()
+        unbind(sock, endpoint)
+        context.term()
+
+
+def come_and_go(port, times):
+    for n in range(times):
+        socket.create_connection(("127.0.0.1", port), timeout=20).close()
+        if n % 50 == 49:
+            time.sleep(0.005)  # a listener's queue has a hundred places
+
+
+def test_who_comes_and_goes_by_the_thousand():
+    """While nobody looks others are let in; then these have turns between them."""
+
+    async def main():
+        async with door() as (_, endpoint, found, _):
+            await asyncio.to_thread(come_and_go, endpoint.port, 1500)
+            with contextlib.closing(RawPeer(endpoint.port)) as last:
+                await asyncio.to_thread(last.wait_until_greeted)
+                attending = asyncio.ensure_future(found.attend())
+                await until_async(lambda: found._strangers.strangers == 1, "they are gone again")
+                attending.cancel()
+
+    asyncio.run(main())
+
+
+def test_it_ends_with_a_thousand_unheard_of():
+    async def main():
+        async with door() as (_, endpoint, _, _):
+            await asyncio.to_thread(come_and_go, endpoint.port, 1500)
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def few_descriptors():
+    """Call it, and there are none left."""
+    before, held = resource.getrlimit(resource.RLIMIT_NOFILE), []
+
+    def take():
+        most = max(map(int, os.listdir("/proc/self/fd"))) + 2
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, before[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+
+    yield take
+    for fd in held:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_without_descriptors_they_are_cut_off_all_the_same(few_descriptors):
+    async def main():
+        async with door() as (_, endpoint, found, said):
+            with contextlib.closing(RawPeer(endpoint.port)) as peer:
+                await asyncio.to_thread(peer.wait_until_greeted)
+                attending = asyncio.ensure_future(found.attend())
+                await until_async(lambda: found._strangers.strangers == 1, "it has come")
+                attending.cancel()
+                few_descriptors()
+                peer.send(long_frame(1 << 20, more=True) + bytes(1 << 17))
+                with pytest.raises(OSError, match="Too many"):
+                    os.dup(0)
+
+                def cut():
+                    found._look()
+                    return said
+
+                await until_async(cut, "it is cut off")
+                peer.wait_until_dropped()
+
+    asyncio.run(main())
