@@ -7,7 +7,7 @@
 VENV   ?= .venv
 PYTHON := $(VENV)/bin/python
 # Test files at the same time. Each needs a /dev/shm of its own, and that needs root.
-JOBS   ?= $(if $(filter 0,$(shell id -u)),2,0)
+JOBS   ?= $(if $(filter 0,$(shell id -u)),3,0)
 # Of `make soak`.
 TRIPS  ?= 1000
 

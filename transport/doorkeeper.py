@@ -22,7 +22,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from .links import QUEUE_MESSAGES, Endpoint, comings_and_goings
+from .links import QUEUE_MESSAGES, Endpoint
 from .strangers import Strangers, on_the_wire
 
 # How often it is looked while there are strangers (at 10 Gbit/s that is 60 MB), and while not.
@@ -31,7 +31,7 @@ _LOOK_SECONDS, _CALM_SECONDS = 0.05, 0.5
 _EVENTS_AT_ONCE = 100
 # struct tcp_info (<linux/tcp.h>): tcpi_bytes_received, since Linux 4.1
 _BYTES_RECEIVED, _INFO_BYTES = 128, 136
-_COME = int(zmq.Event.ACCEPTED)
+_COME, _GO = int(zmq.Event.ACCEPTED), int(zmq.Event.DISCONNECTED)
 
 
 class Doorkeeper:
@@ -48,7 +48,7 @@ class Doorkeeper:
         self._strangers = Strangers(first, largest, QUEUE_MESSAGES)
         self._inodes: dict[int, int] = {}
         self._last = -1  # whose message was heard last
-        self._events = comings_and_goings(sock)
+        self._events: Any = sock.get_monitor_socket(_COME | _GO)
         # Looked at through a descriptor that is there already: when there are no more, as many
         # connections as that must be cut off all the same.
         self._nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -88,7 +88,7 @@ class Doorkeeper:
     def close(self) -> None:
         """Before the socket's. Idempotent."""
         if self._events is not None:
-            self._socket.monitor(None, 0)
+            self._socket.disable_monitor()
             self._events.close(0)
             self._events = None
             os.close(self._copy)

@@ -353,18 +353,6 @@ _HANDSHAKES = int(
 )
 
 
-def comings_and_goings(sock: Any) -> Any:
-    """Events of who connects to a listening socket and who goes, until `sock.monitor(None, 0)`; the
-    caller closes it. The queue has no bound: libzmq waits for room in it, holding the lock that
-    the end of it takes, and serves nobody else meanwhile."""
-    address = f"inproc://comings-and-goings-{sock.getsockopt(zmq.FD)}"
-    sock.monitor(address, int(zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED))
-    events = sock.context.socket(zmq.PAIR)
-    events.setsockopt(zmq.RCVHWM, 0)
-    events.connect(address)
-    return events
-
-
 def let_go_of_sent() -> None:
     """After all contexts have ended: end what pyzmq has for sends without a copy (a thread, a
     context, and references to what was sent, until the thread gets round to them)."""
