@@ -28,7 +28,7 @@
 #include <ucontext.h>
 #include <unistd.h>
 
-#define NAP_MS 150
+#define NAP_MS 400
 
 static volatile sig_atomic_t signals;
 static volatile int done;
