@@ -375,17 +375,24 @@ def asks(source, vm):
     return still and running is not None and not running.done()
 
 
-@pytest.mark.qemu
-@pytest.mark.parametrize("when", [Status.ACTIVE, Status.DEVICE])
-def test_a_qemu_that_hangs(when, tmp_path):
-    """Its monitor is not waited for any more; when it comes round it does what it was told."""
+@contextlib.contextmanager
+def _two_vms(folder):
+    """One that runs, and one that waits for it."""
     require_qemu()
-    rom = rom_image(tmp_path / "rom", mode=1, lo=1 << 20, hi=33 << 20, delay=2000)
+    rom = rom_image(folder / "rom", mode=1, lo=1 << 20, hi=33 << 20, delay=2000)
     with (
         Vm("hung", memory=64 << 20, bios=rom) as vm,
         Vm("there", memory=64 << 20, bios=rom, incoming="defer") as there,
     ):
         vm.wait_for_serial(b"B")
+        yield vm, there
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("when", [Status.ACTIVE, Status.DEVICE])
+def test_a_qemu_that_hangs(when, tmp_path):
+    """Its monitor is not waited for any more; when it comes round it does what it was told."""
+    with _two_vms(tmp_path) as (vm, there):
         source = open_source(parse_guest(f"qemu:{vm.qmp_path}"))
         try:
 
@@ -420,13 +427,7 @@ def test_a_qemu_that_hangs(when, tmp_path):
 def test_a_qemu_that_hangs_when_it_has_been_stopped(tmp_path):
     """The migration has failed at once. That the VM goes on is waited for: what a QEMU has not read
     when its client goes is lost, and it would stand still here and there."""
-    require_qemu()
-    rom = rom_image(tmp_path / "rom", mode=1, lo=1 << 20, hi=33 << 20, delay=2000)
-    with (
-        Vm("hung", memory=64 << 20, bios=rom) as vm,
-        Vm("there", memory=64 << 20, bios=rom, incoming="defer") as there,
-    ):
-        vm.wait_for_serial(b"B")
+    with _two_vms(tmp_path) as (vm, there):
         source = open_source(parse_guest(f"qemu:{vm.qmp_path}"))
         try:
 
