@@ -31,6 +31,7 @@ _LOOK_SECONDS, _CALM_SECONDS = 0.05, 0.5
 _EVENTS_AT_ONCE = 100
 # struct tcp_info (<linux/tcp.h>): tcpi_bytes_received, since Linux 4.1
 _BYTES_RECEIVED, _INFO_BYTES = 128, 136
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
 _COME, _GO = int(zmq.Event.ACCEPTED), int(zmq.Event.DISCONNECTED)
 
 
@@ -124,6 +125,9 @@ class Doorkeeper:
             with self._borrowed(fd) as connection, contextlib.suppress(OSError):
                 if connection is not None:
                     self._on_cut(f"a connection from {_name(connection)} {why}: it is cut off")
+                    # Ends in a reset when libzmq closes it: a sender whose window is shut would
+                    # not hear of a mere end before the kernel forgets the connection (60 s).
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
                     connection.shutdown(socket.SHUT_RDWR)
 
     @contextlib.contextmanager
