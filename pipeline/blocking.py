@@ -1,5 +1,5 @@
-"""Three things asyncio does not promise: that a blocking call is not abandoned, that one that hangs
-holds up nobody, and that an end is reached.
+"""What asyncio does not promise: that a blocking call is not abandoned, that one that hangs holds
+up nobody, that an end is reached, and that somebody hears of a task that ends too early.
 
 A thread cannot be cancelled. A task that waits for one can, and then the call goes on alone:
 a guest is stopped behind the back of whoever has just resumed it. So blocking calls on one
@@ -13,6 +13,8 @@ import concurrent.futures
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+
+from ..transport.errors import LocalProtocolError
 
 T = TypeVar("T")
 
@@ -90,3 +92,15 @@ async def to_its_end(coroutine: Coroutine[Any, Any, T]) -> T:
     if cancelled and not task.cancelled() and task.exception() is None:
         raise asyncio.CancelledError
     return task.result()
+
+
+async def while_attended(wanted: asyncio.Future[T], attending: list[asyncio.Future[None]]) -> T:
+    """The result of `wanted`, which is not cancelled with who waits. What `attending` raise, which
+    go on for as long as there is a link, ends it at once: nobody would be let in, or kept out."""
+    await asyncio.wait({wanted, *attending}, return_when=asyncio.FIRST_COMPLETED)
+    for task in attending:
+        if task.done():
+            if not task.cancelled():
+                task.result()
+            raise LocalProtocolError("nobody attends to the link any more")
+    return wanted.result()

@@ -22,6 +22,8 @@ PING_SECONDS = 1.0
 LOST_SECONDS = 4.0
 # ZeroMQ takes a message at once, or does not as long as nobody can be connected.
 LAST_SECONDS = 1.0
+# So long after the peer counts as lost it is looked again.
+_GRACE_SECONDS = 0.02
 
 
 class Control:
@@ -102,7 +104,8 @@ class Control:
     async def keep_alive(self) -> None:
         """Ping, and raise PeerLost when the peer is silent. Runs until cancelled."""
         while True:
-            await asyncio.sleep(PING_SECONDS / 2)
+            silence = self._heard + LOST_SECONDS - time.monotonic()
+            await asyncio.sleep(min(PING_SECONDS / 2, max(silence, 0) + _GRACE_SECONDS))
             phase = self.session.phase
             if phase in (Phase.IDLE, Phase.CLOSED):
                 continue

@@ -62,7 +62,7 @@ from ..workers.pool import Pool, Worker
 from ..workers.reserve import Reserve
 from . import narration
 from .agreement import check_hello, check_key
-from .blocking import Blocking, to_its_end
+from .blocking import Blocking, to_its_end, while_attended
 from .callbacks import tell
 from .control import Control
 from .faults import Faults
@@ -933,6 +933,7 @@ class Destination:
                 self.arrival = self._greet(*await self._next_message())
             running = asyncio.ensure_future(self.arrival.run())
             reading = asyncio.ensure_future(self._dispatch())
+            reading.add_done_callback(self._reading_ended)
             try:
                 return await running
             finally:
@@ -942,6 +943,12 @@ class Destination:
             if reading is not None:
                 reading.cancel()
                 await asyncio.gather(reading, return_exceptions=True)
+
+    def _reading_ended(self, reading: asyncio.Task[Any]) -> None:
+        """Nobody would hear the source any more."""
+        if not reading.cancelled() and (error := reading.exception()) is not None:
+            assert self.arrival is not None
+            self.arrival.fail(error)
 
     def forget(self) -> None:
         """Done with the last arrival: the next Hello is welcome. Closes its guest."""
@@ -966,7 +973,7 @@ class Destination:
                 self._incoming = asyncio.ensure_future(self._socket.recv_multipart(copy=False))
             # Whoever waits may be cancelled when it has come already: then it is the next one's. It
             # may be the Hello of a source that knocked as the last migration ended.
-            parts = await asyncio.shield(self._incoming)
+            parts = await while_attended(self._incoming, self._attending)
             self._incoming = None
             self._doorkeeper.heard(parts)
             if len(parts) == 2 and self._only in (None, parts[0].bytes[:16]):

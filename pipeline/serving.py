@@ -51,7 +51,7 @@ from ..workers.ram import RamBlock
 from ..workers.received import unpack
 from . import narration
 from .background import Background
-from .blocking import to_its_end
+from .blocking import to_its_end, while_attended
 from .control import Control
 from .crew import Crew
 from .journal import Journal
@@ -368,7 +368,11 @@ class Server:
         try:
             while True:
                 await asyncio.sleep(0)  # all others have a turn, however much a stranger says
-                parts = await self._socket.recv_multipart(copy=False)
+                incoming = asyncio.ensure_future(self._socket.recv_multipart(copy=False))
+                try:
+                    parts = await while_attended(incoming, attending)
+                finally:
+                    incoming.cancel()
                 self._doorkeeper.heard(parts)
                 if len(parts) != 2 or self._only not in (None, parts[0].bytes[:16]):
                     continue

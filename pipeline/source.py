@@ -1105,6 +1105,8 @@ class Source:
         self.statistics.remember_processes(*self._pools())
 
     async def _hang_up(self, finish: core.Finish) -> None:
+        if self._socket is not None and isinstance(finish.error, PeerLost):
+            self._socket.linger = 0  # there is nobody whom the last word could reach
         await self._drop_connection()
 
     async def _last_words(self, finish: core.Finish) -> None:

@@ -22,17 +22,19 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from .links import QUEUE_MESSAGES, Endpoint
+from .links import NOBLOCK, QUEUE_MESSAGES, Endpoint, comings_and_goings
 from .strangers import Strangers, on_the_wire
 
 # How often it is looked while there are strangers (at 10 Gbit/s that is 60 MB), and while not.
 _LOOK_SECONDS, _CALM_SECONDS = 0.05, 0.5
 # Comings and goings that are taken in one turn of the event loop.
 _EVENTS_AT_ONCE = 100
+# That are taken before a message: whatever comes in between, it is not held up for long.
+_EVENTS_AT_MOST = 5000
 # struct tcp_info (<linux/tcp.h>): tcpi_bytes_received, since Linux 4.1
 _BYTES_RECEIVED, _INFO_BYTES = 128, 136
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger
-_COME, _GO = int(zmq.Event.ACCEPTED), int(zmq.Event.DISCONNECTED)
+_COME = int(zmq.Event.ACCEPTED)
 
 
 class Doorkeeper:
@@ -49,7 +51,8 @@ class Doorkeeper:
         self._strangers = Strangers(first, largest, QUEUE_MESSAGES)
         self._inodes: dict[int, int] = {}
         self._last = -1  # whose message was heard last
-        self._events: Any = sock.get_monitor_socket(_COME | _GO)
+        self._events: Any = comings_and_goings(sock)
+        self._told: zmq.Socket[bytes] = zmq.Socket.shadow(self._events.underlying)
         # Looked at through a descriptor that is there already: when there are no more, as many
         # connections as that must be cut off all the same.
         self._nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -64,10 +67,7 @@ class Doorkeeper:
         while True:
             pause = _LOOK_SECONDS if self._strangers.strangers else _CALM_SECONDS
             await self._events.poll(int(pause * 1000))
-            for _ in range(_EVENTS_AT_ONCE):
-                if not await self._events.poll(0):
-                    break
-                self._happened(await self._events.recv_multipart())
+            self._take_events(_EVENTS_AT_ONCE)
             if time.monotonic() - looked >= _LOOK_SECONDS:
                 self._look()
                 looked = time.monotonic()
@@ -75,6 +75,7 @@ class Doorkeeper:
 
     def heard(self, parts: list[Any]) -> None:
         """A message has come, its sender's identity first (frames of pyzmq)."""
+        self._take_events(_EVENTS_AT_MOST)  # libzmq told of its connection before it read of it
         try:
             self._last = int(parts[-1].get(zmq.SRCFD))
         except zmq.ZMQError:  # of a peer that speaks ZMTP 1, which is none of ours
@@ -94,6 +95,11 @@ class Doorkeeper:
             self._events = None
             os.close(self._copy)
             os.close(self._nothing)
+
+    def _take_events(self, most: int) -> None:
+        with contextlib.suppress(zmq.Again):
+            for _ in range(most):
+                self._happened(self._told.recv_multipart(NOBLOCK))
 
     def _happened(self, message: list[bytes]) -> None:
         event = parse_monitor_message(message)

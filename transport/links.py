@@ -306,6 +306,19 @@ def short(endpoint: Endpoint) -> str:
     return f"tcp:{endpoint.port}"
 
 
+def comings_and_goings(sock: Any) -> Any:
+    """A socket that tells of who connects to the ROUTER `sock` and who goes, as messages for
+    `parse_monitor_message`. Close it after `sock.disable_monitor()`. Its queue has no end: libzmq's
+    thread, which fills it, would wait for us to read, and so would everything that waits for it."""
+    where = f"inproc://comings-and-goings-{id(sock)}"
+    sock.monitor(where, int(zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED))
+    events = sock.context.socket(zmq.PAIR)
+    events.linger = 0
+    events.setsockopt(zmq.RCVHWM, 0)
+    events.connect(where)
+    return events
+
+
 def unbind(sock: zmq.Socket[bytes], endpoint: Endpoint) -> None:
     """Close a listening socket and remove its path. Idempotent."""
     sock.close()

@@ -141,7 +141,7 @@ class ZmqLink:
             if self._endpoint is not None:
                 unbind(self._socket, self._endpoint)
             else:
-                self._socket.close()
+                self._socket.close(0)  # what counts was acknowledged
             self._socket = None
         if self._both is not None:
             self._both.close()

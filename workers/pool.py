@@ -53,6 +53,7 @@ class Worker:
         self.hand = hand
         self.began = time.monotonic()
         self.cause = ""
+        self.silent = False  # for too long: it will not do as it is told either
         self.free = False  # of its job: the process waits for another
 
     def __repr__(self) -> str:
@@ -184,6 +185,7 @@ class Pool:
             if beat == 0:
                 beat, limit = int(worker.began * 1e9), START_SECONDS
             if now - beat > limit * 1e9 and worker.process.is_alive():
+                worker.silent = True
                 raise WorkerDied(
                     f"{worker.name} (process {worker.process.pid}) has not answered for "
                     f"{limit:.0f} s",
@@ -227,7 +229,7 @@ class Pool:
         until = time.monotonic() + (HURRY_SECONDS if self.hurried else STOP_SECONDS)
         self.costs = []
         for worker in workers:
-            left = max(0.0, until - time.monotonic())
+            left = 0.0 if worker.silent else max(0.0, until - time.monotonic())
             if not await loop.run_in_executor(None, worker.over, left):
                 self.killed = True
                 worker.process.kill()

@@ -179,6 +179,8 @@ class Sender:
         except _Stopped:
             pass
         finally:
+            if self.socket is not None:
+                self.socket.linger = 0  # what counts was acknowledged, and nobody needs the rest
             if self.socket is not None and self.bound is not None:
                 unbind(self.socket, self.bound)
             elif self.socket is not None:

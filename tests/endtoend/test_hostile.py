@@ -252,14 +252,30 @@ def test_who_connects_again_is_no_stranger(tmp_path):
             first.close()
             await until_async(lambda: not door.numbers(), "it is gone")
             again = connected()
-
-            def welcome():  # its first message may have come before the news that it has
-                again.send(encode(Ping(1)))
-                return len(door.numbers()) == 1 and not door.strangers
-
-            await until_async(welcome, "it is welcome")
+            again.send(encode(Ping(1)))
+            await until_async(lambda: len(door.numbers()) == 1, "it is back")
+            await until_async(lambda: not door.strangers, "it is welcome")
             again.send(encode(Abort("Cancelled", "that is all")))
             with pytest.raises(PageferryError, match="that is all"):
+                await arriving
+        there.close()
+
+    asyncio.run(main())
+
+
+def test_a_link_that_nobody_attends_to_any_more_ends_the_migration():
+    async def main():
+        there = Destination(parse_endpoint("tcp://127.0.0.1:0"), api.opener(None))
+        arriving = asyncio.ensure_future(api.receive_one(there))
+        with zmq.Context() as context, context.socket(zmq.DEALER) as source:
+            source.linger = 0
+            source.connect(str(there.endpoint))
+            source.send(encode(Hello(
+                PROTOCOL, "0", str(uuid.uuid4()), "demo", [Block("ram", 64 * PAGE)], 1, 16
+            )))  # fmt: skip
+            await until_async(lambda: there.arrival is not None, "it begins")
+            there._attending[0].cancel()
+            with pytest.raises(PageferryError, match="nobody attends"):
                 await arriving
         there.close()
 

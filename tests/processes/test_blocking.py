@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from pageferry.pipeline.blocking import MayHang
+from pageferry.pipeline.blocking import MayHang, while_attended
+from pageferry.transport.errors import LocalProtocolError
 
 
 def ours():
@@ -69,5 +70,33 @@ def test_what_it_raises_is_raised(release):
     async def main():
         with pytest.raises(ZeroDivisionError):
             await MayHang(60.0)(lambda: 1 // 0)
+
+    asyncio.run(main())
+
+
+def test_what_attends_ends_and_whoever_waits_hears_of_it():
+    async def main():
+        async def fails():
+            raise OSError("no more descriptors")
+
+        async def ends():
+            pass
+
+        loop = asyncio.get_running_loop()
+        wanted, quiet = loop.create_future(), loop.create_future()
+        loop.call_soon(wanted.set_result, 3)
+        assert await while_attended(wanted, [quiet]) == 3
+        never = loop.create_future()
+        with pytest.raises(OSError, match="descriptors"):
+            await while_attended(never, [quiet, asyncio.ensure_future(fails())])
+        with pytest.raises(LocalProtocolError, match="attends"):
+            await while_attended(never, [asyncio.ensure_future(ends()), quiet])
+        waiting = asyncio.ensure_future(while_attended(never, [quiet]))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert not never.cancelled()
+        assert not quiet.cancelled()
 
     asyncio.run(main())

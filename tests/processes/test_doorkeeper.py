@@ -54,6 +54,25 @@ def test_who_comes_and_goes_by_the_thousand():
     asyncio.run(main())
 
 
+def test_who_comes_before_anybody_attends():
+    """Libzmq's thread waits for nobody to hear of it: neither a peer that is in order nor the end
+    of the link waits for libzmq then. (Its own queue would be full after 2,000 events.)"""
+
+    async def main():
+        async with door() as (sock, endpoint, found, _):
+            await asyncio.to_thread(come_and_go, endpoint.port, 1500)
+            with contextlib.closing(RawPeer(endpoint.port)) as last:
+                await asyncio.to_thread(last.wait_until_greeted)
+                last.send(bytes([0, 5]) + b"hello")
+                found.heard(await sock.recv_multipart(copy=False))
+                found.welcome()
+                assert len(found._strangers.numbers()) == 1
+                assert found._strangers.strangers == 0
+            await asyncio.to_thread(come_and_go, endpoint.port, 1500)
+
+    asyncio.run(main())
+
+
 @pytest.fixture
 def few_descriptors():
     """Call it, and there are none left."""
