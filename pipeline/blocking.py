@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from ..transport.errors import LocalProtocolError
@@ -94,10 +94,11 @@ async def to_its_end(coroutine: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-async def while_attended(wanted: asyncio.Future[T], attending: list[asyncio.Future[None]]) -> T:
+async def while_attended(wanted: asyncio.Future[T], attending: Sequence[asyncio.Future[None]]) -> T:
     """The result of `wanted`, which is not cancelled with who waits. What `attending` raise, which
     go on for as long as there is a link, ends it at once: nobody would be let in, or kept out."""
-    await asyncio.wait({wanted, *attending}, return_when=asyncio.FIRST_COMPLETED)
+    either: set[asyncio.Future[Any]] = {wanted, *attending}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     for task in attending:
         if task.done():
             if not task.cancelled():

@@ -4,7 +4,8 @@ ZeroMQ loses what was in flight when a connection breaks, and says nothing. So e
 has a number, every frame is acknowledged after its pages are placed, and what is not
 acknowledged was not delivered: its pages are dirty again. Between two rounds a SYNC frame
 tells the receiver how many frames and pages it must have placed; it answers with its own
-counts, and only then may frames of the next round follow (QEMU: multifd_send_sync_main).
+counts, and only then may frames of the next round follow (QEMU: multifd_send_sync_main). A SYNC
+may be said again until it is answered, and is answered each time.
 
 No socket, clock, process or log in here.
 """
@@ -67,6 +68,10 @@ class SendingChannel(Generic[T]):
         self._frames = 0
         self._pages = 0
         self._syncing = False
+        self._sync = b""  # the last barrier's frame
+        self._repeats = 0
+        self._synced = b""  # the last answer to one, that may come
+        self._extra = 0  # so many times more
 
     def __repr__(self) -> str:
         return f"<SendingChannel round={self.round} next={self._next} in_flight={self.in_flight}>"
@@ -105,7 +110,15 @@ class SendingChannel(Generic[T]):
         self._syncing = True
         frame = Frame(Kind.SYNC, self._next, self.round, frames=self._frames, pages=self._pages)
         self._next += 1
-        return encode_control(frame)
+        self._sync, self._repeats = encode_control(frame), 0
+        return self._sync
+
+    def sync_again(self) -> bytes:
+        """The barrier's frame once more: it or its answer may have been lost."""
+        if not self._syncing:
+            raise LocalProtocolError(f"there is no barrier on {self!r}")
+        self._repeats += 1
+        return self._sync
 
     def receive(self, meta: Buffer) -> list[Acked[T] | Lost[T] | Synced]:
         """What the receiver's answer means. An illegal answer raises and changes nothing."""
@@ -115,6 +128,9 @@ class SendingChannel(Generic[T]):
             raise RemoteProtocolError(f"damaged answer on a channel: {e}") from e
         if frame.kind in (Kind.ACK, Kind.NACK):
             return self._settle(frame)
+        if self._extra and bytes(meta) == self._synced:
+            self._extra -= 1
+            return []
         if frame.kind != Kind.SYNC_ACK or not self._syncing or frame.round != self.round:
             raise RemoteProtocolError(f"unexpected {frame.kind.name} in round {self.round}")
         if (frame.frames, frame.pages) != (self._frames, self._pages):
@@ -122,7 +138,7 @@ class SendingChannel(Generic[T]):
                 f"round {self.round}: {self._pages} pages in {self._frames} frames were "
                 f"acknowledged, the destination placed {frame.pages} in {frame.frames}"
             )
-        self._syncing = False
+        self._syncing, self._synced, self._extra = False, bytes(meta), self._repeats
         self.round += 1
         self._frames = self._pages = 0
         return [Synced(frame.round)]
@@ -166,6 +182,7 @@ class ReceivingChannel:
         self._pages = 0
         self._acks: list[int] = []  # [first, last] of what is placed and not yet told
         self._answers: list[bytes] = []
+        self._barrier = self._synced = b""  # the last barrier's frame and its answer
 
     def __repr__(self) -> str:
         return f"<ReceivingChannel round={self.round} expected={self._expected}>"
@@ -178,6 +195,10 @@ class ReceivingChannel:
             return None  # its number is unknown: the gap shows at the next frame
         if frame.kind not in (Kind.DATA, Kind.SYNC):
             raise RemoteProtocolError(f"unexpected {frame.kind.name}")
+        again = frame.kind == Kind.SYNC and frame.seq + 1 == self._expected
+        if again and bytes(meta) == self._barrier:
+            self._answers.append(self._synced)
+            return None
         if frame.seq < self._expected:
             raise RemoteProtocolError(f"frame {frame.seq} came again, {self._expected} is next")
         if frame.round != self.round:
@@ -189,6 +210,7 @@ class ReceivingChannel:
         self._expected = frame.seq + 1
         if frame.kind == Kind.SYNC:
             self._sync(frame)
+            self._barrier = bytes(meta)
             return None
         if not payload_matches(meta, frame, payload):
             self._nack(frame.seq, frame.seq)
@@ -202,11 +224,11 @@ class ReceivingChannel:
 
     def _sync(self, frame: Frame) -> None:
         self._flush_acks()
-        self._answers.append(
-            encode_control(
-                Frame(Kind.SYNC_ACK, frame.seq, self.round, frames=self._frames, pages=self._pages)
-            )
+        answer = encode_control(
+            Frame(Kind.SYNC_ACK, frame.seq, self.round, frames=self._frames, pages=self._pages)
         )
+        self._answers.append(answer)
+        self._synced = answer
         self.round += 1
         self._frames = self._pages = 0
 

@@ -508,15 +508,21 @@ class Sender:
         """An empty frame: what was lost before it is lost for certain when it arrives."""
         assert self.socket is not None
         meta = encode_data(Frame(Kind.DATA, self.channel.next_seq(), self.channel.round))
-        parts = [self.peer, meta] if self.peer else [meta]
+        if self._say(meta):
+            self.channel.sent(None, 0, 0)
+            self.last_sent = time.monotonic()
+
+    def _say(self, meta: bytes) -> bool:
+        """Send a frame that is asked for again; False if the peer is away for now, or has enough
+        to read."""
+        assert self.socket is not None
         try:
-            self.socket.send_multipart(parts, NOBLOCK)
+            self.socket.send_multipart([self.peer, meta] if self.peer else [meta], NOBLOCK)
         except zmq.ZMQError as e:
             if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            return  # away for now, or with enough to read: it is asked again
-        self.channel.sent(None, 0, 0)
-        self.last_sent = time.monotonic()
+            return False
+        return True
 
     def _read_answers(self) -> None:
         assert self.socket is not None
@@ -572,10 +578,14 @@ class Sender:
         if self.peer:
             self.socket.send(self.peer, SNDMORE)
         self.socket.send(self.channel.sync())
-        self.last_answer = begin = time.monotonic()
+        self.last_answer = begin = said = time.monotonic()
         while self.channel.round == number:
             self._wait()
-            if time.monotonic() - begin > STALL_SECONDS:
+            now = time.monotonic()
+            if now - said > PROBE_SECONDS:
+                self._say(self.channel.sync_again())
+                said = now
+            if now - begin > STALL_SECONDS:
                 raise PeerLost(f"no answer to the barrier of round {job.round}")
 
     def _hash_table(self, block: int) -> Any:

@@ -464,6 +464,15 @@ def test_the_last_frame_is_lost_and_nothing_follows(tmp_path):
         coordinator.say(jobs.Barrier(1))
         sync = await _receive(router)
         assert (sync.kind, sync.frames, sync.pages) == (Kind.SYNC, 1, 0)
+        # and let that be lost: it comes again
+        again = await _receive(router)
+        assert (again.kind, again.seq, again.frames) == (Kind.SYNC, sync.seq, 1)
+        answer = encode_control(Frame(Kind.SYNC_ACK, again.seq, 1, frames=1, pages=0))
+        for _ in range(2):
+            router.send_multipart([TOKEN, answer])
+        await coordinator.hear(jobs.BarrierDone)
+        coordinator.say(jobs.Extent(0, 16, 16, False))
+        assert (await _receive(router)).round == 2
 
     asyncio.run(_with_sender(tmp_path, body))
 

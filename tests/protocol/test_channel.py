@@ -223,6 +223,32 @@ def test_no_barrier_while_frames_are_in_flight_and_none_in_a_barrier():
     assert pair.answer() == [Synced(1)]
 
 
+def test_a_barrier_or_its_answer_that_is_lost_is_said_again():
+    """Each is answered, with the same counts, until the next frame; more answers than that are
+    illegal."""
+    pair = Pair()
+    pair.deliver(*pair.send("a"))
+    pair.answer()
+    lost = pair.sender.sync()
+    assert pair.sender.sync_again() == lost
+    pair.deliver(lost)
+    assert len(pair.receiver.answers(idle=True)) == 1  # lost as well
+    pair.deliver(pair.sender.sync_again())
+    pair.deliver(lost)
+    first, second = pair.receiver.answers(idle=True)
+    assert first == second
+    assert pair.sender.receive(first) == [Synced(1)]
+    refused(pair.sender, LocalProtocolError, "sync_again")
+    after = pair.sender.sync()
+    pair.deliver(after)
+    assert pair.sender.receive(second) == []
+    assert pair.answer() == [Synced(2)]
+    refused(pair.sender, RemoteProtocolError, "receive", second)
+    refused(pair.receiver, RemoteProtocolError, "receive", lost)
+    pair.deliver(*pair.send("b"))
+    refused(pair.receiver, RemoteProtocolError, "receive", after)
+
+
 @pytest.mark.parametrize("kind", [Kind.ACK, Kind.NACK])
 def test_an_answer_settles_each_frame_once(kind):
     """Ranges may overlap; what is settled stays settled."""
@@ -362,6 +388,7 @@ class ChannelMachine(RuleBasedStateMachine):
         self.heard = []
         self.events = []
         self.in_barrier = False
+        self.again = False  # a barrier was said again
         self.round_frames = self.round_pages = 0
 
     # ---- what the two ends do
@@ -389,6 +416,25 @@ class ChannelMachine(RuleBasedStateMachine):
             return
         self.down.append((None, self.sender.sync(), b""))
         self.in_barrier = True
+
+    @rule()
+    def barrier_again(self):
+        if not self.in_barrier:
+            refused(self.sender, LocalProtocolError, "sync_again")
+            return
+        self.down.append((None, self.sender.sync_again(), b""))
+        self.again = True
+
+    @precondition(lambda self: self.in_barrier and self.down)
+    @rule()
+    def lose_a_barrier(self):
+        seq, _, _ = self.down.popleft()
+        assert seq is None
+
+    @precondition(lambda self: self.in_barrier and self.up)
+    @rule()
+    def lose_a_barriers_answer(self):
+        assert decode(self.up.popleft()).kind is Kind.SYNC_ACK
 
     @precondition(lambda self: self.down)
     @rule()
@@ -477,6 +523,8 @@ class ChannelMachine(RuleBasedStateMachine):
     def answer_again(self, data):
         """An old answer settles nothing a second time; an old barrier is refused."""
         meta = data.draw(st.sampled_from(self.heard))
+        if decode(meta).kind is Kind.SYNC_ACK and self.again:
+            return  # it may come again
         if decode(meta).kind is Kind.SYNC_ACK:
             refused(self.sender, RemoteProtocolError, "receive", meta)
         else:
@@ -536,9 +584,11 @@ class ChannelMachine(RuleBasedStateMachine):
         assert not self.outstanding
         lost = sum(record.fate == "dropped" for record in self.sent.values())
         assert self.receiver.lost == lost
-        if not self.in_barrier:
+        if self.in_barrier:
+            self.barrier_again()
+        else:
             self.barrier()
-            self.drain()
+        self.drain()
         assert not self.in_barrier
         assert self.sender.round == self.receiver.round
 
