@@ -15,15 +15,28 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ..transport import messages
-from ..transport.errors import PageferryError, PeerLost
+from ..transport.errors import ConnectError, PageferryError, PeerLost
+from ..transport.links import Endpoint, probe
 from ..transport.session import Phase, Role, Session
+from .blocking import MayHang
 
 PING_SECONDS = 1.0
 LOST_SECONDS = 4.0
 # ZeroMQ takes a message at once, or does not as long as nobody can be connected.
 LAST_SECONDS = 1.0
+# A name with many addresses, of which none answers, takes longer to try (CONNECT_SECONDS each).
+_FIND_SECONDS = 30.0
 # So long after the peer counts as lost it is looked again.
 _GRACE_SECONDS = 0.02
+
+
+async def find(endpoint: Endpoint) -> None:
+    """ConnectError if nobody accepts connections at `endpoint`. Whoever is cancelled meanwhile is
+    so at once."""
+    try:
+        await MayHang(_FIND_SECONDS)(probe, endpoint)
+    except TimeoutError as e:
+        raise ConnectError(f"{endpoint} does not answer: check the address and firewalls") from e
 
 
 class Control:

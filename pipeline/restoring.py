@@ -35,7 +35,7 @@ from ..transport.errors import (
     as_ours,
 )
 from ..transport.handshake import refusal
-from ..transport.links import TOKEN_BYTES, Endpoint, connect, probe
+from ..transport.links import TOKEN_BYTES, Endpoint, connect
 from ..transport.messages import Block
 from ..transport.pages import PAGE_SIZE, mark, runs_of
 from ..transport.session import Role
@@ -49,7 +49,7 @@ from ..workers.ram import RamBlock, RamFile
 from . import narration
 from .blocking import to_its_end
 from .callbacks import tell
-from .control import Control
+from .control import Control, find
 from .faults import Faults
 from .journal import Journal
 from .parameters import Parameters
@@ -269,7 +269,15 @@ class Restoring:
         """One connection to the source: from Pull to Ended."""
         loop = asyncio.get_running_loop()
         self._failure = loop.create_future()
-        await asyncio.to_thread(probe, self.endpoint)
+        finding = asyncio.ensure_future(find(self.endpoint))
+        finding.add_done_callback(lambda done: done.cancelled() or done.exception())
+        try:
+            await asyncio.wait([finding, self._failure], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            finding.cancel()
+        if self._failure.done():
+            self._failure.result()
+        finding.result()
         zmq_context = zmq.asyncio.Context()
         # the first 16 bytes are who we are; each connection is a new one
         identity = self._identity + self._attempts.to_bytes(4, "big")

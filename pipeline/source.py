@@ -35,7 +35,7 @@ from ..transport.errors import (
     as_ours,
 )
 from ..transport.handshake import refusal
-from ..transport.links import TOKEN_BYTES, Endpoint, connect, parse_endpoint, probe
+from ..transport.links import TOKEN_BYTES, Endpoint, connect, parse_endpoint
 from ..transport.pages import PAGE_SIZE, Bytes8, Pages, Runs, complement, runs_of, total_pages
 from ..transport.session import Phase, Role
 from ..workers import jobs, sender
@@ -57,7 +57,7 @@ from . import narration
 from .background import Background
 from .blocking import Blocking, to_its_end
 from .callbacks import tell
-from .control import Control
+from .control import Control, find
 from .convergence import Convergence
 from .crew import Crew, extents
 from .goals import Seeker
@@ -469,7 +469,7 @@ class Source:
 
     async def _open_channels(self) -> core.Event:
         self.journal.info(narration.settings(self.parameters))
-        await asyncio.to_thread(probe, self.endpoint)
+        await find(self.endpoint)
         self._make_shared_memory()
         self._task(self._watch())
         starting = self._task(self._start_senders())
@@ -984,7 +984,7 @@ class Source:
         assert self._table is not None and self._background is not None
         if where:
             self.endpoint = parse_endpoint(where)
-        await asyncio.to_thread(probe, self.endpoint)
+        await find(self.endpoint)
         # a worker that was killed may have taken a lock along
         self._table.renew_lock(context().Lock())
         assert self._bandwidth is not None

@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import stat
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,9 +155,13 @@ def _plain_connection(endpoint: Endpoint) -> socket.socket:
 def mechanism(endpoint: Endpoint) -> str:
     """What the ZeroMQ there wants of who connects: CURVE, NULL; "" if it is none or is silent."""
     greeting = b""
+    until = time.monotonic() + CONNECT_SECONDS
     with contextlib.suppress(OSError), _plain_connection(endpoint) as s:
         s.sendall(_GREETING)
-        while len(greeting) < _SAYS_MECHANISM and (data := s.recv(_SAYS_MECHANISM)):
+        while len(greeting) < _SAYS_MECHANISM and (left := until - time.monotonic()) > 0:
+            s.settimeout(left)
+            if not (data := s.recv(_SAYS_MECHANISM)):
+                break
             greeting += data
     if len(greeting) < _SAYS_MECHANISM or greeting[:1] + greeting[9:10] != b"\xff\x7f":
         return ""

@@ -414,8 +414,7 @@ class Sender:
         )  # fmt: skip
         self.last_sent = time.monotonic()
         self._record(_Sent(extent, block, pages, hashes, self.last_sent), batch, len(meta))
-        if self.peer:
-            self.socket.send(self.peer, SNDMORE)
+        self._address()
         if batch.payload:
             self.socket.send(meta, SNDMORE)
             # two parts (raw and packed) become one buffer: the copy costs less than a frame
@@ -424,6 +423,18 @@ class Sender:
         else:
             self.socket.send(meta)
         self._read_answers()
+
+    def _address(self) -> None:
+        """Where it is the sender who listens, a frame begins with whom it is for."""
+        assert self.socket is not None
+        if not self.peer:
+            return
+        try:
+            self.socket.send(self.peer, SNDMORE)
+        except zmq.ZMQError as e:
+            if e.errno != zmq.EHOSTUNREACH:
+                raise
+            raise PeerLost("the destination has gone from a channel") from e
 
     def _content_sum(self, batch: Batch) -> int | None:
         """Of a batch whose pages are all raw the payload's sum is theirs."""
@@ -575,8 +586,7 @@ class Sender:
                 self._send_again()
             else:
                 self._wait()
-        if self.peer:
-            self.socket.send(self.peer, SNDMORE)
+        self._address()
         self.socket.send(self.channel.sync())
         self.last_answer = begin = said = time.monotonic()
         while self.channel.round == number:

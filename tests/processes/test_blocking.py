@@ -2,12 +2,16 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
+import socket
 import threading
 
 import pytest
 
 from pageferry.pipeline.blocking import MayHang, while_attended
+from pageferry.pipeline.control import find
 from pageferry.transport.errors import LocalProtocolError
+from pageferry.transport.links import Endpoint
 
 
 def ours():
@@ -100,3 +104,24 @@ def test_what_attends_ends_and_whoever_waits_hears_of_it():
         assert not quiet.cancelled()
 
     asyncio.run(main())
+
+
+def test_whoever_looks_for_a_peer_that_does_not_answer_can_be_cancelled_at_once():
+    """The kernel drops who connects where as many wait as may: a plain connect takes seconds."""
+
+    async def main(port):
+        finding = asyncio.ensure_future(find(Endpoint("tcp", "127.0.0.1", port)))
+        while not ours():
+            await asyncio.sleep(0)
+        finding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await finding
+
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        port = full.getsockname()[1]
+        stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        asyncio.run(main(port))
+        (thread,) = ours()  # nobody has waited for it
+        stack.enter_context(full.accept()[0])  # there is room
+        thread.join()

@@ -7,13 +7,25 @@ import errno
 import os
 import secrets
 import stat
+import time
 from collections.abc import Callable
 
 from ...transport.errors import DestinationError, NoSpace, PeerRefused, SourceError
 from ..kernel.libc import lock_file
 
+# Who looks whether somebody holds a lock (`pageferry clean`) holds it for a moment.
+_LOOKS, _LOOK_SECONDS = 5, 0.05
 # Copied at a time.
 _STEP = 16 << 20
+
+
+def _locked_soon(fd: int) -> bool:
+    """False if somebody else keeps the lock."""
+    for _ in range(_LOOKS):
+        if lock_file(fd):
+            return True
+        time.sleep(_LOOK_SECONDS)
+    return False
 
 
 def open_to_read(path: str, what: str) -> tuple[int, int]:
@@ -135,7 +147,7 @@ class PartialFile(NewFile):
         hidden = os.path.join(directory, f".{os.path.basename(self.path)}.pageferry-part")
         flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(hidden, flags, 0o600)
-        if not lock_file(fd) or not _is_named(fd, hidden):
+        if not _locked_soon(fd) or not _is_named(fd, hidden):
             os.close(fd)
             raise PeerRefused(f"{self.path} is being received already", field="busy")
         self._temporary = hidden
