@@ -343,5 +343,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the receiver is ended too
     with contextlib.suppress(KeyboardInterrupt):
         sys.exit(main(**vars(parser.parse_args())))
