@@ -1,5 +1,5 @@
 """What asyncio does not promise: that a blocking call is not abandoned, that one that hangs holds
-up nobody, that an end is reached, and that somebody hears of a task that ends too early.
+up nobody, that an end is reached, and that a task which breaks is begun anew.
 
 A thread cannot be cancelled. A task that waits for one can, and then the call goes on alone:
 a guest is stopped behind the back of whoever has just resumed it. So blocking calls on one
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from ..transport.errors import LocalProtocolError
-
 T = TypeVar("T")
+_log = logging.getLogger("pageferry")
 
 
 class Blocking:
@@ -94,14 +94,13 @@ async def to_its_end(coroutine: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-async def while_attended(wanted: asyncio.Future[T], attending: Sequence[asyncio.Future[None]]) -> T:
-    """The result of `wanted`, which is not cancelled with who waits. What `attending` raise, which
-    go on for as long as there is a link, ends it at once: nobody would be let in, or kept out."""
-    either: set[asyncio.Future[Any]] = {wanted, *attending}
-    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    for task in attending:
-        if task.done():
-            if not task.cancelled():
-                task.result()
-            raise LocalProtocolError("nobody attends to the link any more")
-    return wanted.result()
+async def kept_up(attend: Callable[[], Awaitable[None]], pause: float = 1.0) -> None:
+    """Run `attend`, which goes on for ever, until cancelled. If it breaks that is logged, and it is
+    begun anew after `pause` seconds: a link whose strangers nobody looks after for a moment is
+    better than one that is deaf, for a guest may depend on it."""
+    while True:
+        try:
+            await attend()
+        except Exception:
+            _log.exception("what looks after a link broke, and is begun anew")
+        await asyncio.sleep(pause)

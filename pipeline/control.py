@@ -51,6 +51,7 @@ class Control:
         self._heard = self._said = time.monotonic()
         self._said_count = self._heard_count = 0  # messages, pings not counted
         self.cut = False  # something could not be handed on: nobody is connected
+        self.lost = False  # it was silent for too long
         self._sign = asyncio.Event()
         self._waiting: asyncio.Future[messages.AnyMessage] | None = None
 
@@ -114,18 +115,24 @@ class Control:
             return False
         return True
 
+    def _is_silent(self) -> bool:
+        return time.monotonic() - self._heard >= LOST_SECONDS
+
     async def keep_alive(self) -> None:
         """Ping, and raise PeerLost when the peer is silent. Runs until cancelled."""
         while True:
-            silence = self._heard + LOST_SECONDS - time.monotonic()
-            await asyncio.sleep(min(PING_SECONDS / 2, max(silence, 0) + _GRACE_SECONDS))
+            left = self._heard + LOST_SECONDS - time.monotonic()
+            await asyncio.sleep(min(PING_SECONDS / 2, left) if left > 0 else PING_SECONDS / 2)
             phase = self.session.phase
             if phase in (Phase.IDLE, Phase.CLOSED):
                 continue
-            now = time.monotonic()
-            if now - self._heard > LOST_SECONDS:
+            if self._is_silent():
+                # after a moment in which we ourselves stood still its word may wait to be read
+                await asyncio.sleep(_GRACE_SECONDS)
+            if self._is_silent():
+                self.lost = True
                 raise PeerLost(f"{self.peer} has been silent for {LOST_SECONDS:.0f} s")
-            if now - self._said > PING_SECONDS:
+            if time.monotonic() - self._said > PING_SECONDS:
                 await self.say(messages.Ping(self._said_count))
 
     async def reaches(self) -> bool:

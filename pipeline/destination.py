@@ -62,7 +62,7 @@ from ..workers.pool import Pool, Worker
 from ..workers.reserve import Reserve
 from . import narration
 from .agreement import check_hello, check_key
-from .blocking import Blocking, to_its_end, while_attended
+from .blocking import Blocking, kept_up, to_its_end
 from .callbacks import tell
 from .control import Control
 from .faults import Faults
@@ -964,16 +964,16 @@ class Destination:
     async def _next_message(self) -> tuple[bytes, bytes, Peer | None]:
         """An identity, a message, and whose it is if there are keys."""
         if not self._attending:
-            self._attending = [asyncio.ensure_future(self._doorkeeper.attend())]
+            self._attending = [asyncio.ensure_future(kept_up(self._doorkeeper.attend))]
             if self._gate is not None:
-                self._attending.append(asyncio.ensure_future(self._gate.attend()))
+                self._attending.append(asyncio.ensure_future(kept_up(self._gate.attend)))
         while True:
             await asyncio.sleep(0)  # all others have a turn, however much a stranger says
             if self._incoming is None:
                 self._incoming = asyncio.ensure_future(self._socket.recv_multipart(copy=False))
             # Whoever waits may be cancelled when it has come already: then it is the next one's. It
             # may be the Hello of a source that knocked as the last migration ended.
-            parts = await while_attended(self._incoming, self._attending)
+            parts = await asyncio.shield(self._incoming)
             self._incoming = None
             self._doorkeeper.heard(parts)
             if len(parts) == 2 and self._only in (None, parts[0].bytes[:16]):
@@ -1077,14 +1077,20 @@ class Destination:
     async def _dispatch(self) -> None:
         """Give the source's messages to the arrival, turn others away."""
         while True:
-            sender_, data, peer = await self._next_message()
-            if sender_ != self._identity:
-                self._greet(sender_, data, peer)
-                continue
+            message = await self._next_message()
             assert self.arrival is not None
-            if same_peer(self.arrival.peer, peer):
-                self._doorkeeper.welcome()  # it may have had to connect again
-                self.arrival.heard(data)
+            try:
+                self._take(self.arrival, *message)
+            except Exception as e:
+                _log.exception("while a message was taken")
+                self.arrival.fail(e)  # but who is to recover it is heard
+
+    def _take(self, arrival: Arrival, sender_: bytes, data: bytes, peer: Peer | None) -> None:
+        if sender_ != self._identity:
+            self._greet(sender_, data, peer)
+        elif same_peer(arrival.peer, peer):
+            self._doorkeeper.welcome()  # it may have had to connect again
+            arrival.heard(data)
 
     def close(self) -> None:
         """Stop listening. Idempotent."""

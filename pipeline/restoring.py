@@ -269,6 +269,7 @@ class Restoring:
         """One connection to the source: from Pull to Ended."""
         loop = asyncio.get_running_loop()
         self._failure = loop.create_future()
+        self._failure.add_done_callback(lambda done: done.cancelled() or done.exception())
         finding = asyncio.ensure_future(find(self.endpoint))
         finding.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:

@@ -51,7 +51,7 @@ from ..workers.ram import RamBlock
 from ..workers.received import unpack
 from . import narration
 from .background import Background
-from .blocking import to_its_end, while_attended
+from .blocking import kept_up, to_its_end
 from .control import Control
 from .crew import Crew
 from .journal import Journal
@@ -362,17 +362,13 @@ class Server:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        attending = [asyncio.ensure_future(self._doorkeeper.attend())]
+        attending = [asyncio.ensure_future(kept_up(self._doorkeeper.attend))]
         if self._gate is not None:
-            attending.append(asyncio.ensure_future(self._gate.attend()))
+            attending.append(asyncio.ensure_future(kept_up(self._gate.attend)))
         try:
             while True:
                 await asyncio.sleep(0)  # all others have a turn, however much a stranger says
-                incoming = asyncio.ensure_future(self._socket.recv_multipart(copy=False))
-                try:
-                    parts = await while_attended(incoming, attending)
-                finally:
-                    incoming.cancel()
+                parts = await self._socket.recv_multipart(copy=False)
                 self._doorkeeper.heard(parts)
                 if len(parts) != 2 or self._only not in (None, parts[0].bytes[:16]):
                     continue

@@ -1105,7 +1105,7 @@ class Source:
         self.statistics.remember_processes(*self._pools())
 
     async def _hang_up(self, finish: core.Finish) -> None:
-        if self._socket is not None and isinstance(finish.error, PeerLost):
+        if self._socket is not None and self._opened and self._control.lost:
             self._socket.linger = 0  # there is nobody whom the last word could reach
         await self._drop_connection()
 

@@ -97,6 +97,8 @@ class Doorkeeper:
             os.close(self._nothing)
 
     def _take_events(self, most: int) -> None:
+        if self._events is None:
+            return
         with contextlib.suppress(zmq.Again):
             for _ in range(most):
                 self._happened(self._told.recv_multipart(NOBLOCK))

@@ -53,7 +53,6 @@ class Worker:
         self.hand = hand
         self.began = time.monotonic()
         self.cause = ""
-        self.silent = False  # for too long: it will not do as it is told either
         self.free = False  # of its job: the process waits for another
 
     def __repr__(self) -> str:
@@ -62,6 +61,13 @@ class Worker:
     def numbers(self) -> dict[str, int]:
         """Its row of counters."""
         return self._counters.read(self.index)
+
+    def silent(self, now: int) -> float:
+        """The seconds within which it should have given a sign of life, and has not; else 0."""
+        beat, limit = self.numbers()["heartbeat_ns"], STALL_SECONDS
+        if beat == 0:
+            beat, limit = int(self.began * 1e9), START_SECONDS
+        return limit if now - beat > limit * 1e9 else 0.0
 
     def say(self, job: jobs.AnyJob) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -181,11 +187,8 @@ class Pool:
         """Raise WorkerDied if a worker has been silent for too long."""
         now = time.monotonic_ns()
         for worker in self.workers:
-            beat, limit = worker.numbers()["heartbeat_ns"], STALL_SECONDS
-            if beat == 0:
-                beat, limit = int(worker.began * 1e9), START_SECONDS
-            if now - beat > limit * 1e9 and worker.process.is_alive():
-                worker.silent = True
+            limit = worker.silent(now)
+            if limit and worker.process.is_alive():
                 raise WorkerDied(
                     f"{worker.name} (process {worker.process.pid}) has not answered for "
                     f"{limit:.0f} s",
@@ -229,7 +232,11 @@ class Pool:
         until = time.monotonic() + (HURRY_SECONDS if self.hurried else STOP_SECONDS)
         self.costs = []
         for worker in workers:
-            left = 0.0 if worker.silent else max(0.0, until - time.monotonic())
+            left = max(0.0, until - time.monotonic())
+            # Who is still silent does not do as it is told. (A fault process in the middle of a
+            # read takes the guest along: it is given the time.)
+            if self.hurried and self.role != "fault" and worker.silent(time.monotonic_ns()):
+                left = 0.0
             if not await loop.run_in_executor(None, worker.over, left):
                 self.killed = True
                 worker.process.kill()

@@ -263,25 +263,6 @@ def test_who_connects_again_is_no_stranger(tmp_path):
     asyncio.run(main())
 
 
-def test_a_link_that_nobody_attends_to_any_more_ends_the_migration():
-    async def main():
-        there = Destination(parse_endpoint("tcp://127.0.0.1:0"), api.opener(None))
-        arriving = asyncio.ensure_future(api.receive_one(there))
-        with zmq.Context() as context, context.socket(zmq.DEALER) as source:
-            source.linger = 0
-            source.connect(str(there.endpoint))
-            source.send(encode(Hello(
-                PROTOCOL, "0", str(uuid.uuid4()), "demo", [Block("ram", 64 * PAGE)], 1, 16
-            )))  # fmt: skip
-            await until_async(lambda: there.arrival is not None, "it begins")
-            there._attending[0].cancel()
-            with pytest.raises(PageferryError, match="nobody attends"):
-                await arriving
-        there.close()
-
-    asyncio.run(main())
-
-
 # ---- a source ------------------------------------------------------------------------------
 
 

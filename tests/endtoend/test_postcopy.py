@@ -126,7 +126,8 @@ def test_two_hosts_over_tcp(link):
     assert arrived["guest-latency"]["count"] > 0
     assert report["postcopy-latency"] > 0
     distribution = report["postcopy-latency-dist"]
-    assert sum(distribution) == report["postcopy-requests"]
+    # on a busy host one may be asked for again
+    assert 0 < sum(distribution) <= report["postcopy-requests"]
     percentiles = report["postcopy-latency-percentiles"]
     assert percentiles["p50"] <= percentiles["p90"] <= percentiles["p99"] <= percentiles["max"]
 

@@ -8,9 +8,8 @@ import threading
 
 import pytest
 
-from pageferry.pipeline.blocking import MayHang, while_attended
+from pageferry.pipeline.blocking import MayHang, kept_up
 from pageferry.pipeline.control import find
-from pageferry.transport.errors import LocalProtocolError
 from pageferry.transport.links import Endpoint
 
 
@@ -78,32 +77,28 @@ def test_what_it_raises_is_raised(release):
     asyncio.run(main())
 
 
-def test_what_attends_ends_and_whoever_waits_hears_of_it():
-    async def main():
-        async def fails():
+def test_what_looks_after_a_link_is_begun_anew_when_it_breaks(caplog):
+    times = []
+
+    async def attend():
+        times.append(1)
+        if len(times) == 1:
             raise OSError("no more descriptors")
+        if len(times) == 3:
+            await asyncio.get_running_loop().create_future()
 
-        async def ends():
-            pass
-
-        loop = asyncio.get_running_loop()
-        wanted, quiet = loop.create_future(), loop.create_future()
-        loop.call_soon(wanted.set_result, 3)
-        assert await while_attended(wanted, [quiet]) == 3
-        never = loop.create_future()
-        with pytest.raises(OSError, match="descriptors"):
-            await while_attended(never, [quiet, asyncio.ensure_future(fails())])
-        with pytest.raises(LocalProtocolError, match="attends"):
-            await while_attended(never, [asyncio.ensure_future(ends()), quiet])
-        waiting = asyncio.ensure_future(while_attended(never, [quiet]))
-        await asyncio.sleep(0)
-        waiting.cancel()
+    async def main():
+        attending = asyncio.ensure_future(kept_up(attend, 0))
+        while len(times) < 3:
+            await asyncio.sleep(0)
+        attending.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await waiting
-        assert not never.cancelled()
-        assert not quiet.cancelled()
+            await attending
 
     asyncio.run(main())
+    (record,) = caplog.records
+    assert "begun anew" in record.message
+    assert "no more descriptors" in record.exc_text
 
 
 def test_whoever_looks_for_a_peer_that_does_not_answer_can_be_cancelled_at_once():

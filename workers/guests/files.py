@@ -19,15 +19,6 @@ _LOOKS, _LOOK_SECONDS = 5, 0.05
 _STEP = 16 << 20
 
 
-def _locked_soon(fd: int) -> bool:
-    """False if somebody else keeps the lock."""
-    for _ in range(_LOOKS):
-        if lock_file(fd):
-            return True
-        time.sleep(_LOOK_SECONDS)
-    return False
-
-
 def open_to_read(path: str, what: str) -> tuple[int, int]:
     """Descriptor and size of a regular file, or SourceError that says what is wrong."""
     try:
@@ -146,10 +137,14 @@ class PartialFile(NewFile):
     def _open(self, directory: str) -> int:
         hidden = os.path.join(directory, f".{os.path.basename(self.path)}.pageferry-part")
         flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(hidden, flags, 0o600)
-        if not _locked_soon(fd) or not _is_named(fd, hidden):
+        for look in range(_LOOKS):
+            fd = os.open(hidden, flags, 0o600)
+            if lock_file(fd) and _is_named(fd, hidden):
+                break
             os.close(fd)
-            raise PeerRefused(f"{self.path} is being received already", field="busy")
+            if look == _LOOKS - 1:
+                raise PeerRefused(f"{self.path} is being received already", field="busy")
+            time.sleep(_LOOK_SECONDS)
         self._temporary = hidden
         self.begun = os.fstat(fd).st_blocks > 0
         if not self.begun:
