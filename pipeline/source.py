@@ -60,6 +60,7 @@ from .callbacks import tell
 from .control import Control
 from .convergence import Convergence
 from .crew import Crew, extents
+from .deltas import Deltas
 from .goals import Seeker
 from .journal import Journal
 from .parameters import NEVER, Parameters, changed
@@ -143,6 +144,7 @@ class Source:
         self._counters: Counters | None = None
         self._bandwidth: Bandwidth | None = None
         self._hashes: Segment | None = None
+        self._deltas: Deltas | None = None
         self._scan_seconds = 0.0  # what the last scan of all memory took
         self._crew: Crew | None = None
         self._background: Background | None = None
@@ -177,6 +179,8 @@ class Source:
             report["downtime-limit"] = round(self.parameters.downtime_limit * 1000)
         if self._steering is not None:
             report |= self._steering.report()
+        if self._deltas is not None:
+            report |= self._deltas.report(self.statistics.counters)
         guest_rate, wire_rate = self.statistics.rates()
         report["progress"] = {
             "rate": round(guest_rate),
@@ -215,6 +219,8 @@ class Source:
     def set_parameters(self, arguments: dict[str, Any]) -> None:
         """migrate-set-parameters; takes effect with the next frame or decision."""
         p = changed(self.parameters, arguments)
+        if self._deltas is not None:
+            self._deltas.resize(p.xbzrle_cache_size)  # first: it may not be possible
         if self._bandwidth is not None and self.core.status not in IN_POSTCOPY:
             self._bandwidth.set_rate(p.max_bandwidth)
         self.convergence.downtime_limit = p.downtime_limit
@@ -528,6 +534,8 @@ class Source:
         self.statistics.extra |= {"dirty-tracking": self.guest.tracking} | self.guest.facts()
         if self.guest.last_look_by_content:
             self.statistics.extra["last-look"] = TRACKING_HASH
+        if p.deltas and self.guest.live:  # what nobody writes is sent once
+            self._deltas = Deltas([block.pages for block in blocks], p.xbzrle_cache_size)
         self.statistics.extra["codec"] = p.codec
         self._start_steering()
 
@@ -536,7 +544,8 @@ class Source:
         p = self.parameters
         job = sender.SenderJob(
             self.guest.blocks, self._table, self._counters, self._bandwidth, self._hashes,
-            p.codec, p.level, p.batch_pages, sums=self._sums,
+            p.page_codec, p.level, p.batch_pages, sums=self._sums,
+            cache=self._deltas.cache if self._deltas is not None else None,
         )  # fmt: skip
         reserve = self._reserve
         if self._background is not None:
@@ -551,7 +560,7 @@ class Source:
         p = self.parameters
         if p.goal:
             assert self._counters is not None
-            only = None if p.codec == "auto" else (p.codec, p.level)
+            only = None if p.page_codec == "auto" else (p.page_codec, p.level)
             self._steering = Steering(
                 Seeker(p.goal, p.workers, only), self._counters, self.receiver_cpu
             )
@@ -565,6 +574,7 @@ class Source:
                 *self.guest.capabilities,
                 *([messages.PAGE_SUMS] if self._sums else ()),
                 *([messages.READ_BACK] if self._sums and self.parameters.verify else ()),
+                *([messages.XBZRLE] if self._deltas is not None else ()),
                 *(self._background.capabilities if self._background is not None else ()),
             ],
             name=self.name,
@@ -835,6 +845,9 @@ class Source:
         await self._control.say(
             messages.Round(instruction.number, pages, round(self.convergence.dirty_rate))
         )
+        if self._deltas is not None and instruction.live:
+            for _ in self._deltas.begin_round(instruction.number, self._table, self._counters):
+                await asyncio.sleep(0)
         spans = extents(self._table, self.guest.blocks, self.parameters.workers, pages)
         todo: Iterator[jobs.AnyJob] = (
             jobs.Extent(s.block, s.first, s.count, instruction.live) for s in spans
@@ -1122,3 +1135,7 @@ class Source:
             if part is not None:
                 part.close()
         self._counters = self._table = self._bandwidth = self._hashes = None
+        if self._deltas is not None:
+            self.statistics.extra |= self._deltas.report(self.statistics.counters)
+            self._deltas.close()
+            self._deltas = None
