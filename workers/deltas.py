@@ -39,13 +39,14 @@ class DeltaMaker:
     def __init__(self, cache: PageCache, first_page: list[int], row: Row) -> None:
         self._cache, self._first, self._row = cache, first_page, row
 
-    def zero(self, block: int, pages: Pages, keep: bool) -> Slots:
-        """Zero pages are about to be sent; their slots. `keep`: they may be sent once more."""
+    def zero(self, block: int, pages: Pages, keep: bool) -> Slots | None:
+        """Zero pages are about to be sent; the slots that an acknowledgement makes valid. `keep`:
+        they may be sent once more."""
         slots, own, _ = self._cache.find(pages + self._first[block])
         slots = slots[own]
         if len(slots):
             self._cache.store(slots, np.zeros((1, PAGE_SIZE // 8), np.uint64) if keep else None)
-        return slots
+        return slots if keep else None
 
     def make(
         self, maker: BatchMaker, block: int, pages: Pages, content: npt.NDArray[np.uint64],
@@ -69,7 +70,7 @@ class DeltaMaker:
         else:
             batch = Batch(0, NO_RUNS, NO_RUNS, NO_RUNS, [])
         batch.delta, batch.packed_delta = delta, packed
-        batch.slots = slots[own]
+        batch.slots = slots[own] if keep else None
         return batch
 
     def _deltas(

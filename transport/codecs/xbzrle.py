@@ -28,6 +28,7 @@ OVERFLOW = -1
 # A page with fewer other words than this is not looked at whether it is one.
 _DENSE = WORDS * 7 // 8
 _ONE_BYTE = 0x80  # what is below has one byte
+_PAGE_BITS, _WORD_BITS = PAGE_SIZE.bit_length() - 1, WORDS.bit_length() - 1
 
 
 def encode(old: Words, new: Words) -> tuple[Lengths, Bytes8]:
@@ -66,7 +67,7 @@ def _certain_overflow(
 def _runs(changed: npt.NDArray[np.bool_], words: Lengths) -> tuple[Lengths, Lengths]:
     """Where runs of other bytes begin and end, in bytes from the first page. `changed`: which bytes
     of `words` are others; all other words have none."""
-    joined = (words[1:] == words[:-1] + 1) & (words[1:] % WORDS != 0)
+    joined = (words[1:] == words[:-1] + 1) & (words[1:] & (WORDS - 1) != 0)
     before, after = np.zeros_like(changed), np.zeros_like(changed)
     before[:, 1:], after[:, :-1] = changed[:, :-1], changed[:, 1:]
     before[1:, 0], after[:-1, 7] = changed[:-1, 7] & joined, changed[1:, 0] & joined
@@ -79,22 +80,22 @@ def _assemble(
     words: Lengths, pages: int,
 ) -> tuple[Lengths, Bytes8]:  # fmt: skip
     """Lengths and encodings of `pages` pages whose other bytes are in runs [first, last)."""
-    page = first // PAGE_SIZE
+    page = first >> _PAGE_BITS
     same = first - np.concatenate(([0], last[:-1]))
     heads = np.concatenate(([True], page[1:] != page[:-1]))
-    same[heads] = first[heads] % PAGE_SIZE
+    same[heads] = first[heads] & (PAGE_SIZE - 1)
     other = last - first
     size = 2 + (same >= _ONE_BYTE) + (other >= _ONE_BYTE) + other
     lengths = np.bincount(page, size, pages).astype(np.int64)
     # QEMU wants room for another pair before it looks whether the rest is as it was
     goes_on = np.zeros(pages, np.bool_)
-    goes_on[page] = last % PAGE_SIZE != 0  # of a page's runs the last one stays
+    goes_on[page] = last & (PAGE_SIZE - 1) != 0  # of a page's runs the last one stays
     over = lengths > PAGE_SIZE - 2 * goes_on
     if over.any():
         lengths[over] = OVERFLOW
         keep = ~over[page]
         same, other, size = same[keep], other[keep], size[keep]
-        changed = changed & ~over[words // WORDS][:, None]
+        changed = changed & ~over[words >> _WORD_BITS][:, None]
     out = np.empty(int(size.sum()), np.uint8)
     numbers = np.zeros(len(out), np.bool_)
     at = _put(out, numbers, np.cumsum(size) - size, same)
