@@ -3,11 +3,13 @@ query-migrate says of it (QEMU's XBZRLECacheStats)."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from ..transport.errors import HostLacks
 from ..transport.pages import PAGE_SIZE
 from ..workers.counters import Counters, FrozenCounters
 from ..workers.page_cache import PageCache
@@ -17,15 +19,23 @@ from ..workers.page_table import DIRTY, PageTable
 _STEP = 1 << 20
 _FIELDS = ("xbzrle_pages", "xbzrle_bytes", "xbzrle_misses")
 _Reading = tuple[int, int, int]
+_log = logging.getLogger("pageferry")
 
 
 class Deltas:
     """One migration's. `pages`: of each block."""
 
     def __init__(self, pages: list[int], size: int) -> None:
+        """HostLacks if there is no room."""
         self._blocks = pages
-        self.size = size
-        self.cache = PageCache(sum(pages), size)
+        self.size = size  # what was asked for
+        self._taken = PAGE_SIZE
+        self.cache = PageCache(sum(pages))
+        try:
+            self.cache.look_for_room(size)
+        except HostLacks:
+            self.cache.close()
+            raise
         self._base: _Reading = (0, 0, 0)
         self._rates = (0.0, 0.0)
 
@@ -34,16 +44,15 @@ class Deltas:
 
     def resize(self, size: int) -> None:
         """From the next round on; HostLacks, and nothing has changed, if there is no room."""
-        if size != self.size:
-            self.cache.make_room(size)
-            self.size = size
+        self.cache.look_for_room(size)
+        self.size = size
 
     def begin_round(self, number: int, table: PageTable, counters: Counters) -> Iterator[None]:
         """Give slots to the pages of the round that begins, with pauses for others to have a turn.
         While the guest stands still, call nothing: what is sent then is not sent again."""
         self._rates = self._rates_since(counters)
         self._base = _read(counters)
-        self.cache.use_room()
+        yield from self._take(number)
         before = 0
         for block, pages in enumerate(self._blocks):
             for first in range(0, pages, _STEP):
@@ -52,6 +61,22 @@ class Deltas:
                 self.cache.assign(number, dirty + (before + first))
                 yield
             before += pages
+
+    def _take(self, number: int) -> Iterator[None]:
+        """Have as many slots as were asked for. Where there is no room any more, in the first round
+        it is an error, and later there are as many as before."""
+        if (size := self.size) == self._taken:
+            return
+        try:
+            yield from self.cache.make_room(size)
+        except HostLacks as e:
+            if number == 1:
+                raise
+            _log.warning("xbzrle-cache-size stays %d: %s", self._taken, e)
+            self.size = self._taken
+            return
+        self.cache.use_room()
+        self._taken = size
 
     def _rates_since(self, counters: Counters | FrozenCounters) -> tuple[float, float]:
         """cache-miss-rate and encoding-rate of this round, or of the last if it has none yet."""

@@ -845,14 +845,14 @@ class Source:
         await self._control.say(
             messages.Round(instruction.number, pages, round(self.convergence.dirty_rate))
         )
-        if self._deltas is not None and instruction.live:
-            for _ in self._deltas.begin_round(instruction.number, self._table, self._counters):
-                await asyncio.sleep(0)
         spans = extents(self._table, self.guest.blocks, self.parameters.workers, pages)
         todo: Iterator[jobs.AnyJob] = (
             jobs.Extent(s.block, s.first, s.count, instruction.live) for s in spans
         )
         self._cut.clear()
+        if self._deltas is not None and instruction.live:
+            for _ in self._deltas.begin_round(instruction.number, self._table, self._counters):
+                await asyncio.sleep(0)
         self._written, self._sending = (0, 0.0), instruction.live
         steering = self._steer(begin_round=True)
         if steering is not None:

@@ -14,7 +14,7 @@ So what is VALID is what the destination has said that it placed, and nothing th
 sent. Whoever sends a page without keeping it (the guest stands still: nobody will want it) stores
 EMPTY all the same. Tags change between rounds alone: whose a slot is, anybody may look up.
 
-The memory of the slots is taken when the size is set: a full /dev/shm is an error there. The
+The memory of the slots is taken before they are used: a full /dev/shm is an error then. The
 segment is as large as the guest, for there may be so many slots one day; what is not taken costs
 nothing.
 Knows no frame and no encoding.
@@ -22,15 +22,19 @@ Knows no frame and no encoding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..transport.errors import HostLacks
 from ..transport.pages import PAGE_SIZE, WORDS, Pages
 from .segments import Segment
 
 EMPTY, VALID = 0, 1
+# Memory taken at a time (25 ms): whoever takes it has other things to do as well.
+_STEP = (64 << 20) // PAGE_SIZE
 # Rounds in which a page's slot is its own after it was wanted (QEMU: CACHED_PAGE_LIFETIME).
 LIFETIME = 2
 
@@ -41,8 +45,8 @@ class PageCache:
     """Slots for pages of a guest of `pages` pages, numbered through all of its blocks. The
     coordinator owns it; senders attach."""
 
-    def __init__(self, pages: int, size: int) -> None:
-        """`size`: bytes of pages that are kept. HostLacks if there is no room."""
+    def __init__(self, pages: int) -> None:
+        """With one slot, until more is taken."""
         self.pages = pages
         self._slots = 0  # those there is room for: the coordinator's own
         # number of slots; then for each page that is in one, its round, whether it is there
@@ -55,7 +59,8 @@ class PageCache:
         self._segment = Segment(size_of_all, "xbzrle", reserve=False)
         try:
             self._segment.take(0, self._tags_at)
-            self.make_room(size)
+            for _ in self.make_room(PAGE_SIZE):
+                pass
         except BaseException:
             self.close()
             raise
@@ -87,14 +92,34 @@ class PageCache:
 
     # ---- the coordinator's ---------------------------------------------------------------
 
-    def make_room(self, size: int) -> None:
-        """Take memory for `size` bytes of pages, at any time; they are used from `use_room` on.
-        HostLacks if there is none: then all is as before. More than the guest has is not taken."""
-        slots = max(1, min(size // PAGE_SIZE, self.pages))
-        parts = (self._tags_at, 8), (self._ages_at, 4), (self._states_at, 1)
-        for at, each in (*parts, (self._data_at, PAGE_SIZE)):
-            self._segment.take(at, slots * each)
+    def _slots_of(self, size: int) -> int:
+        """More than the guest has pages are not needed."""
+        return max(1, min(size // PAGE_SIZE, self.pages))
+
+    def look_for_room(self, size: int) -> None:
+        """HostLacks if there is no memory for `size` bytes of pages now. Takes none."""
+        self._segment.look_for_room((self._slots_of(size) - self._slots) * PAGE_SIZE)
+
+    def make_room(self, size: int) -> Iterator[None]:
+        """Take memory for `size` bytes of pages, step by step; they are used from `use_room` on.
+        HostLacks if there is none: then all is as before."""
+        slots = self._slots_of(size)
+        try:
+            for at, each in ((self._tags_at, 8), (self._ages_at, 4), (self._states_at, 1)):
+                self._segment.take(at, slots * each)
+            for first in range(self._slots, slots, _STEP):
+                count = min(_STEP, slots - first)
+                self._segment.take(self._data_at + first * PAGE_SIZE, count * PAGE_SIZE)
+                yield
+        except HostLacks:
+            self._give_back(self._slots, slots)
+            raise
         self._slots = slots
+
+    def _give_back(self, slots: int, end: int) -> None:
+        """The pages of slots [slots, end)."""
+        at = self._data_at + slots * PAGE_SIZE
+        self._segment.give_back(at, (end - slots) * PAGE_SIZE)
 
     def use_room(self) -> None:
         """Between rounds: have as many slots as there is room for. Where that is another number
@@ -104,8 +129,7 @@ class PageCache:
             return
         self._array("tags")[:before] = 0
         self._array("slots")[0] = self._slots
-        end = self._data_at + self._slots * PAGE_SIZE
-        self._segment.give_back(end, (before - self._slots) * PAGE_SIZE)
+        self._give_back(self._slots, before)
 
     def assign(self, generation: int, pages: Pages) -> None:
         """Between rounds: give slots to `pages`, ascending, which are to be sent in the round

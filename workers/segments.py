@@ -66,7 +66,14 @@ class Segment:
             with self._opened() as fd:
                 os.posix_fallocate(fd, offset, length)
         except OSError as e:
-            raise HostLacks(f"/dev/shm has no room for {length} bytes: enlarge it") from e
+            raise _no_room(length) from e
+
+    def look_for_room(self, length: int) -> None:
+        """HostLacks if so many bytes more could not be taken now."""
+        with self._opened() as fd:
+            info = os.fstatvfs(fd)
+        if info.f_blocks and length > info.f_bavail * info.f_frsize:  # 0 blocks: no limit
+            raise _no_room(length)
 
     def give_back(self, offset: int, length: int) -> None:
         """Owner: the memory of a part is not needed, and reads as zero."""
@@ -110,6 +117,10 @@ class Segment:
             shm.close()
         except BufferError:
             _leave_to_its_views(shm)
+
+
+def _no_room(length: int) -> HostLacks:
+    return HostLacks(f"/dev/shm has no room for {length} bytes: enlarge it")
 
 
 def _leave_to_its_views(shm: Any) -> None:

@@ -20,7 +20,7 @@ from pageferry.transport.errors import HostLacks, RemoteProtocolError
 from pageferry.transport.messages import Block
 from pageferry.transport.pages import PAGE_SIZE, pages_of, runs_of
 from pageferry.transport.wire import Frame, Kind, encode_data
-from pageferry.workers import segments
+from pageferry.workers import page_cache, segments
 from pageferry.workers.batches import Batch, BatchMaker, BlockReader
 from pageferry.workers.checks import Checks
 from pageferry.workers.counters import FIELDS, Counters, Row
@@ -41,6 +41,14 @@ def array(*pages):
     return np.array(pages, np.int64)
 
 
+def room(cache, slots):
+    """The cache, with so many slots."""
+    for _ in cache.make_room(slots * PAGE_SIZE):
+        pass
+    cache.use_room()
+    return cache
+
+
 class Desk:
     def __init__(self):
         self.row = Row(np.zeros(len(FIELDS), np.uint64))
@@ -53,7 +61,7 @@ class Ends:
         self.files = []
         self.here, self.there = self.blocks("here"), self.blocks("there")
         self.memory = [b.file.writable() for b in self.here]
-        self.cache = PageCache(TOTAL, cache_pages * PAGE_SIZE)
+        self.cache = room(PageCache(TOTAL), cache_pages)
         self.desk = Desk()
         self.row = self.desk.row
         self.makers = [BatchMaker(codec, None, self.row) for _ in range(2)]
@@ -84,8 +92,7 @@ class Ends:
     def begin(self, number, *dirty, slots=None):
         """A round begins: these pages of all are to be sent."""
         if slots is not None:
-            self.cache.make_room(slots * PAGE_SIZE)
-        self.cache.use_room()
+            room(self.cache, slots)
         self.cache.assign(number, array(*dirty))
 
     def write(self, block, page, data, at=0):
@@ -525,7 +532,7 @@ class PlainCache:
 @examples
 def test_replacement_is_as_in_a_plain_cache(slots, rounds):
     """Round after round: the same pages are in."""
-    cache, plain = PageCache(40, slots * PAGE_SIZE), PlainCache(slots)
+    cache, plain = room(PageCache(40), slots), PlainCache(slots)
     try:
         for number, dirty in enumerate(rounds, 1):
             pages = array(*sorted(dirty))
@@ -549,45 +556,65 @@ def allocated(cache):
 
 def test_it_has_no_more_memory_than_it_was_given():
     """And gives back what it has too much of; above the guest's size there is nothing to keep."""
-    cache = PageCache(1000, 100 * PAGE_SIZE)
+    cache = PageCache(1000)
     try:
         overhead = 8 * PAGE_SIZE  # tags, ages, states: up to a page more for each
+        assert cache.slots == 1 and allocated(cache) <= PAGE_SIZE + overhead
+        room(cache, 100)
         assert 100 * PAGE_SIZE <= allocated(cache) <= 100 * PAGE_SIZE + overhead
-        cache.make_room(300 * PAGE_SIZE)
-        assert cache.slots == 100 and allocated(cache) >= 300 * PAGE_SIZE  # room is there at once
+        taking = cache.make_room(300 * PAGE_SIZE)
+        assert list(taking) == [None] and cache.slots == 100  # until they are used
+        assert allocated(cache) >= 300 * PAGE_SIZE
         pages = np.arange(300, dtype=np.int64)
         cache.use_room()
         cache.assign(2, pages)
         assert cache.slots == 300 and cache.find(pages)[1].all()
-        cache.make_room(10 * PAGE_SIZE)
-        assert cache.find(pages)[1].all()  # until the next round
+        list(cache.make_room(10 * PAGE_SIZE))
+        assert cache.find(pages)[1].all()
         cache.use_room()
         assert cache.slots == 10 and not cache.find(pages)[1].any()
         assert allocated(cache) <= 10 * PAGE_SIZE + overhead
-        cache.make_room(1 << 40)
-        cache.use_room()
-        assert cache.slots == 1000
+        assert room(cache, 1 << 40).slots == 1000
+    finally:
+        cache.close()
+
+
+def test_memory_is_taken_in_steps(monkeypatch):
+    """With turns for others in between."""
+    monkeypatch.setattr(page_cache, "_STEP", 64)
+    cache = PageCache(1000)
+    try:
+        assert len(list(cache.make_room(1 + 3 * 64 * PAGE_SIZE))) == 3
+        assert allocated(cache) >= 3 * 64 * PAGE_SIZE
     finally:
         cache.close()
 
 
 def test_no_room_is_an_error_and_changes_nothing(monkeypatch):
     """Not SIGBUS at some store."""
-    cache = PageCache(1000, 100 * PAGE_SIZE)
+    cache = room(PageCache(1000), 100)
     try:
+        monkeypatch.setattr(page_cache, "_STEP", 64)
+        cache.look_for_room(1000 * PAGE_SIZE)
+        take, taken = os.posix_fallocate, []
 
         def full(fd, offset, length):
-            raise OSError(28, "No space left on device")
+            taken.append(length)
+            if sum(taken) > 150 * PAGE_SIZE:
+                raise OSError(28, "No space left on device")
+            take(fd, offset, length)
 
+        before = allocated(cache)
         monkeypatch.setattr(segments.os, "posix_fallocate", full)
         with pytest.raises(HostLacks, match="/dev/shm"):
-            cache.make_room(200 * PAGE_SIZE)
+            list(cache.make_room(1000 * PAGE_SIZE))
+        assert len(taken) > 5  # some of it was there
         cache.use_room()
-        assert cache.slots == 100
-        before = set(os.listdir("/dev/shm"))
+        assert cache.slots == 100 and allocated(cache) <= before + 4 * PAGE_SIZE
+        names = set(os.listdir("/dev/shm"))
         with pytest.raises(HostLacks):
-            PageCache(1000, PAGE_SIZE)
-        assert set(os.listdir("/dev/shm")) == before
+            PageCache(1000)
+        assert set(os.listdir("/dev/shm")) == names
     finally:
         cache.close()
 
@@ -595,7 +622,7 @@ def test_no_room_is_an_error_and_changes_nothing(monkeypatch):
 # ---- the source's side -----------------------------------------------------------------------
 
 
-def test_rounds_and_what_is_said_of_them():
+def test_rounds_and_what_is_said_of_them(monkeypatch, caplog):
     """Slots go to what is dirty, in all blocks; QEMU's names, rates of the round."""
     table, counters = PageTable([5, 7]), Counters(2)
     deltas = Deltas([5, 7], 8 * PAGE_SIZE)
@@ -625,12 +652,23 @@ def test_rounds_and_what_is_said_of_them():
         counters.row(0).add("xbzrle_misses", 4)
         said = deltas.report(counters)["xbzrle-cache"]
         assert (said["cache-miss-rate"], said["encoding-rate"]) == (1.0, 0.0)
+        with pytest.raises(HostLacks):  # nobody has that
+            Deltas([1 << 30], 1 << 42)
         deltas.resize(2 * PAGE_SIZE)
         assert deltas.report(None) == {} and deltas.cache.slots == 8
         for _ in deltas.begin_round(3, table, counters):
             pass
         assert deltas.cache.slots == 2
         assert deltas.report(counters)["xbzrle-cache"]["cache-size"] == 2 * PAGE_SIZE
+        deltas.resize(7 * PAGE_SIZE)
+
+        def full(fd, offset, length):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(segments.os, "posix_fallocate", full)
+        assert list(deltas.begin_round(4, table, counters)) == [None, None]  # a turn a block
+        assert deltas.size == 2 * PAGE_SIZE and deltas.cache.slots == 2
+        assert "stays 8192" in caplog.text
     finally:
         deltas.close()
         counters.close()
