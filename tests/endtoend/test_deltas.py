@@ -19,11 +19,12 @@ def test_a_larger_cache_makes_it_converge(tmp_path):
     )  # fmt: skip
     with moving:
         until((tmp_path / "m").exists, "the monitor is there")
-        until(lambda: ask(monitor, "query-migrate")["ram"]["dirty-sync-count"] >= 3, "round 3")
-        said = ask(monitor, "query-migrate")["xbzrle-cache"]
-        assert said["cache-size"] == 2 << 20
-        assert 0.7 <= said["cache-miss-rate"] <= 0.8
-        assert said["encoding-rate"] > 50
+
+        def cache():
+            return ask(monitor, "query-migrate").get("xbzrle-cache", {"pages": 0, "cache-miss": 0})
+
+        until(lambda: cache()["pages"] >= 512 and cache()["cache-miss"] >= 1024, "deltas, and none")
+        assert cache()["cache-size"] == 2 << 20
         assert ask(monitor, "query-migrate-parameters")["xbzrle-cache-size"] == 2 << 20
         refused = run("set", monitor, "xbzrle-cache-size=1K")
         assert refused.returncode == 2 and "xbzrle-cache-size" in refused.stderr
@@ -34,7 +35,7 @@ def test_a_larger_cache_makes_it_converge(tmp_path):
     assert report["oracle"]["ok"]
     cache = report["xbzrle-cache"]
     assert cache["cache-size"] == 64 << 20
-    assert cache["pages"] >= 2 * 512 + 2048 and cache["overflow"] == 0
+    assert cache["pages"] >= 2048 and cache["overflow"] == 0
     assert report["codec-pages"]["xbzrle"] == cache["pages"]
     assert report["codec-pages"]["none"] + cache["pages"] == report["ram"]["normal"]
     assert cache["bytes"] < 64 * cache["pages"]
@@ -48,8 +49,9 @@ def test_pages_written_all_over_overflow_and_travel_whole():
     )  # fmt: skip
     assert report["oracle"]["ok"]
     cache = report["xbzrle-cache"]
-    assert cache["overflow"] == cache["pages"] > 0
-    assert report["codec-pages"]["xbzrle"] == 0
+    assert cache["overflow"] > 0
+    # those that were as they had been sent: written after the look, and before they were read
+    assert report["codec-pages"]["xbzrle"] == cache["pages"] - cache["overflow"]
 
 
 def test_no_deltas_in_a_postcopy():
