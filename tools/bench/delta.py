@@ -135,8 +135,9 @@ def _cells(reports: list[dict[str, Any]]) -> list[str]:
         f"{of(lambda r: r['ram']['normal-bytes']) / first - 1:.2f} x size",
         number(of(lambda r: r["downtime"]), 0) if done else "gives up",
         number(senders),
-        number(receivers),
-        number((senders + receivers) / pages * 1e6, 1),
+        # the source does not hear what they have used if it gives up
+        number(receivers) if done else "-",
+        number((senders + receivers) / pages * 1e6, 1) if done else "-",
         f"{median(hits):.0%}" if hits else "-",
         number(median(saved), 1) if saved else "-",
         ("right" if right else "WRONG") if done else "-",
