@@ -21,6 +21,7 @@ from ..transport.messages import (
     PROTOCOL,
     READ_BACK,
     SAMPLE,
+    XBZRLE,
     Block,
     Hello,
     Resume,
@@ -30,7 +31,7 @@ from ..transport.pages import PAGE_SIZE
 from ..transport.urgent import MAX_HOST_PAGES
 from ..transport.wire import MAX_BATCH_PAGES
 
-CAPABILITIES = {POSTCOPY, DIRECT, SAMPLE, PAGE_SUMS, READ_BACK}
+CAPABILITIES = {POSTCOPY, DIRECT, SAMPLE, PAGE_SUMS, READ_BACK, XBZRLE}
 # Characters of what a source says of itself and its blocks: it is logged, shown and kept.
 MAX_NAME = 255
 # Host pages that can exist: 4 KiB to 1 GiB.

@@ -41,7 +41,15 @@ from ..transport.errors import (
 )
 from ..transport.keys import KeyDirectory
 from ..transport.links import NOBLOCK, Endpoint, Gate, bind, sender_key, unbind
-from ..transport.messages import DIRECT, MAX_WORKERS, PAGE_SUMS, POSTCOPY, READ_BACK, SAMPLE
+from ..transport.messages import (
+    DIRECT,
+    MAX_WORKERS,
+    PAGE_SUMS,
+    POSTCOPY,
+    READ_BACK,
+    SAMPLE,
+    XBZRLE,
+)
 from ..transport.pages import PAGE_SIZE, Pages, Runs, total_pages
 from ..transport.session import Role
 from ..workers import jobs, receiver
@@ -359,6 +367,7 @@ class Arrival:
                 self.guest.fresh, writing,
                 self._faults.for_receivers() if self._faults is not None else None, installing,
                 checks=self._checks, read_all=READ_BACK in self.hello.capabilities, curve=curve,
+                deltas=XBZRLE in self.hello.capabilities,
             )
             for i in range(n)
         ]  # fmt: skip

@@ -25,7 +25,7 @@ import msgspec
 
 from ..transport.errors import HostLacks, UsageError
 from ..transport.links import parse_endpoint
-from ..transport.quantities import parse_duration, parse_rate
+from ..transport.quantities import parse_duration, parse_rate, parse_size
 from ..workers.guests import GuestUri, is_directory, parse_guest
 from ..workers.guests.image_directory import IMAGE_NAME
 from .parameters import NEVER, Parameters
@@ -60,6 +60,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     level: int | None = None
     downtime_limit: Duration | None = None
     max_rounds: int | None = None
+    xbzrle_cache_size: str | int | None = None
     verify: bool | None = None
     batch_pages: int | None = None
     postcopy: str | None = None
@@ -217,6 +218,9 @@ def _parameters(settings: Settings, max_bandwidth: int) -> Parameters:
     for name in ("max_postcopy_bandwidth", "vcpu_dirty_limit"):
         if name in said:
             said[name] = _read(name, parse_rate, said[name])
+    if "xbzrle_cache_size" in said:
+        size = said["xbzrle_cache_size"]
+        said["xbzrle_cache_size"] = _read("xbzrle_cache_size", parse_size, size)
     return Parameters(max_bandwidth=max_bandwidth, **said)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from ..transport.codecs import CODECS, make_codec
 from ..transport.errors import UsageError
-from ..transport.messages import MAX_WORKERS
-from ..transport.quantities import parse_duration, parse_rate
+from ..transport.messages import MAX_WORKERS, XBZRLE
+from ..transport.pages import PAGE_SIZE
+from ..transport.quantities import parse_duration, parse_rate, parse_size
 from ..transport.wire import MAX_BATCH_PAGES
 from .goals import GOALS
 from .throttling import FIELDS as THROTTLE_FIELDS
@@ -44,8 +45,9 @@ class Parameters:
     codec are chosen while it runs (goals.py), up to so many workers and only this codec, unless
     that is auto; "" for none; `keys`: a directory of keys (keys.py), "" for none; `peer`: the name
     that the other end has in it, "" for the one that fits the address; `insecure`: without keys to
-    another host; from `auto_converge` on: how a guest is slowed down (throttling.py), percentages,
-    bytes a second, seconds."""
+    another host; `codec`: a codec's name, auto, or xbzrle, by itself or as xbzrle+NAME; for that
+    `xbzrle_cache_size`: bytes of pages sent before that are kept; from `auto_converge` on: how a
+    guest is slowed down (throttling.py), percentages, bytes a second, seconds."""
 
     workers: int = 0
     codec: str = "auto"
@@ -65,6 +67,7 @@ class Parameters:
     keys: str = ""
     peer: str = ""
     insecure: bool = False
+    xbzrle_cache_size: int = 64 << 20
     auto_converge: bool = False
     dirty_limit: bool = False
     cpu_throttle_initial: int = 20
@@ -100,8 +103,9 @@ class Parameters:
             )
         if p.goal not in ("", *GOALS):
             raise UsageError(f"goal is {', '.join(GOALS)}, not {p.goal!r}")
-        if p.codec != "auto":
-            make_codec(p.codec, p.level)
+        _within("xbzrle-cache-size (bytes)", p.xbzrle_cache_size, PAGE_SIZE, 1 << 50)
+        if p.page_codec != "auto":
+            make_codec(p.page_codec, p.level)
         elif p.level is not None:
             raise UsageError(f"level needs a codec: one of {', '.join(CODECS)}")
         return p
@@ -130,6 +134,16 @@ class Parameters:
         return replace(self, keys="", peer="", insecure=False)
 
     @property
+    def deltas(self) -> bool:
+        """Pages travel as what differs from what was sent before, where that is known."""
+        return self.codec.partition("+")[0] == XBZRLE
+
+    @property
+    def page_codec(self) -> str:
+        """The codec of pages that travel whole, and of deltas."""
+        return (self.codec.partition("+")[2] or "none") if self.deltas else self.codec
+
+    @property
     def postcopy_rounds(self) -> int | None:
         """N of `after=N`; None in the other modes."""
         if self.postcopy in (NEVER, MANUAL, NOW, AUTO):
@@ -150,6 +164,7 @@ class Parameters:
             "downtime-limit": round(self.downtime_limit * 1000),
             "max-rounds": self.max_rounds,
             "batch-pages": self.batch_pages,
+            "xbzrle-cache-size": self.xbzrle_cache_size,
             "postcopy": self.postcopy,
             "postcopy-preempt": self.preempt,
             "max-postcopy-bandwidth": self.max_postcopy_bandwidth,
@@ -180,12 +195,14 @@ def changed(parameters: Parameters, arguments: dict[str, Any]) -> Parameters:
                 if not (str(value).isdecimal() and len(str(value)) < 10):
                     raise UsageError(f"max-rounds must be a whole number, not {value!r}")
                 fields["max_rounds"] = int(value)
+            case "xbzrle-cache-size":
+                fields["xbzrle_cache_size"] = parse_size(str(value))
             case _ if name in THROTTLE_FIELDS:
                 field, fields[field] = field_of(name, value)
             case _:
                 raise UsageError(
                     f"{name!r} cannot be set while a migration runs; max-bandwidth, "
-                    f"max-postcopy-bandwidth, downtime-limit, max-rounds and "
+                    f"max-postcopy-bandwidth, downtime-limit, max-rounds, xbzrle-cache-size and "
                     f"{', '.join(list(THROTTLE_FIELDS)[:-1])} can"
                 )
     return replace(parameters, **fields).checked()

@@ -251,7 +251,7 @@ class Pulled:
         self.statistics.urgent = self._background.counters
         self.statistics.postcopy = True
         job = sender.SenderJob(
-            self._blocks, self._table, self._counters, self._bandwidth, None, p.codec, p.level,
+            self._blocks, self._table, self._counters, self._bandwidth, None, p.page_codec, p.level,
             p.batch_pages,
         )  # fmt: skip
         self._background.equip(job)

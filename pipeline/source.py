@@ -60,6 +60,7 @@ from .callbacks import tell
 from .control import Control, find
 from .convergence import Convergence
 from .crew import Crew, extents
+from .deltas import Deltas
 from .goals import Seeker
 from .journal import Journal
 from .parameters import NEVER, Parameters, changed
@@ -146,6 +147,7 @@ class Source:
         self._counters: Counters | None = None
         self._bandwidth: Bandwidth | None = None
         self._hashes: Segment | None = None
+        self._deltas: Deltas | None = None
         self._scan_seconds = 0.0  # what the last scan of all memory took
         self._crew: Crew | None = None
         self._background: Background | None = None
@@ -181,6 +183,8 @@ class Source:
         if self._steering is not None:
             report |= self._steering.report()
         report |= self._pressure.report()
+        if self._deltas is not None:
+            report |= self._deltas.report(self.statistics.counters)
         guest_rate, wire_rate = self.statistics.rates()
         report["progress"] = {
             "rate": round(guest_rate),
@@ -219,6 +223,8 @@ class Source:
     def set_parameters(self, arguments: dict[str, Any]) -> None:
         """migrate-set-parameters; takes effect with the next frame or decision."""
         p = changed(self.parameters, arguments)
+        if self._deltas is not None:
+            self._deltas.resize(p.xbzrle_cache_size)  # first: it may not be possible
         self._slow_down(self._pressure.configure(p.throttle))
         if self._bandwidth is not None and self.core.status not in IN_POSTCOPY:
             self._bandwidth.set_rate(p.max_bandwidth)
@@ -537,6 +543,8 @@ class Source:
         self.statistics.extra |= {"dirty-tracking": self.guest.tracking} | self.guest.facts()
         if self.guest.last_look_by_content:
             self.statistics.extra["last-look"] = TRACKING_HASH
+        if p.deltas and self.guest.live:  # what nobody writes is sent once
+            self._deltas = Deltas([block.pages for block in blocks], p.xbzrle_cache_size)
         self.statistics.extra["codec"] = p.codec
         self._start_steering()
 
@@ -545,7 +553,8 @@ class Source:
         p = self.parameters
         job = sender.SenderJob(
             self.guest.blocks, self._table, self._counters, self._bandwidth, self._hashes,
-            p.codec, p.level, p.batch_pages, sums=self._sums,
+            p.page_codec, p.level, p.batch_pages, sums=self._sums,
+            cache=self._deltas.cache if self._deltas is not None else None,
         )  # fmt: skip
         reserve = self._reserve
         if self._background is not None:
@@ -560,7 +569,7 @@ class Source:
         p = self.parameters
         if p.goal:
             assert self._counters is not None
-            only = None if p.codec == "auto" else (p.codec, p.level)
+            only = None if p.page_codec == "auto" else (p.page_codec, p.level)
             self._steering = Steering(
                 Seeker(p.goal, p.workers, only), self._counters, self.receiver_cpu
             )
@@ -574,6 +583,7 @@ class Source:
                 *self.guest.capabilities,
                 *([messages.PAGE_SUMS] if self._sums else ()),
                 *([messages.READ_BACK] if self._sums and self.parameters.verify else ()),
+                *([messages.XBZRLE] if self._deltas is not None else ()),
                 *(self._background.capabilities if self._background is not None else ()),
             ],
             name=self.name,
@@ -856,6 +866,9 @@ class Source:
             jobs.Extent(s.block, s.first, s.count, instruction.live) for s in spans
         )
         self._cut.clear()
+        if self._deltas is not None and instruction.live:
+            for _ in self._deltas.begin_round(instruction.number, self._table, self._counters):
+                await asyncio.sleep(0)
         self._written, self._sending = (0, 0.0), instruction.live
         steering = self._steer(begin_round=True)
         if steering is not None:
@@ -1143,3 +1156,7 @@ class Source:
             if part is not None:
                 part.close()
         self._counters = self._table = self._bandwidth = self._hashes = None
+        if self._deltas is not None:
+            self.statistics.extra |= self._deltas.report(self.statistics.counters)
+            self._deltas.close()
+            self._deltas = None

@@ -18,7 +18,8 @@ from ..workers.usage import cpu_ns, own_memory
 from .convergence import Convergence
 from .state import Status
 
-CODEC_FIELDS = {"none": "raw_pages", "lz4": "lz4_pages", "zstd": "zstd_pages", "zlib": "zlib_pages"}
+CODEC_FIELDS = {"none": "raw_pages", "lz4": "lz4_pages", "zstd": "zstd_pages", "zlib": "zlib_pages",
+                "xbzrle": "delta_pages"}  # fmt: skip
 # The rate shown is that of the last seconds, not of the whole.
 _WINDOW_SECONDS = 2.0
 # What is to come is judged by the last half of what was: looks for that, at most so many.

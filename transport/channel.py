@@ -166,7 +166,7 @@ class SendingChannel(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Pages to place; then call `placed`."""
+    """Pages to place; then call `placed`, or `not_placed`."""
 
     frame: Frame
 
@@ -241,6 +241,10 @@ class ReceivingChannel:
             return
         self._flush_acks()
         self._acks = [frame.seq, frame.seq]
+
+    def not_placed(self, frame: Frame) -> None:
+        """Nothing of `frame` is in the guest's memory: what its pages are made of is not here."""
+        self._nack(frame.seq, frame.seq)
 
     def _flush_acks(self) -> None:
         if self._acks:

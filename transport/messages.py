@@ -32,6 +32,8 @@ MAX_BLOCK_SIZE = 1 << 46
 POSTCOPY, DIRECT = "postcopy-ram", "postcopy-direct"
 # Frames have sums of their pages, and the destination reads back some of what it places; or all.
 PAGE_SUMS, READ_BACK = "page-sums", "read-back"
+# Pages may travel as what differs from what the destination has (QEMU's name).
+XBZRLE = "xbzrle"
 # A kind, and a capability, so that a receiver that does not know it refuses it: a trial run, which
 # goes into memory that is thrown away. No more than this, holes included.
 SAMPLE = "sample"

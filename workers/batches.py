@@ -15,19 +15,21 @@ import xxhash
 from ..transport.codecs import CODECS, Codec, make_codec
 from ..transport.codecs.choice import CodecChoice
 from ..transport.pages import NO_RUNS, PAGE_SIZE, WORDS, Pages, Runs, runs_of
-from ..transport.wire import Buffer
+from ..transport.wire import Buffer, Delta
 from .counters import Row
 from .inspection import compressible_pages, zero_pages
+from .page_cache import Slots
 from .ram import RamBlock
 
 # A codec must save at least this share, or the pages travel raw.
-_MUST_SAVE = 0.03
+MUST_SAVE = 0.03
 
 
 @dataclass(slots=True)
 class Batch:
     """A batch as it will travel. `payload` may point into guest memory. `plain`: its packed pages
-    before they were packed."""
+    before they were packed. `delta`, `packed_delta`: pages that travel as what differs; `slots`: of
+    the page cache, what an acknowledgement makes valid (deltas.py)."""
 
     codec: int
     zero: Runs
@@ -35,10 +37,18 @@ class Batch:
     packed: Runs
     payload: list[Buffer]
     plain: Buffer = b""
+    delta: Delta | None = None
+    packed_delta: bytes = b""
+    slots: Slots | None = None
 
     @property
     def size(self) -> int:
-        return sum(len(part) for part in self.payload)
+        return sum(len(part) for part in self.payload) + len(self.packed_delta)
+
+    @property
+    def parts(self) -> list[Buffer]:
+        """All of its payload."""
+        return [*self.payload, self.packed_delta] if self.packed_delta else self.payload
 
 
 class BlockReader:
@@ -113,6 +123,11 @@ class BatchMaker:
             self._codecs[key] = make_codec(*key)
         return self._codecs[key]
 
+    def layer(self) -> Codec | None:
+        """What deltas are packed with: as pages that look compressible are."""
+        name = self._name if self.choice is None else self.choice.choose(1.0)
+        return None if name == "none" else self._codec(name)
+
     def make(self, pages: Pages, content: npt.NDArray[np.uint64]) -> Batch:
         """The batch of `pages` (ascending) whose content has shape (n, 512)."""
         zeros = zero_pages(content)
@@ -150,7 +165,7 @@ class BatchMaker:
         self._row.add("codec_ns", spent)
         if self.choice is not None:
             self.choice.learn(name, len(plain), len(packed), spent / 1e9)
-        if len(packed) > (1 - _MUST_SAVE) * len(plain):
+        if len(packed) > (1 - MUST_SAVE) * len(plain):
             return self._raw(zero, pages, content)
         self._row.add(f"{name}_pages", n_good)
         wire_id = CODECS[name].wire_id

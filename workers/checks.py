@@ -113,7 +113,7 @@ class ReadBack:
         ram = self._blocks[block]
         content = content[: ram.size - page * PAGE_SIZE]
         read = self._piece[: len(content)]
-        _read(ram, page * PAGE_SIZE, read)
+        read_block(ram, page * PAGE_SIZE, read)
         digest = xxhash.xxh3_64_intdigest  # of both: comparing two memoryviews is slow
         return digest(read) == digest(content)
 
@@ -134,7 +134,7 @@ class ReadBack:
         for at in range(first, first + count, _PIECE_PAGES):
             view = self._piece[: min(_PIECE_PAGES, first + count - at) * PAGE_SIZE]
             there = min(len(view), ram.size - at * PAGE_SIZE)
-            _read(ram, at * PAGE_SIZE, view[:there])
+            read_block(ram, at * PAGE_SIZE, view[:there])
             view[there:] = bytes(len(view) - there)
             pages = np.frombuffer(view, np.uint64).reshape(-1, PAGE_SIZE // 8)
             wrong += int(np.count_nonzero(pages.any(axis=1)))
@@ -167,7 +167,7 @@ def _next_data(block: RamBlock, page: int) -> int:
         return block.pages if e.errno == errno.ENXIO else page
 
 
-def _read(block: RamBlock, offset: int, view: memoryview) -> None:
+def read_block(block: RamBlock, offset: int, view: memoryview) -> None:
     """Fill `view` with the block from byte `offset`."""
     at = 0
     while at < len(view):

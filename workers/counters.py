@@ -31,6 +31,11 @@ FIELDS = (
     "lz4_pages",
     "zstd_pages",
     "zlib_pages",
+    "delta_pages",  # that travelled as what differs from the page sent before
+    "xbzrle_pages",  # whose base the cache had; QEMU's XBZRLECacheStats, as what follows
+    "xbzrle_bytes",  # of these as deltas, or whole, before another codec
+    "xbzrle_misses",
+    "xbzrle_overflow",
     "codec_ns",  # processor time spent in the codec
     "wait_ns",  # sender: waiting for credit, i.e. for the link or the destination
     "paced_ns",  # sender: waiting for max-bandwidth

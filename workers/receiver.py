@@ -34,10 +34,11 @@ from ..transport.links import (
     unbind,
 )
 from ..transport.pages import PAGE_SIZE, Runs, apart, check_runs, total_pages
-from ..transport.wire import Buffer, Frame, content_matches
+from ..transport.wire import Buffer, Delta, Frame, content_matches
 from . import jobs
 from .checks import Checks, ReadBack
 from .counters import Counters
+from .deltas import restore
 from .digest import CHUNK_BYTES, part_digest
 from .guests.base import ArmedMemory
 from .placing import FramePlacer, GuestPlacer
@@ -72,7 +73,8 @@ class ReceiverJob:
     receivers, one fresh file: half the processor time a byte, same rate).
     `guest`: what postcopy needs; `installing`: the guest runs already; `dial`: `listen` is where
     the sender does, and we connect. `checks`: what is written is read back, some of it or
-    (`read_all`) all; `curve`: only with keys.
+    (`read_all`) all; `curve`: only with keys; `deltas`: pages may come as what differs from what
+    is there (deltas.py).
     """
 
     blocks: list[RamBlock]
@@ -87,6 +89,7 @@ class ReceiverJob:
     checks: Checks | None = None
     read_all: bool = False
     curve: Binds | Dials | None = None
+    deltas: bool = False
 
     def close(self) -> None:
         """In the receiver, when nothing looks at any of it: it may have another job after this."""
@@ -218,8 +221,11 @@ class Receiver:
         data = self.channel.receive(parts[0].buffer, payload)
         self.row.set("lost_frames", self.channel.lost)
         if data is not None:
-            self._place(data.frame, payload)
-            self.channel.placed(data.frame)
+            if self._place(data.frame, payload):
+                self.channel.placed(data.frame)
+            else:
+                self.channel.not_placed(data.frame)
+                self.row.set("lost_frames", self.channel.lost)
             self.row.add("wire_bytes", sum(len(part.buffer) for part in parts))
         self._answer(idle=False)
         return not self.desk.waiting()
@@ -238,7 +244,7 @@ class Receiver:
         if frame.block >= len(self.job.blocks):
             raise RemoteProtocolError(f"frame for block {frame.block}, which was not announced")
         block = self.job.blocks[frame.block]
-        tables = (frame.zero, frame.raw, frame.packed)
+        tables = frame.tables
         for runs in tables:
             if not check_runs(runs, block.pages):
                 raise RemoteProtocolError(f"frame with pages outside of block {block.name}")
@@ -246,9 +252,16 @@ class Receiver:
             raise RemoteProtocolError(f"frame that has a page of block {block.name} twice")
         return block
 
-    def _place(self, frame: Frame, payload: Buffer) -> None:
-        """Put the pages of a frame where they belong."""
+    def _place(self, frame: Frame, payload: Buffer) -> bool:
+        """Put the pages of a frame where they belong; False if they are made of other pages than
+        are here: then nothing was written."""
         block = self._block_of(frame)
+        restored: Buffer = b""
+        if frame.delta is not None:
+            made = self._restore(block, frame.delta, payload)
+            if made is None:
+                return False
+            restored = made
         if self.placer is None and (self.channel.round > 1 or not self.job.fresh[frame.block]):
             block.clear(frame.zero)
         view = memoryview(payload)
@@ -257,7 +270,7 @@ class Receiver:
         unpacked: Buffer = b""
         if n_packed:
             codec = self.decoders.get(frame.codec)
-            unpacked = codec.decompress(view[raw:], n_packed * PAGE_SIZE)
+            unpacked = codec.decompress(view[raw : raw + frame.packed_size], n_packed * PAGE_SIZE)
             if self.read_back is not None and not content_matches(frame, (view[:raw], unpacked)):
                 raise self._not_the_same(frame, frame.packed, "was to get other than was read")
         if not self.job.writing.acquire(timeout=_LOCK_SECONDS):
@@ -266,6 +279,8 @@ class Receiver:
             if self.placer is None:
                 _write_runs(block, frame.raw, view[:raw])
                 _write_runs(block, frame.packed, unpacked)
+                if frame.delta is not None:
+                    _write_runs(block, frame.delta.pages, restored)
             else:
                 self.placer.place(frame.block, frame.raw, view[:raw])
                 self.placer.place(frame.block, frame.packed, unpacked)
@@ -273,16 +288,23 @@ class Receiver:
         finally:
             self.job.writing.release()
         if self.read_back is not None:
-            self._compare(frame, (view[:raw], unpacked))
+            self._compare(frame, (view[:raw], unpacked, restored))
         if self.placer is not None:
             self.placer.tell_arrivals(frame.block, (frame.raw, frame.packed, frame.zero))
         self._count(frame, n_packed)
+        return True
 
-    def _compare(self, frame: Frame, contents: tuple[Buffer, Buffer]) -> None:
-        """Read back what was placed: raw pages, packed pages."""
+    def _restore(self, block: RamBlock, delta: Delta, payload: Buffer) -> Buffer | None:
+        """The pages that come of a frame's deltas, the end of its payload."""
+        if not self.job.deltas or self.placer is not None:
+            raise RemoteProtocolError("frame with deltas, where pages travel whole")
+        return restore(block, delta, memoryview(payload)[-delta.size :], self.decoders)
+
+    def _compare(self, frame: Frame, contents: tuple[Buffer, Buffer, Buffer]) -> None:
+        """Read back what was placed: raw pages, packed pages, those of deltas."""
         assert self.read_back is not None
         self.read_back.note(frame.block, frame.zero, False)
-        for runs, content in zip((frame.raw, frame.packed), contents, strict=True):
+        for runs, content in zip(frame.tables[1:], contents, strict=True):
             if not self.read_back.same(frame.block, runs, content, frame.seq):
                 raise self._not_the_same(frame, runs, "does not hold what was written")
             self.read_back.note(frame.block, runs, True)
@@ -298,8 +320,10 @@ class Receiver:
     def _count(self, frame: Frame, n_packed: int) -> None:
         zero, raw = total_pages(frame.zero), total_pages(frame.raw)
         self.row.add("duplicate", zero)
-        self.row.add("normal", raw + n_packed)
+        delta = total_pages(frame.tables[3])
+        self.row.add("normal", raw + n_packed + delta)
         self.row.add("raw_pages", raw)
+        self.row.add("delta_pages", delta)
         if n_packed and frame.codec in _CODEC_FIELD:
             self.row.add(_CODEC_FIELD[frame.codec], n_packed)
         self.row.add("frames", 1)

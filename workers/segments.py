@@ -9,8 +9,10 @@ Python 3.13 an attach registers once more, which in one tracker changes nothing
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..transport.errors import HostLacks
+from .kernel.libc import punch_hole
 from .names import shared_name
 
 
@@ -49,14 +52,42 @@ class Segment:
 
     def _reserve(self) -> None:
         try:
-            fd = os.open(f"/dev/shm/{self.name}", os.O_RDWR | os.O_CLOEXEC)
-            try:
-                os.posix_fallocate(fd, 0, self.size)
-            finally:
-                os.close(fd)
-        except OSError as e:
+            self.take(0, self.size)
+        except HostLacks:
             self.close()
-            raise HostLacks(f"/dev/shm has no room for {self.size} bytes: enlarge it") from e
+            raise
+
+    def take(self, offset: int, length: int) -> None:
+        """Owner: take the memory of a part now; HostLacks, and nothing has changed, if there is
+        none. Of a segment that was made without `reserve`."""
+        if length <= 0:
+            return
+        try:
+            with self._opened() as fd:
+                os.posix_fallocate(fd, offset, length)
+        except OSError as e:
+            raise _no_room(length) from e
+
+    def look_for_room(self, length: int) -> None:
+        """HostLacks if so many bytes more could not be taken now."""
+        with self._opened() as fd:
+            info = os.fstatvfs(fd)
+        if info.f_blocks and length > info.f_bavail * info.f_frsize:  # 0 blocks: no limit
+            raise _no_room(length)
+
+    def give_back(self, offset: int, length: int) -> None:
+        """Owner: the memory of a part is not needed, and reads as zero."""
+        if length > 0:
+            with self._opened() as fd:
+                punch_hole(fd, offset, length)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        fd = os.open(f"/dev/shm/{self.name}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_attach_segment, (self.name, self.size))
@@ -86,6 +117,10 @@ class Segment:
             shm.close()
         except BufferError:
             _leave_to_its_views(shm)
+
+
+def _no_room(length: int) -> HostLacks:
+    return HostLacks(f"/dev/shm has no room for {length} bytes: enlarge it")
 
 
 def _leave_to_its_views(shm: Any) -> None:

@@ -46,7 +46,9 @@ from . import jobs
 from .bandwidth import Bandwidth
 from .batches import Batch, BatchMaker, BlockReader, page_hashes
 from .counters import Counters
+from .deltas import DeltaMaker
 from .digest import CHUNK_BYTES, part_digest
+from .page_cache import PageCache
 from .page_table import CLEAN, DIRTY, IN_FLIGHT, PageTable
 from .postcopy import ROUTED
 from .preemption import Preemption, Reader, page_key
@@ -80,7 +82,8 @@ PROBE_SECONDS = 2.0
 class SenderJob:
     """Everything a sender needs, pickled into it once. `preemption`: for postcopy; `route`: without
     preemption, the pipe of requests to be answered in line (postcopy.py); `sums`: frames have sums
-    of their pages as they were read (checks.py)."""
+    of their pages as they were read (checks.py); `cache`: pages sent before, of a guest that is
+    live (deltas.py)."""
 
     blocks: list[RamBlock]
     table: PageTable
@@ -95,10 +98,11 @@ class SenderJob:
     preemption: Preemption | None = None
     route: Any = None
     sums: bool = False
+    cache: PageCache | None = None
 
     def close(self) -> None:
         """In the sender, when nothing looks at any of it: it may have another job after this."""
-        for part in (self.table, self.counters, self.bandwidth, self.hashes):
+        for part in (self.table, self.counters, self.bandwidth, self.hashes, self.cache):
             if part is not None:
                 part.close()
         for block in self.blocks:
@@ -123,6 +127,7 @@ class _Sent:
     pages: Pages
     hashes: Any
     at: float
+    slots: Any = None
 
 
 class _Stopped(Exception):
@@ -147,6 +152,9 @@ class Sender:
         self.tables: dict[int, Any] = {}
         self.first_page = np.concatenate(([0], np.cumsum([b.pages for b in job.blocks]))).tolist()
         self.maker = BatchMaker(job.codec, job.level, self.row)
+        self.deltas: DeltaMaker | None = None
+        if job.cache is not None:
+            self.deltas = DeltaMaker(job.cache, self.first_page, self.row)
         self.channel: SendingChannel[_Sent | None] = SendingChannel(job.credit)
         self.readers: dict[int, BlockReader] = {}
         self.queue: deque[jobs.AnyJob] = deque()
@@ -270,7 +278,7 @@ class Sender:
         """Zero pages first, all in one frame; the others batch by batch."""
         zero = self._reader(job.block).zero(pages)
         if zero.any():
-            self._send_zero(extent, job.block, pages[zero])
+            self._send_zero(extent, job.block, pages[zero], job.live)
             pages = pages[~zero]
         for at in range(0, len(pages), self.job.batch_pages):
             self._send_batch(extent, job.block, pages[at : at + self.job.batch_pages], job.live)
@@ -282,6 +290,7 @@ class Sender:
         assert self.job.preemption is not None
         self._wait_for_peer()
         self.preemption = Reader(self.job.preemption)
+        self.deltas = None  # pages of the destination are discarded from now on
         if self.job.route is None:
             become_background()
             self.channel.credit = self.preemption.credit
@@ -384,9 +393,12 @@ class Sender:
             self.answering = False
         return True
 
-    def _send_zero(self, extent: _Extent, block: int, pages: Pages) -> None:
+    def _send_zero(self, extent: _Extent, block: int, pages: Pages, live: bool = False) -> None:
         hashes = np.zeros(len(pages), np.uint64) if self.job.hashes is not None else None
-        self._send(extent, block, pages, hashes, Batch(0, runs_of(pages), NO_RUNS, NO_RUNS, []))
+        batch = Batch(0, runs_of(pages), NO_RUNS, NO_RUNS, [])
+        if self.deltas is not None:
+            batch.slots = self.deltas.zero(block, pages, keep=live)
+        self._send(extent, block, pages, hashes, batch)
 
     def _answer(self, extent: _Extent) -> None:
         if extent.all_sent and extent.waiting == 0:
@@ -394,9 +406,14 @@ class Sender:
 
     def _send_batch(self, extent: _Extent, block: int, pages: Pages, live: bool) -> int:
         """Send a batch; how many of its pages are zero."""
-        content = self._reader(block).read(pages, copy=live)
+        content = self._reader(block).read(pages, copy=live or self.deltas is not None)
         hashes = page_hashes(content) if self.job.hashes is not None else None
-        batch = self.maker.make(pages, content)
+        if self.deltas is None:
+            batch = self.maker.make(pages, content)
+        else:
+            batch = self.deltas.make(
+                self.maker, block, pages, content, keep=live, first_round=self.channel.round == 1
+            )
         self._send(extent, block, pages, hashes, batch)
         return total_pages(batch.zero)
 
@@ -409,16 +426,18 @@ class Sender:
             Frame(
                 Kind.DATA, self.channel.next_seq(), self.channel.round, block, batch.codec,
                 batch.zero, batch.raw, batch.packed, content_sum=self._content_sum(batch),
+                delta=batch.delta,
             ),
-            batch.payload,
+            parts := batch.parts,
         )  # fmt: skip
         self.last_sent = time.monotonic()
-        self._record(_Sent(extent, block, pages, hashes, self.last_sent), batch, len(meta))
+        sent = _Sent(extent, block, pages, hashes, self.last_sent, batch.slots)
+        self._record(sent, batch, len(meta))
         self._address()
-        if batch.payload:
+        if parts:
             self.socket.send(meta, SNDMORE)
-            # two parts (raw and packed) become one buffer: the copy costs less than a frame
-            whole = batch.payload[0] if len(batch.payload) == 1 else b"".join(batch.payload)
+            # several parts (raw, packed, deltas) become one buffer: a copy costs less than a frame
+            whole = parts[0] if len(parts) == 1 else b"".join(parts)
             self.socket.send(whole, copy=False)
         else:
             self.socket.send(meta)
@@ -562,6 +581,8 @@ class Sender:
                 self.channel.credit = min(self.job.credit + int(took * _FAST_LINK), _MAX_CREDIT)
             if sent.hashes is not None:
                 self._hash_table(sent.block)[sent.pages] = sent.hashes
+            if sent.slots is not None and self.deltas is not None:
+                self.deltas.acknowledge(sent.slots)
             self._store(self._table(sent.block), sent.pages, CLEAN)
         elif self.preemption is not None:
             self.again.append(sent)

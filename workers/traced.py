@@ -221,16 +221,17 @@ class TracedReceiver(Receiver):
         more = super()._message()
         frame, self.placed = self.placed, None
         if frame is not None:
-            tables = (frame.zero, frame.raw, frame.packed)
+            tables = frame.tables
             self.trace.add(
                 Kind.PLACE, begin, block=frame.block, page=_first(tables), pages=frame.page_total,
                 size=frame.payload_size, number=frame.seq, extra=frame.round,
             )  # fmt: skip
         return more
 
-    def _place(self, frame: Frame, payload: Buffer) -> None:
-        super()._place(frame, payload)
-        self.placed = frame
+    def _place(self, frame: Frame, payload: Buffer) -> bool:
+        placed = super()._place(frame, payload)
+        self.placed = frame if placed else None
+        return placed
 
 
 def _first(tables: tuple[Runs, ...]) -> int:

@@ -47,6 +47,12 @@ def _frames() -> Iterator[bytes]:
     yield wire.encode_data(make(data, 2, 7, 0, 2, packed=two, content_sum=5), (b"packed",))
     yield wire.encode_data(make(data, 3, 1, 0, 1, one, two, three), (page,))
     yield wire.encode_data(make(data, 4, 1, zero=_runs(*((2 * n, 1) for n in range(40)))))
+    delta = wire.Delta(two, 0, 5, 5, 77)
+    yield wire.encode_data(make(data, 5, 2, delta=delta, raw=one), (page, b"\3\0\0\1\xee"))
+    delta = wire.Delta(_runs((4, 3)), 2, 9, 300, 78)
+    yield wire.encode_data(
+        make(data, 6, 2, 0, 1, one, two, three, content_sum=5, delta=delta), (page, b"b" * 15)
+    )
     for kind in wire.Kind:
         if kind is not data:
             yield wire.encode_control(make(kind, 9, 2, frames=3, pages=700, last=12))

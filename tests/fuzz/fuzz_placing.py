@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 
 import numpy as np
+import xxhash
 from fuzz_draw import Draw
 
 from pageferry.transport import wire
@@ -17,8 +19,8 @@ from pageferry.transport.channel import ReceivingChannel
 from pageferry.transport.codecs import CODECS, make_codec
 from pageferry.transport.errors import RemoteProtocolError, VerificationFailed
 from pageferry.transport.messages import Block
-from pageferry.transport.pages import PAGE_SIZE, Runs, apart, check_runs, total_pages
-from pageferry.transport.wire import Frame, Kind, encode_data
+from pageferry.transport.pages import PAGE_SIZE, Runs, apart, check_runs, pages_of, total_pages
+from pageferry.transport.wire import Delta, Frame, Kind, encode_data
 from pageferry.workers.checks import Checks
 from pageferry.workers.counters import FIELDS, Counters, Row
 from pageferry.workers.ram import RamBlock, RamFile
@@ -53,7 +55,7 @@ class _Bench:
         self.checks = Checks([block.pages for block in self.blocks])
         job = ReceiverJob(
             self.blocks, self.counters, "", b"", [True, False], threading.Lock(),
-            checks=self.checks, read_all=True,
+            checks=self.checks, read_all=True, deltas=True,
         )  # fmt: skip
         self.receiver = Receiver(_Desk(), job)  # type: ignore[arg-type]
 
@@ -95,8 +97,10 @@ def _runs(draw: Draw) -> Runs:
     return table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
 
 
-def _frame(draw: Draw, channel: ReceivingChannel) -> tuple[bytes, bytes, bytes]:
-    """Meta and payload of a frame, and the pages that it is about."""
+def _frame(
+    draw: Draw, channel: ReceivingChannel, bench: _Bench
+) -> tuple[bytes, bytes, bytes, bytes]:
+    """Meta and payload of a frame, the pages that it is about, and those that its deltas make."""
     tables = [_runs(draw), _runs(draw), _runs(draw)]
     raw, packed = (min(total_pages(runs), 2 * _SIZE // PAGE_SIZE) for runs in tables[1:])
     seed = draw.byte()
@@ -111,15 +115,38 @@ def _frame(draw: Draw, channel: ReceivingChannel) -> tuple[bytes, bytes, bytes]:
     elif how < 80:
         payload = payload[: -1 - draw.byte()]
     total = wire.payload_digest((content,), 0) ^ (draw.byte() == 255)
-    meta = encode_data(
-        Frame(
-            Kind.DATA, draw.number(64, channel._expected), channel.round, draw.number(16, 0),
-            CODECS[name].wire_id if draw.byte() < 240 else draw.byte(), *tables,
-            content_sum=total if draw.byte() < 128 else None,
-        ),
-        (payload,) if payload else (),
+    frame = Frame(
+        Kind.DATA, draw.number(64, channel._expected), channel.round, draw.number(16, 0),
+        CODECS[name].wire_id if draw.byte() < 240 else draw.byte(), *tables,
+        content_sum=total if draw.byte() < 128 else None,
     )  # fmt: skip
-    return meta, payload, content
+    made = b""
+    if draw.byte() >= 128 and frame.block < len(bench.blocks):
+        delta, data, made = _delta(draw, bench.blocks[frame.block])
+        frame, payload = replace(frame, delta=delta), payload + data
+    return encode_data(frame, (payload,) if payload else ()), payload, content, made
+
+
+def _delta(draw: Draw, block: RamBlock) -> tuple[Delta, bytes, bytes]:
+    """Pages of a block with some bytes changed, how they travel, and what is to come of it."""
+    runs = _runs(draw)
+    pages = pages_of(runs)[:8].tolist() if check_runs(runs, block.pages) else []
+    lengths, data, made = b"", b"", b""
+    for page in pages:
+        at, other = 128 + draw.below(3900), bytes([draw.byte()]) * (1 + draw.below(60))
+        encoding = bytes([at & 0x7F | 0x80, at >> 7, len(other)]) + other
+        base = bytearray(block.read(page * PAGE_SIZE, PAGE_SIZE).ljust(PAGE_SIZE, b"\0"))
+        base[at : at + len(other)] = other
+        lengths, data = lengths + len(encoding).to_bytes(2, "little"), data + encoding
+        made += base[:PAGE_SIZE]
+    data = lengths + data
+    if data and draw.byte() >= 192:
+        place = draw.below(len(data))
+        data = data[:place] + bytes([draw.byte()]) + data[place + 1 :]
+    name = draw.one_of(tuple(CODECS))
+    packed = bytes(make_codec(name).compress(data)) if data else b""
+    total = xxhash.xxh3_64_intdigest(made) ^ (draw.byte() >= 240)
+    return Delta(runs, CODECS[name].wire_id, len(packed), len(data), total), packed, made
 
 
 def _store(model: bytearray, block: RamBlock, runs: Runs, content: bytes | None) -> None:
@@ -143,7 +170,7 @@ def placing(data: bytes) -> None:
     for _ in range(_FRAMES):
         if not draw:
             break
-        meta, payload, content = _frame(draw, receiver.channel)
+        meta, payload, content, made = _frame(draw, receiver.channel, bench)
         if draw.byte() < 16:
             meta = wire.encode_control(
                 Frame(Kind.SYNC, receiver.channel._expected, receiver.channel.round)
@@ -156,10 +183,14 @@ def placing(data: bytes) -> None:
             continue
         frame = found.frame
         try:
-            receiver._place(frame, payload)
+            placed = receiver._place(frame, payload)
         except (RemoteProtocolError, VerificationFailed):
             _zeros_may_be_there(bench, model, frame)
             break
+        if not placed:
+            assert frame.delta is not None
+            receiver.channel.not_placed(frame)
+            continue
         receiver.channel.placed(frame)
         block, raw = bench.blocks[frame.block], frame.raw_size
         if receiver.channel.round > 1 or not bench.receiver.job.fresh[frame.block]:
@@ -168,10 +199,12 @@ def placing(data: bytes) -> None:
         if len(frame.packed[0]):
             # without a sum of the pages, what comes out of the codec is its word
             out = receiver.decoders.get(frame.codec).decompress(
-                payload[raw:], total_pages(frame.packed) * PAGE_SIZE
+                payload[raw : raw + frame.packed_size], total_pages(frame.packed) * PAGE_SIZE
             )
             assert frame.content_sum is None or bytes(out) == content[raw:]
             _store(model, block, frame.packed, bytes(out))
+        if frame.delta is not None:
+            _store(model, block, frame.delta.pages, made)
     assert bench.held() == model
 
 
@@ -180,7 +213,7 @@ def _zeros_may_be_there(bench: _Bench, model: bytearray, frame: Frame) -> None:
     if frame.block >= len(bench.blocks):
         return
     block, held = bench.blocks[frame.block], bench.held()
-    tables = (frame.zero, frame.raw, frame.packed)
+    tables = frame.tables
     if all(check_runs(runs, block.pages) for runs in tables) and apart(tables):
         cleared = bytearray(model)
         _store(cleared, block, frame.zero, None)

@@ -21,6 +21,7 @@ SANS_IO = {
     "transport/curve.py",
     "transport/strangers.py",
     "transport/codecs/choice.py",
+    "transport/codecs/xbzrle.py",
     *(f"pipeline/{name}.py" for name in ("migration", "state", "convergence", "partition")),
     "pipeline/throttling.py",
     *(f"pipeline/{name}.py" for name in ("agreement", "pacing", "parameters", "__init__")),

@@ -31,6 +31,7 @@ def test_defaults_are_legal_and_workers_follow_the_cpus():
         ("workers", [1, MAX_WORKERS], [-1, MAX_WORKERS + 1, 10**9]),
         ("batch-pages", [16, MAX_BATCH_PAGES], [0, 15, MAX_BATCH_PAGES + 1, -1]),
         ("max-rounds", [1, 100_000], [0, -1, 100_001]),
+        ("xbzrle-cache-size", [4096, 1 << 40], [0, 4095, 1 << 51, -1]),
         ("downtime-limit", [0.001, 2000.0], [0.0, 0.0009, 2000.1, -1.0, float("nan")]),
         ("max-bandwidth", [0, 100_000, 10**12], [1, 99_999, -1]),
         ("max-postcopy-bandwidth", [0, 100_000, 10**12], [1, 99_999, -1]),
@@ -49,13 +50,19 @@ def test_bounds(name, good, bad):
 
 def test_codecs_and_levels():
     """A level belongs to a codec; auto has none."""
-    for codec, level in (("none", None), ("lz4", 12), ("zstd", -7), ("zlib", 9), ("auto", None)):
+    for codec, level in (("none", None), ("lz4", 12), ("zstd", -7), ("zlib", 9), ("auto", None),
+                         ("xbzrle", None), ("xbzrle+lz4", 12), ("xbzrle+auto", None)):  # fmt: skip
         assert Parameters(codec=codec, level=level).checked().level == level
     for codec, level, why in (
         ("brotli", None, "brotli"),
         ("zstd", 20, "zstd has levels -7 to 19, not 20"),
         ("auto", 1, "level needs a codec"),
         ("none", 1, "none has levels"),
+        ("xbzrle", 1, "none has levels"),
+        ("xbzrle+auto", 1, "level needs a codec"),
+        ("xbzrle+brotli", None, "brotli"),
+        ("xbzrle+xbzrle", None, "xbzrle"),
+        ("xbzrle4", None, "xbzrle4"),
     ):
         with pytest.raises(UsageError, match=why):
             Parameters(codec=codec, level=level).checked()
@@ -75,6 +82,7 @@ def test_what_the_monitor_says():
         "downtime-limit": 250,
         "max-rounds": 7,
         "batch-pages": 64,
+        "xbzrle-cache-size": 64 << 20,
         "postcopy": "after=2",
         "postcopy-preempt": False,
         "max-postcopy-bandwidth": 10**7,
@@ -175,7 +183,14 @@ json_values = st.one_of(
 @given(
     st.dictionaries(
         st.sampled_from(
-            ["max-bandwidth", "max-postcopy-bandwidth", "downtime-limit", "max-rounds", "verify"]
+            [
+                "max-bandwidth",
+                "max-postcopy-bandwidth",
+                "downtime-limit",
+                "max-rounds",
+                "verify",
+                "xbzrle-cache-size",
+            ]
         ),
         json_values,
     )

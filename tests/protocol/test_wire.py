@@ -20,6 +20,7 @@ from pageferry.transport.wire import (
     MAX_RUNS,
     VERSION,
     Damaged,
+    Delta,
     Frame,
     Kind,
     content_matches,
@@ -200,8 +201,69 @@ def test_largest_frame_is_accepted():
     payload = [bytes(half * PAGE_SIZE), b"x"]
     got = decode(encode_data(Frame(Kind.DATA, 0, 1, 0, 1, zero, single, single), payload))
     assert got.page_total == MAX_RUNS + MAX_BATCH_PAGES
-    frame = Frame(Kind.DATA, 0, 1, 0, 1, zero, zero, zero, content_sum=1)
+    delta = Delta(zero, 1, 2, 2, 3)
+    frame = Frame(Kind.DATA, 0, 1, 0, 1, zero, zero, zero, content_sum=1, delta=delta)
     assert len(encode_data(frame, payload)) == MAX_META
+
+
+def delta_frame(delta, *, raw=NO_RUNS, packed=NO_RUNS, payload=b"", content_sum=None):
+    frame = Frame(
+        Kind.DATA, 7, 1, 0, 1, NO_RUNS, raw, packed, content_sum=content_sum, delta=delta
+    )  # fmt: skip
+    return encode_data(frame, [payload])
+
+
+def test_the_bytes_of_a_frame_with_deltas_are_these():
+    """Behind the runs, and behind the sum: layer, two sizes, what the pages are to be."""
+    delta = Delta(runs((8, 3)), 2, 10, 30, 0x0102030405060708)
+    payload = bytes(PAGE_SIZE) + b"packed" + bytes(10)
+    for content_sum in (None, 9):
+        meta = delta_frame(
+            delta, raw=runs((1, 1)), packed=runs((4, 2)), payload=payload, content_sum=content_sum
+        )
+        assert struct.unpack_from("<HHHH", meta, 20) == (0, 1, 1, 1)
+        sums = b"" if content_sum is None else struct.pack("<Q", 9)
+        tables = struct.pack("<QIQIQI", 1, 1, 4, 2, 8, 3)
+        said = struct.pack("<BBBBIIQ", 2, 0, 0, 0, 10, 30, 0x0102030405060708)
+        assert meta[HEADER_SIZE:] == tables + sums + said
+        got = decode(meta)
+        assert pairs(got.delta.pages) == [(8, 3)]
+        assert replace(got.delta, pages=NO_RUNS) == replace(delta, pages=NO_RUNS)
+        assert (got.raw_size, got.packed_size, got.delta_size) == (PAGE_SIZE, 6, 10)
+        assert got.page_total == 6 and got.content_sum == content_sum
+        assert [pairs(table) for table in got.tables] == [[], [(1, 1)], [(4, 2)], [(8, 3)]]
+        assert payload_matches(meta, got, payload)
+
+
+@pytest.mark.parametrize(
+    ("delta", "payload"),
+    [
+        (Delta(runs((0, 2)), 0, 4, 5, 0), bytes(4)),  # no layer, and another size
+        (Delta(runs((0, 2)), 0, 3, 3, 0), bytes(3)),  # no room for two lengths
+        (Delta(runs((0, 2)), 1, 3, 3, 0), bytes(3)),
+        (Delta(runs((0, 2)), 1, 9, 2 * 4098 + 1, 0), bytes(9)),  # more than two pages have
+        (Delta(runs((0, 2)), 1, 9, 2**32 - 1, 0), bytes(9)),
+        (Delta(runs((0, 2)), 1, 0, 4, 0), b""),  # packed to nothing
+        (Delta(runs((0, 2)), 0, 4, 4, 0), bytes(3)),  # more than the payload has
+        (Delta(runs((0, 2)), 0, 4, 4, 0), bytes(5)),  # less, and nothing else is packed
+        (Delta(runs((0, MAX_BATCH_PAGES + 1)), 1, 9, 9000, 0), bytes(9)),  # too many
+    ],
+)
+def test_deltas_that_make_no_sense(delta, payload):
+    """Before anything is allocated."""
+    with pytest.raises(RemoteProtocolError):
+        decode(delta_frame(delta, payload=payload))
+
+
+def test_pages_of_all_tables_together_are_bounded():
+    """So many with content, however they travel."""
+    half = MAX_BATCH_PAGES // 2
+    delta = Delta(runs((half, half)), 1, 9, half * 2, 0)
+    payload = bytes(half * PAGE_SIZE + 9)
+    assert decode(delta_frame(delta, raw=runs((0, half)), payload=payload)).page_total == 2 * half
+    more = bytes(PAGE_SIZE) + payload
+    with pytest.raises(RemoteProtocolError):
+        decode(delta_frame(delta, raw=runs((0, half + 1)), payload=more))
 
 
 # ---- damage --------------------------------------------------------------------------------

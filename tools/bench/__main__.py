@@ -19,6 +19,7 @@ from ...transport.quantities import parse_rate, parse_size
 from . import (
     clones,
     converge,
+    delta,
     demo,
     drain,
     eta,
@@ -209,6 +210,22 @@ def demo_command(json_file: str | None, pageferry: str, **options: Any) -> None:
     """Move the running demo guest: downtime against its limit, and giving up."""
     plan = demo.Plan(**options)
     _run(lambda lab: demo.measure(lab, plan), json_file, pageferry)
+
+
+@cli.command("delta")
+@_size_option("512M", "Guest memory.")
+@click.option("--rate", type=_rate, default="1Gbit", show_default=True, metavar="RATE",
+              help="Of the link.")  # fmt: skip
+@click.option("--content", type=click.Choice(["text", "random", "zero"]), default="text",
+              show_default=True, help="What the memory holds.")  # fmt: skip
+@click.option("--cache", type=_size, default="512M", show_default=True, metavar="SIZE",
+              help="xbzrle-cache-size.")  # fmt: skip
+@_list_option("--codecs", delta.CODECS, delta.CODECS, "What takes turns.")
+@_common_options(reps=3)
+def delta_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """Guests that change little, much and all of a page: xbzrle beside plain codecs."""
+    plan = delta.Plan(**options)
+    _run(lambda lab: delta.measure(lab, plan), json_file, pageferry)
 
 
 @cli.command("eta")

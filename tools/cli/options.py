@@ -13,7 +13,7 @@ from ...pipeline.goals import GOALS
 from ...pipeline.parameters import Parameters
 from ...transport.codecs import CODECS
 from ...transport.errors import UsageError
-from ...transport.quantities import parse_duration, parse_rate
+from ...transport.quantities import parse_duration, parse_rate, parse_size
 
 _NUMBERS = {
     "workers", "level", "max_rounds", "batch_pages", "parallel", "retries", "cpu_throttle_initial",
@@ -74,8 +74,11 @@ def memory_options(function: F) -> F:
             click.option("--workers", metavar="N", help="Channels, each with a process at both "
                          "ends (QEMU: multifd-channels). Default: one a CPU."),
             click.option("--codec", metavar="NAME", default="auto", show_default=True,
-                         help=f"auto, {', '.join(CODECS)}. auto takes what moves most."),
+                         help=f"auto, {', '.join(CODECS)}. auto takes what moves most. xbzrle, "
+                         "or xbzrle+NAME: what differs from what was sent before."),
             click.option("--level", metavar="N", help="The codec's level."),
+            click.option("--xbzrle-cache-size", metavar="SIZE", default="64M", show_default=True,
+                         help="Pages sent before that xbzrle keeps."),
             click.option("--goal", metavar="GOAL", default="",
                          help=f"{', '.join(GOALS)}: choose workers (up to --workers) and codec "
                          "while it runs."),
@@ -186,6 +189,7 @@ def parameters(options: dict[str, Any]) -> Parameters:
         workers=integer("workers", options["workers"]) or 0,
         codec=options["codec"],
         level=integer("level", options["level"]),
+        xbzrle_cache_size=parse_size(options["xbzrle_cache_size"]),
         goal=options["goal"],
         max_bandwidth=parse_rate(options["max_bandwidth"]),
         downtime_limit=parse_duration(options["downtime_limit"]),

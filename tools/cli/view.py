@@ -144,6 +144,7 @@ def summary(report: dict[str, Any]) -> str:
         ("wire", f"{format_bytes(report['wire-bytes'])}, "
                  f"{format_rate(report['wire-bytes'] / max(seconds, 1e-3))} on average"),
         ("codec", _codecs(report)),
+        *_deltas(report),
         *_postcopy(report),
         ("processes", _processes(report)),
     ]  # fmt: skip
@@ -230,6 +231,18 @@ def _postcopy(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _codecs(report: dict[str, Any]) -> str:
     used = {name: n for name, n in report["codec-pages"].items() if n}
     return ", ".join(f"{name}: {n} pages" for name, n in used.items()) or "nothing but zeros"
+
+
+def _deltas(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """A row that only a migration with xbzrle has."""
+    if "xbzrle-cache" not in report:
+        return []
+    cache = report["xbzrle-cache"]
+    return [(
+        "xbzrle",
+        f"{cache['pages']} pages were in the cache, {cache['cache-miss']} were not; "
+        f"{format_bytes(cache['bytes'])} of deltas, {cache['overflow']} overflows",
+    )]  # fmt: skip
 
 
 def _processes(report: dict[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 `demo:?size=512M&rate=20000&content=text`: `rate` in pages a second (0: as fast as it can),
 content zero, text or random. `access=random&vcpus=4`: pages in a pseudo-random order, by four
-processors at once. `hugepages=2M`: its memory, here and there, is on pages of 2 MiB. The
-guest's process is demo_process.py.
+processors at once. `changes=64`: so many bytes of a page are written, not one; 4096: all of it.
+`hugepages=2M`: its memory, here and there, is on pages of 2 MiB. The guest's process is
+demo_process.py.
 """
 
 from __future__ import annotations
@@ -191,7 +192,19 @@ def _registers(uri: GuestUri) -> Registers:
         raise UsageError(f"demo: vcpus is 1 to {MAX_VCPUS}, not {vcpus}")
     if vcpus > 1 and access != RANDOM:
         raise UsageError(f"demo: several vcpus need random access: write access={RANDOM}")
-    return Registers(0, 0, rate, content, seed, access, vcpus)
+    changes = uri.integer("changes", 1)
+    if not _may_change(changes, access):
+        raise UsageError(
+            f"demo: changes is a power of two up to {PAGE_SIZE}, with sequential access, "
+            f"not {changes}"
+        )
+    return Registers(0, 0, rate, content, seed, access, vcpus, changes)
+
+
+def _may_change(count: int, access: str) -> bool:
+    """Bytes of a page. In random access it is one store a page, which needs no look at it."""
+    power = 1 <= count <= PAGE_SIZE and not count & (count - 1)
+    return power and (count == 1 or access == SEQUENTIAL)
 
 
 def _memory_size(uri: GuestUri) -> tuple[int, int]:
@@ -443,6 +456,8 @@ def registers_of(state: bytes, pages: int) -> Registers:
         raise RemoteProtocolError(f"demo registers with access {registers.access!r}")
     if registers.vcpus > 1 and registers.access != RANDOM:
         raise RemoteProtocolError("demo registers with several vcpus and sequential access")
+    if not _may_change(registers.changes, registers.access):
+        raise RemoteProtocolError(f"demo registers that change {registers.changes} bytes of a page")
     if registers.position >= pages:
         raise RemoteProtocolError(f"demo registers at page {registers.position} of {pages}")
     return registers

@@ -1,6 +1,6 @@
 """The demo guest itself: a process that owns memory and increments one byte per page, in order,
 for ever, like the guest of QEMU's migration tests (tests/migration/x86-a-b-bootblock.S), or in
-a pseudo-random order with several processors at once.
+a pseudo-random order with several processors at once, or more bytes of each page.
 
 Its registers say exactly what every byte must be, so a migration that loses or tears one page
 is found. It knows nothing of migration but how to hand over its userfaultfd.
@@ -66,7 +66,8 @@ class Registers(msgspec.Struct):
     """The demo guest's device state.
 
     `position`: the next page to increment, a place in the pass's order; `passes`: complete
-    rounds over memory; `rate`: pages a second, 0 for as fast as it can.
+    rounds over memory; `rate`: pages a second, 0 for as fast as it can; `changes`: bytes of a page
+    that are incremented, a power of two, at equal distances from byte 0 on.
     """
 
     position: _Register
@@ -76,6 +77,7 @@ class Registers(msgspec.Struct):
     seed: _Register
     access: str = SEQUENTIAL
     vcpus: Annotated[int, msgspec.Meta(ge=1, le=MAX_VCPUS)] = 1
+    changes: Annotated[int, msgspec.Meta(ge=1, le=PAGE_SIZE)] = 1
 
 
 class Verdict(msgspec.Struct, rename="kebab"):
@@ -184,7 +186,8 @@ def check(memory: npt.NDArray[np.uint8], registers: Registers, ran_on: int) -> V
     for first in range(0, n, step):
         pages = memory[first : first + step]
         expected = content.chunk(first // step, pages.size).copy()
-        expected[:, 0] = (registers.passes + ahead[first : first + step]) % 256
+        passes = (registers.passes + ahead[first : first + step]) % 256
+        expected[:, :: PAGE_SIZE // registers.changes] += passes.astype(np.uint8)[:, None]
         same = (pages.view(np.uint64) == expected.view(np.uint64)).all(axis=1)
         wrong += int(np.count_nonzero(~same))
     return Verdict(n, wrong, registers.passes, registers.position, ran_on, wrong == 0)
@@ -267,7 +270,6 @@ class DemoGuest:
         self.page_size = page_size
         flat = np.frombuffer(mmap.mmap(file.fd, os.fstat(file.fd).st_size), np.uint8)
         self.memory: npt.NDArray[np.uint8] = flat.reshape(-1, PAGE_SIZE)
-        self.counters = self.memory[:, 0]
         self.base = int(flat.ctypes.data)
         self.unarmed = ""
         self.uffd = -1
@@ -283,6 +285,7 @@ class DemoGuest:
         self.timed, self._waits = True, list[int]()
         self._order: npt.NDArray[np.int64] | None = None
         self._burst = _BURST
+        self.counters = self.memory[:, :: PAGE_SIZE // registers.changes]
         if registers.access == RANDOM:
             self._burst = max(_RANDOM_BURST, _VCPU_BURST * registers.vcpus)
         if registers.vcpus != self._processors.vcpus:
