@@ -25,6 +25,7 @@ _MAX_COMMAND = 1 << 16
 # Bytes of events that a client has not taken: beyond that it is dropped.
 _MOST_UNREAD = 1 << 20
 _COMMANDS = (
+    "calc-dirty-rate", "query-dirty-rate",
     "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
     "migrate-set-parameters", "migrate_cancel", "query-version", "migrate-start-postcopy",
     "migrate-pause", "migrate-recover", "yank", "query-yank", "migrate-set-capabilities",
@@ -87,6 +88,13 @@ class Migrating(Protocol):
     def start_postcopy(self) -> None: ...
     def pause(self) -> None: ...
     def recover(self, where: str | None) -> None: ...
+
+
+class DirtyRates(Protocol):
+    """What measures the dirty rate of a guest that is being migrated (measuring.py)."""
+
+    def start(self, arguments: dict[str, Any]) -> None: ...
+    def query(self) -> dict[str, Any]: ...
 
 
 def _version() -> dict[str, Any]:
@@ -164,11 +172,15 @@ class Conversation:
             case "migrate_cancel":
                 self._migration.cancel()
             case _:
-                self._execute_postcopy(name, arguments)
+                return self._execute_postcopy(name, arguments)
         return {}
 
-    def _execute_postcopy(self, name: str, arguments: dict[str, Any]) -> None:
+    def _execute_postcopy(self, name: str, arguments: dict[str, Any]) -> Any:
         match name:
+            case "query-dirty-rate":
+                return self._dirty_rates().query()
+            case "calc-dirty-rate":
+                self._dirty_rates().start(arguments)
             case "migrate-start-postcopy":
                 self._migration.start_postcopy()
             case "migrate-pause":
@@ -182,6 +194,16 @@ class Conversation:
                 self._yank(arguments)
             case _:
                 raise QmpError("CommandNotFound", f"there is no command {name}")
+        return {}
+
+    def _dirty_rates(self) -> DirtyRates:
+        """Only a source has any: it is where the guest runs."""
+        found: DirtyRates | None = getattr(self._migration, "dirty_rates", None)
+        if found is None:
+            raise QmpError(
+                "GenericError", "the dirty rate is measured where the guest runs: ask its source"
+            )
+        return found
 
     def _instances(self) -> list[dict[str, str]]:
         """What can be yanked: QEMU's YankInstance (qapi/yank.json)."""

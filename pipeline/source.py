@@ -63,9 +63,11 @@ from .crew import Crew, extents
 from .deltas import Deltas
 from .goals import Seeker
 from .journal import Journal
+from .measuring import RunningDirtyRate
 from .parameters import NEVER, Parameters, changed
 from .pressure import Pressure
 from .security import LOOK_SECONDS, ChannelKeys, check_open, dialling
+from .stalls import Stalls
 from .state import FINAL, IN_POSTCOPY, Status
 from .statistics import RoundCost, Statistics
 from .steering import Steering
@@ -167,8 +169,8 @@ class Source:
         self._sending = False  # a round goes on, so nobody takes dirty pages
         self._written = (0, 0.0)  # pages dirty again, after so many seconds of a round
         self._written_due = 0.0
-        self._status_told = Status.NONE
-        self._driving = False
+        self._status_told, self._driving = Status.NONE, False
+        self.dirty_rates, self._stalls = RunningDirtyRate(guest, self._runs_here), Stalls()
 
     def __repr__(self) -> str:
         return f"<Source {self.guest.kind} to {self.endpoint} {self.core.status.value}>"
@@ -178,6 +180,7 @@ class Source:
     def query(self) -> dict[str, Any]:
         """query-migrate."""
         report = self.statistics.report(self.core.status, self.convergence)
+        report |= self._stalls.report()
         if self.guest.can_stop:
             report["downtime-limit"] = round(self.parameters.downtime_limit * 1000)
         if self._steering is not None:
@@ -194,6 +197,9 @@ class Source:
             "eta": self._eta(),
         }
         return report
+
+    def _runs_here(self) -> bool:
+        return not self.core.stopped
 
     def _eta(self) -> float | None:
         """Seconds, to the end: when the guest runs there, or all of its memory has come."""
@@ -339,6 +345,9 @@ class Source:
             instructions = self.core.handle(event)
             for text in narration.narrate(self.core, event, instructions):
                 self.journal.info(text)
+            if (notice := self._stalls.after(event, self.core)) is not None:
+                self.journal.info(notice.text)
+                self._emit("MIGRATION_STALL", notice.data)
             self._tell_status(narration.why(instructions))
             for instruction in instructions:
                 match instruction:
@@ -1142,6 +1151,7 @@ class Source:
         await self._drop_connection()
 
     async def _last_words(self, finish: core.Finish) -> None:
+        await self.dirty_rates.close()
         self.statistics.extra |= self.guest.describe()
         self._progress()
 

@@ -49,6 +49,8 @@ def status_command(monitor: str, as_json: bool) -> None:
         print(summary(report))
     else:
         print(f"{phase_of(report)}: {phase_line(report)}")
+        if report.get("stall") and not report["stall"]["over"]:
+            print(report["stall"]["text"])
 
 
 @click.command("cancel")
@@ -62,8 +64,8 @@ def cancel_command(monitor: str) -> None:
 @click.argument("monitor")
 @click.argument("parameters", nargs=-1, required=True, metavar="NAME=VALUE...")
 def set_command(monitor: str, parameters: tuple[str, ...]) -> None:
-    """Change max-bandwidth, downtime-limit, max-rounds, xbzrle-cache-size, auto-converge, dirty-limit
-    and what belongs to these of the migration at MONITOR.
+    """Change max-bandwidth, downtime-limit, max-rounds, xbzrle-cache-size, auto-converge,
+    dirty-limit and what belongs to these of the migration at MONITOR.
 
     \b
     pageferry set unix:/run/mig.sock max-bandwidth=2Gbit downtime-limit=500ms
