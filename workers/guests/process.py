@@ -122,6 +122,7 @@ class ProcessSource(SourceGuest):
         self._slowing.release()
         self._process.stop()
         self._slowing.lift()
+        self.running = self._process.ran
         self.check()
 
     def resume(self) -> None:

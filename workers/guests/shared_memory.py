@@ -80,6 +80,7 @@ class RamSource(SourceGuest):
             self._slowing.release()
             self._writer.stop()
             self._slowing.lift()
+            self.running = self._writer.ran
 
     def resume(self) -> None:
         if self._writer is not None:

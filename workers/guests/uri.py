@@ -10,7 +10,7 @@ qemu:QMP_SOCKET[?tracking=HOW]
                           a VM of a running QEMU, by its monitor's socket; HOW as above
 ram:, shm:, pid:, qemu: …throttle=HOW
                           how the process is slowed down: cgroup, signal; else by what can be
-demo:[?size=&rate=&content=&access=&vcpus=&changes=&hugepages=]   the bundled guest
+demo:[?size=&rate=&content=&access=&vcpus=&changes=&hugepages=&paused=]   the bundled guest
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ _OPTIONS: dict[str, set[str]] = {
     "shm": {"pid", "throttle"},
     "pid": {"mapping", "tracking", "throttle"},
     "qemu": {"tracking", "throttle"},
-    "demo": {"size", "rate", "content", "seed", "access", "vcpus", "hugepages", "changes"},
+    "demo": {
+        "size",
+        "rate",
+        "content",
+        "seed",
+        "access",
+        "vcpus",
+        "hugepages",
+        "changes",
+        "paused",
+    },
 }
 _MAX_PID = 1 << 22  # PID_MAX_LIMIT of 64-bit Linux
 
