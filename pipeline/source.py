@@ -113,8 +113,7 @@ class Source:
         name: str = "",
         reserve: Reserve | None = None,
     ) -> None:
-        self.name = name
-        self._reserve = reserve
+        self.name, self._reserve = name, reserve
         self._identity = identity or secrets.token_bytes(16)
         self.guest = guest
         self.endpoint = endpoint
