@@ -49,7 +49,6 @@ class Command:
             if stream is not None:
                 stream.close()
         os.set_blocking(self.errors, False)
-        self.pidfd = os.pidfd_open(self._process.pid)
         self._partial = b""
         self._last: deque[str] = deque(maxlen=_KEPT)
         self._window = (0, 0)  # a second, and how many lines were shown in it
@@ -122,10 +121,9 @@ class Command:
                 while self.status is None and time.monotonic() < until:
                     time.sleep(0.005)
             self._process.wait()
-        for fd in (self.errors, self.pidfd):
-            if fd >= 0:
-                os.close(fd)
-        self.errors = self.pidfd = -1
+        if self.errors >= 0:
+            os.close(self.errors)
+        self.errors = -1
 
 
 def how_it_ended(status: int) -> str:

@@ -42,7 +42,7 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 
 def grow_pipe(fd: int, size: int) -> None:
-    """Let a pipe hold `size` bytes, if that may be (F_SETPIPE_SZ); what is no pipe stays as it is."""
+    """Let a pipe hold `size` bytes, if that may be (F_SETPIPE_SZ). What is no pipe is left alone."""
     with contextlib.suppress(OSError):
         if fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) < size:
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, size)
