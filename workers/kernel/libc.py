@@ -42,7 +42,7 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 
 def grow_pipe(fd: int, size: int) -> None:
-    """Let a pipe hold `size` bytes, if that may be (F_SETPIPE_SZ). What is no pipe is left alone."""
+    """Let a pipe hold `size` bytes, if that may be (F_SETPIPE_SZ). Others are left alone."""
     with contextlib.suppress(OSError):
         if fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) < size:
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, size)
