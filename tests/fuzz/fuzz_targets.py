@@ -15,6 +15,7 @@ import fuzz_files
 import fuzz_messages
 import fuzz_placing
 import fuzz_states
+import fuzz_streams
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     **fuzz_channels.TARGETS,
@@ -22,6 +23,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     **fuzz_files.TARGETS,
     **fuzz_placing.TARGETS,
     **fuzz_states.TARGETS,
+    **fuzz_streams.TARGETS,
 }
 CORPUS = Path(__file__).resolve().parent / "corpus"
 
