@@ -66,6 +66,7 @@ from .blocking import Blocking, to_its_end, while_attended
 from .callbacks import tell
 from .control import Control
 from .faults import Faults
+from .hooks import BeforeSwitchover
 from .journal import Journal
 from .security import LOOK_SECONDS, ChannelKeys, Peer, listening, same_peer
 from .state import IN_POSTCOPY, Status, advance
@@ -77,6 +78,8 @@ _LAST_WORD_SECONDS = 0.3
 # What has not come to an end so long after a yank is ended by force.
 _YANK_SECONDS = 1.0
 _log = logging.getLogger("pageferry")
+# What a source says only when it switches over.
+_SWITCHING = messages.DigestRequest | messages.Missing | messages.StatePart | messages.DeviceState
 Progress = Callable[[dict[str, Any]], None]
 OpenGuest = Callable[[messages.Hello], DestinationGuest]
 OnEnd = Callable[[dict[str, Any] | None, PageferryError | None], None]
@@ -137,6 +140,9 @@ class Arrival:
         self._missing = 0  # pages that are to come after the guest runs
         self.slot = 0  # among those that arrive at the same time
         self.trial = hello.kind == SAMPLE
+        # awaited before the source may switch over; if it raises, the migration has failed
+        self.before_switchover: BeforeSwitchover | None = None
+        self._acked = False
         self._cpu_at_start = 0.0  # of receivers
 
     def __repr__(self) -> str:
@@ -297,6 +303,8 @@ class Arrival:
         assert self._pool is not None
         self._cpu_at_start = self._pool.cpu_seconds()
         self._become(Status.ACTIVE)
+        hook = None if self.trial else self.before_switchover
+        self._acked = hook is None
         await self.control.say(
             messages.Welcome(
                 __version__,
@@ -308,8 +316,17 @@ class Arrival:
                 list(self.guest.have),
                 self.guest.compares,
                 self._channel_keys.public,
+                acks=hook is not None,
             )
         )
+        if hook is not None:
+            self._task(self.journal.during("before the switchover", self._get_ready, hook))
+
+    async def _get_ready(self, hook: BeforeSwitchover) -> None:
+        """Until then the source does not stop its guest."""
+        await hook(self.hello)
+        self._acked = True
+        await self.control.say(messages.SwitchoverAck())
 
     def _keep_contact(self, control: Control) -> None:
         self._task(control.keep_alive())
@@ -415,6 +432,8 @@ class Arrival:
             return
         if isinstance(message, messages.Abort):
             self.fail(messages.error_of(message))
+        elif not self._acked and isinstance(message, _SWITCHING):
+            self.fail(RemoteProtocolError("the source did not wait for SwitchoverAck"))
         elif isinstance(message, messages.Paused):
             self.fail(PeerLost(f"the source paused: {message.message}"))
         elif isinstance(message, messages.Run):
@@ -864,6 +883,8 @@ class Destination:
         self.on_event = on_event or (lambda name, data: None)
         # told of each before it begins
         self.on_arrival: Callable[[Arrival], None] | None = None
+        # makes this host ready for each: the source switches over when it has returned
+        self.before_switchover: BeforeSwitchover | None = None
         self.arrival: Arrival | None = None
         self._last: dict[str, Any] = {"status": Status.NONE.value}
         # the last postcopy that is whole: its source may not have heard of it
@@ -909,6 +930,9 @@ class Destination:
 
     def start_postcopy(self) -> None:
         raise UsageError("the source says when a postcopy starts: ask its monitor")
+
+    def go_on(self) -> None:
+        raise UsageError("the source is who waits before a switchover: ask its monitor")
 
     def pause(self) -> None:
         """migrate-pause: drop the connection of a postcopy, to recover it later."""
@@ -1021,6 +1045,7 @@ class Destination:
             hello, control, self.endpoint, self._open_guest,
             self._progress, self._event, self._reserve, peer,
         )  # fmt: skip
+        arrival.before_switchover = self.before_switchover
         if not arrival.trial:  # nothing arrives, and nothing is told of its end
             tell(self.on_arrival, arrival)
         return arrival

@@ -210,6 +210,7 @@ class DemoSource(SourceGuest):
     live = True
     running = True
     can_stop = True
+    can_release = True
 
     def __init__(self, uri: GuestUri) -> None:
         registers = _registers(uri)
