@@ -18,7 +18,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from ..transport.pages import PAGE_SIZE, runs_of
+from ..transport.pages import PAGE_SIZE, Bytes8, runs_of
 from .page_table import CLEAN, PageTable
 from .ram import RamBlock
 
@@ -26,6 +26,13 @@ from .ram import RamBlock
 _WINDOW = 1 << 18
 # Pages punched between two looks at the clock.
 _PIECE = 1 << 12
+
+
+def may_go(states: Bytes8, host: int) -> npt.NDArray[np.bool_]:
+    """Which pages may be given back, by their states in the page table: those of host pages (of
+    `host` pages) that are CLEAN as a whole."""
+    clean: npt.NDArray[np.bool_] = states == CLEAN
+    return clean if host == 1 else np.repeat(clean.reshape(-1, host).all(axis=1), host)
 
 
 class Release:
@@ -58,12 +65,9 @@ class Release:
     def _of_window(self, index: int, first: int, until: float) -> bool:
         """True if all that can be given back of a window is."""
         block, gone = self._blocks[index], self._gone[index]
-        wanted = self._table.view(index)[first : first + _WINDOW] == CLEAN
-        wanted &= ~gone[first : first + _WINDOW]
-        host = block.spec.page_size // PAGE_SIZE
-        if host > 1:
-            wanted = np.repeat(wanted.reshape(-1, host).all(axis=1), host)
-        pages = np.flatnonzero(wanted) + first
+        part = slice(first, first + _WINDOW)
+        may = may_go(self._table.view(index)[part], block.spec.page_size // PAGE_SIZE)
+        pages = np.flatnonzero(may & ~gone[part]) + first
         for at in range(0, len(pages), _PIECE):
             if at and time.monotonic() > until:
                 return False
