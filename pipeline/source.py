@@ -416,7 +416,7 @@ class Source:
                 event = await self._send_round(instruction)
             case core.AskToStop():
                 asked = time.monotonic()
-                if not self._ack.heard:
+                if self._ack.awaited:
                     with self._waits.acknowledgement():
                         await self._ack.wait()
                 if self.before_stop is not None:

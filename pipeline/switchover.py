@@ -73,6 +73,10 @@ class Acknowledgement:
     def heard(self) -> bool:
         return self._heard.is_set()
 
+    @property
+    def awaited(self) -> bool:
+        return bool(self._promised) and not self.heard
+
     def promise(self, promised: bool) -> None:
         """What Welcome said."""
         self._promised = promised

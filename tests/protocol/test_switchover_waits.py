@@ -49,7 +49,7 @@ def test_an_acknowledgement_comes_once_and_was_promised():
     none = Acknowledgement()
     none.promise(False)
     asyncio.run(none.wait())
-    assert not none.heard
+    assert not none.heard and not none.awaited
     with pytest.raises(RemoteProtocolError, match="nobody asked"):
         none.hear()
 
