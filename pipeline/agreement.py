@@ -42,8 +42,7 @@ def check_hello(hello: Hello, expected_kind: str | None) -> None:
     """PeerRefused with the field that does not match, if one does not."""
     if hello.protocol != PROTOCOL:
         raise _refusal("protocol", hello.protocol, f"{PROTOCOL} (pageferry {__version__})")
-    if not _is_uuid(hello.uuid):
-        raise _refusal("uuid", repr(hello.uuid[:64]), "a uuid")
+    _check_uuids(hello)
     for field, text in (("name", hello.name), ("version", hello.version), ("kind", hello.kind)):
         if len(text) > MAX_NAME:
             raise _refusal(field, f"{len(text)} characters long", f"up to {MAX_NAME}")
@@ -57,6 +56,7 @@ def check_hello(hello: Hello, expected_kind: str | None) -> None:
     if unknown := sorted(set(hello.capabilities) - CAPABILITIES):
         raise _refusal("capabilities", ", ".join(unknown)[:200], ", ".join(sorted(CAPABILITIES)))
     _check_blocks(hello.blocks)
+    _check_shared(hello)
     if trial or SAMPLE in hello.capabilities:
         _check_trial(hello)
     if POSTCOPY in hello.capabilities:
@@ -65,6 +65,14 @@ def check_hello(hello: Hello, expected_kind: str | None) -> None:
         _check_postcopy(hello.blocks)
     if not 0 <= hello.image_size <= MAX_BLOCK_SIZE:
         raise _refusal("image-size", hello.image_size, f"up to {MAX_BLOCK_SIZE}")
+
+
+def _check_uuids(hello: Hello) -> None:
+    """That of the migration; and the guest's own, if it has one: whether that is the right one the
+    guest here knows."""
+    for field, text in (("uuid", hello.uuid), ("guest-uuid", hello.guest_uuid)):
+        if not _is_uuid(text) and (text or field == "uuid"):
+            raise _refusal(field, repr(text[:64]), "a uuid")
 
 
 def check_key(message: Hello | Resume, *, secured: bool) -> None:
@@ -125,6 +133,22 @@ def _check_blocks(blocks: list[Block]) -> None:
         end = block.offset + block.size
         if len(block.name) > MAX_NAME or not block.name.isprintable():
             raise _refusal(where, "of no name that can be shown", f"up to {MAX_NAME} characters")
+
+
+def _check_shared(hello: Hello) -> None:
+    """Blocks that do not travel: a VM's, of other names than those that do."""
+    if hello.shared and hello.kind != "qemu":
+        raise _refusal("shared", f"there with a {hello.kind}: guest", "none but of a VM (qemu:)")
+    if len(hello.shared) > MAX_BLOCKS:
+        raise _refusal("shared", len(hello.shared), f"up to {MAX_BLOCKS} blocks")
+    names = {block.name for block in hello.blocks}
+    for block in hello.shared:
+        where = f"shared block {block.name[:64]!r}"
+        if block.name in names or len(block.name) > MAX_NAME or not block.name.isprintable():
+            raise _refusal(where, "announced twice, or of no name", "one of a name")
+        names.add(block.name)
+        if not 1 <= block.size <= MAX_BLOCK_SIZE:
+            raise _refusal(f"{where} size", block.size, f"1 to {MAX_BLOCK_SIZE}")
 
 
 def _refusal(field: str, got: object, expected: str) -> PeerRefused:

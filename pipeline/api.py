@@ -6,7 +6,8 @@
 SOURCE and DESTINATION are the URIs of the command line; a destination may also be the address
 (tcp://, ipc://) of a `pageferry receive` elsewhere, or a stream to one (exec:COMMAND, fd:N).
 Keyword arguments are the fields of `Parameters`; `state` and `state_there` are sections that travel
-beside memory (transport/vmstate/, docs/device-state.md). Errors are the tree in pageferry.transport.errors.
+beside memory (transport/vmstate/, docs/device-state.md). Errors are the tree in
+pageferry.transport.errors.
 """
 
 from __future__ import annotations
@@ -276,13 +277,18 @@ async def receive_one(destination: Destination) -> dict[str, Any]:
 
 
 def opener(
-    into: GuestUri | None, qemu_command: str | None = None, index: ContentIndex | None = None
+    into: GuestUri | None,
+    qemu_command: str | None = None,
+    index: ContentIndex | None = None,
+    *,
+    validate_uuid: bool = True,
 ) -> Callable[[Hello], DestinationGuest]:
     """What a Hello becomes here: `into`, or a VM in a QEMU that `qemu_command` starts, or without
     either what it is there.
 
     The peer never chooses a path: without `into`, memory goes to a new shared-memory file.
-    `index`: of what came before; else of all that come by this opener.
+    `index`: of what came before; else of all that come by this opener. `validate_uuid`: a VM goes
+    to none of another uuid.
     """
     index = index if index is not None else ContentIndex()
 
@@ -301,7 +307,12 @@ def opener(
             return open_destination(GuestUri("demo"))
         return open_destination(GuestUri("shm", f"pageferry-{hello.uuid}"))
 
-    return open_guest
+    def open_and_tell(hello: Hello) -> DestinationGuest:
+        guest = open_guest(hello)
+        guest.validate_uuid = validate_uuid
+        return guest
+
+    return open_and_tell
 
 
 async def copy(

@@ -98,6 +98,8 @@ class Control:
                 )
             return None
         self._heard_count += 1
+        if isinstance(message, messages.SwitchoverAck):
+            return message  # no answer to anything
         waiting, self._waiting = self._waiting, None
         if waiting is None or waiting.done():
             return message

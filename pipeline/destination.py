@@ -76,6 +76,7 @@ from .callbacks import tell
 from .control import Control
 from .device_state import HOOK_SECONDS, Arrived, take
 from .faults import Faults
+from .hooks import BeforeSwitchover
 from .journal import Journal
 from .security import LOOK_SECONDS, ChannelKeys, Peer, listening, same_peer
 from .state import IN_POSTCOPY, Status, advance
@@ -87,6 +88,8 @@ _LAST_WORD_SECONDS = 0.3
 # What has not come to an end so long after a yank is ended by force.
 _YANK_SECONDS = 1.0
 _log = logging.getLogger("pageferry")
+# What a source says only when it switches over.
+_SWITCHING = messages.DigestRequest | messages.Missing | messages.StatePart | messages.DeviceState
 Progress = Callable[[dict[str, Any]], None]
 OpenGuest = Callable[[messages.Hello], DestinationGuest]
 OnEnd = Callable[[dict[str, Any] | None, PageferryError | None], None]
@@ -149,6 +152,9 @@ class Arrival:
         self._missing = 0  # pages that are to come after the guest runs
         self.slot = 0  # among those that arrive at the same time
         self.trial = hello.kind == SAMPLE
+        # awaited before the source may switch over; if it raises, the migration has failed
+        self.before_switchover: BeforeSwitchover | None = None
+        self._acked = False
         self._cpu_at_start = 0.0  # of receivers
 
     def __repr__(self) -> str:
@@ -309,6 +315,8 @@ class Arrival:
         assert self._pool is not None
         self._cpu_at_start = self._pool.cpu_seconds()
         self._become(Status.ACTIVE)
+        hook = None if self.trial else self.before_switchover
+        self._acked = hook is None
         await self.control.say(
             messages.Welcome(
                 __version__,
@@ -320,8 +328,17 @@ class Arrival:
                 list(self.guest.have),
                 self.guest.compares,
                 self._channel_keys.public,
+                acks=hook is not None,
             )
         )
+        if hook is not None:
+            self._task(self.journal.during("before the switchover", self._get_ready, hook))
+
+    async def _get_ready(self, hook: BeforeSwitchover) -> None:
+        """Until then the source does not stop its guest."""
+        await hook(self.hello)
+        self._acked = True
+        await self.control.say(messages.SwitchoverAck())
 
     def _keep_contact(self, control: Control) -> None:
         self._task(control.keep_alive())
@@ -428,6 +445,8 @@ class Arrival:
             return
         if isinstance(message, messages.Abort):
             self.fail(messages.error_of(message))
+        elif not self._acked and isinstance(message, _SWITCHING):
+            self.fail(RemoteProtocolError("the source did not wait for SwitchoverAck"))
         elif isinstance(message, messages.Paused):
             self.fail(PeerLost(f"the source paused: {message.message}"))
         elif isinstance(message, messages.Run):
@@ -893,6 +912,8 @@ class Destination:
         self.on_arrival: Callable[[Arrival], None] | None = None
         # What tools here wait for, loaded by each that arrives (device_state.py).
         self.sections: Sequence[Section] = ()
+        # makes this host ready for each: the source switches over when it has returned
+        self.before_switchover: BeforeSwitchover | None = None
         self.arrival: Arrival | None = None
         self._last: dict[str, Any] = {"status": Status.NONE.value}
         # the last postcopy that is whole: its source may not have heard of it
@@ -938,6 +959,9 @@ class Destination:
 
     def start_postcopy(self) -> None:
         raise UsageError("the source says when a postcopy starts: ask its monitor")
+
+    def go_on(self) -> None:
+        raise UsageError("the source is who waits before a switchover: ask its monitor")
 
     def pause(self) -> None:
         """migrate-pause: drop the connection of a postcopy, to recover it later."""
@@ -1050,6 +1074,7 @@ class Destination:
             hello, control, self.endpoint, self._open_guest,
             self._progress, self._event, self._reserve, peer,
         )  # fmt: skip
+        arrival.before_switchover = self.before_switchover
         if not arrival.trial:  # nothing arrives, and nothing is told of its end
             arrival.sections = self.sections
             tell(self.on_arrival, arrival)

@@ -4,8 +4,8 @@
 the result as an event. No knowledge of sockets, processes, clocks or guests in here, so
 every path, cancel and failure in every state included, is tested without any of them.
 
-    greet → channels → initial set → rounds, throttled … → (ask) → stop → last set → last round
-          → verify → device state → run → confirmed
+    greet → channels → initial set → rounds, throttled … → (ask) → stop → (wait) → last set
+          → last round → verify → device state → run → confirmed
     postcopy:                                 … → stop → last set → say what is missing
           → device state → run → confirmed → background → end
 
@@ -50,7 +50,10 @@ class Started:
 
 @dataclass(frozen=True)
 class ChannelsReady:
-    """The destination agreed, all senders are up and know their channel."""
+    """The destination agreed, all senders are up and know their channel. `acks`: it says when it
+    is ready for the switchover, and is to be waited for."""
+
+    acks: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class MayStop:
     """The guest may be stopped; the answer took so many seconds."""
 
     seconds: float
+
+
+@dataclass(frozen=True)
+class ContinueAsked:
+    """migrate-continue: the pause before the switchover is over."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,7 @@ class Abandoned:
 Event = (
     Started | ChannelsReady | Taken | RoundDone | MayStop | GuestStopped | Verified | StateLoaded
     | Confirmed | Failed | CancelAsked | PostcopyAsked | MissingTold | BackgroundDone
-    | PostcopyEnded | RecoverAsked | Reconnected | Abandoned
+    | PostcopyEnded | RecoverAsked | Reconnected | Abandoned | ContinueAsked
 )  # fmt: skip
 
 # ---- instructions -----------------------------------------------------------------------
@@ -288,6 +296,8 @@ class Migration:
     postcopy: str = NEVER  # parameters.py
     after: int | None = None  # N of after=N
     asks: bool = False
+    pauses: bool = False  # before the switchover, until ContinueAsked
+    acks: bool = False  # the destination has still to say that it is ready
     status: Status = Status.NONE
     round: int = 0
     stopped: bool = False
@@ -297,6 +307,7 @@ class Migration:
     leaving: bool = False  # by postcopy: decided
     throttling: Throttling | None = None
     _moved: int = field(default=0, repr=False)  # bytes, in the last round
+    released: int = 0  # pages that were given back here
     _resends: int = field(default=0, repr=False)
 
     def handle(self, event: Event) -> list[Instruction]:
@@ -308,13 +319,14 @@ class Migration:
                 self._become(Status.SETUP)
                 return [OpenChannels()]
             case ChannelsReady():
+                self.acks = event.acks
                 self._become(Status.ACTIVE)
                 return [TakeInitial()]
             case Taken():
                 return self._taken(event)
             case RoundDone():
                 return self._round_done(event)
-            case MayStop() | GuestStopped():
+            case MayStop() | GuestStopped() | ContinueAsked():
                 return self._stopping(event)
             case Verified():
                 return self._verified(event)
@@ -434,33 +446,72 @@ class Migration:
         return self._stop()
 
     def _stop(self) -> list[Instruction]:
-        if self.asks:
+        if self.asks or self.acks:
             return [AskToStop()]
-        self._become(Status.DEVICE)
+        if not self.pauses:  # else it is in pre-switchover only when it stands still, as in QEMU
+            self._become(Status.DEVICE)
         return [StopGuest()]
 
-    def _stopping(self, event: MayStop | GuestStopped) -> list[Instruction]:
+    def _stopping(self, event: MayStop | GuestStopped | ContinueAsked) -> list[Instruction]:
+        match event:
+            case MayStop():
+                return self._may_stop(event)
+            case GuestStopped():
+                self.stopped = True
+                return self._reached_switchover()
+            case ContinueAsked():
+                return self._continue()
+
+    def _may_stop(self, event: MayStop) -> list[Instruction]:
         """It is stopped at once if the answer came soon; else what was written meanwhile is looked
-        at first, and has a round if it is too much, be it one more than max-rounds."""
-        if isinstance(event, GuestStopped):
-            self.stopped = True
-            return [TakeDirty()]
-        self.asks = False
-        if self.leaving or event.seconds <= _SOON_SECONDS:
+        at first, and has rounds if it is too much: as many as there were, be it above max-rounds.
+        Memory that nobody can stop is looked at in any case."""
+        self.asks = self.acks = False
+        if not self.live:
+            return self._all_is_there()
+        if self.can_stop and (self.leaving or event.seconds <= _SOON_SECONDS):
             return self._stop()
-        found = self.convergence
-        found.max_rounds = max(found.max_rounds, found.rounds + 1)
+        self._grant_rounds()
         return [TakeDirty()]
+
+    def _grant_rounds(self) -> None:
+        """After a wait that is nobody's fault: they are counted anew."""
+        self.convergence.max_rounds += max(1, self.convergence.rounds)
+
+    def _reached_switchover(self) -> list[Instruction]:
+        """The guest stands still, or all is there of memory that nobody stops."""
+        if not self.pauses:
+            return self._into_device()
+        self._become(Status.PRE_SWITCHOVER)
+        return []
+
+    def _continue(self) -> list[Instruction]:
+        """In any other state it comes too late, or too early, and is forgotten, as in QEMU."""
+        if self.status is not Status.PRE_SWITCHOVER:
+            return []
+        if self.live and not self.stopped:  # somebody may have written meanwhile
+            self._become(Status.DEVICE)
+            self._grant_rounds()
+            return [TakeDirty()]
+        return self._into_device()
+
+    def _into_device(self) -> list[Instruction]:
+        if self.status is not Status.DEVICE:
+            self._become(Status.DEVICE)
+        return [TakeDirty()] if self.stopped else self._complete()
 
     def _next_round(self) -> list[Instruction]:
         self.round += 1
         return [SendRound(self.round, live=self.live and not self.stopped)]
 
     def _switch_over(self) -> list[Instruction]:
-        if self.can_stop:
-            return self._stop()
-        self._become(Status.DEVICE)
-        return self._complete()
+        return self._stop() if self.can_stop else self._all_is_there()
+
+    def _all_is_there(self) -> list[Instruction]:
+        """Of memory that nobody stops."""
+        if self.status is Status.DEVICE:  # it waited already
+            return self._complete()
+        return [AskToStop()] if self.acks else self._reached_switchover()
 
     def _round_done(self, event: RoundDone) -> list[Instruction]:
         self.remaining = event.lost
@@ -476,9 +527,7 @@ class Migration:
                     "carries"
                 )))  # fmt: skip
             return self._next_round()
-        if self.status is Status.ACTIVE:  # nothing to stop
-            self._become(Status.DEVICE)
-        return self._complete()
+        return self._complete() if self.stopped else self._all_is_there()
 
     def _complete(self) -> list[Instruction]:
         return [Verify()] if self.verify else [SendState()]
@@ -541,10 +590,15 @@ class Migration:
                 f"look there whether the guest is whole",
                 remaining=0,
             )
+        here = "its memory here is as it was when it left"
+        if self.released:
+            here = (
+                f"{self.released * PAGE_SIZE >> 20} MiB of its memory here were given back "
+                f"(--release-ram), so that nothing of it can be started any more"
+            )
         return PostcopyFailed(
             f"the guest was started at the destination and {self.remaining * PAGE_SIZE >> 20} MiB "
-            f"of its memory never arrived ({error}): end it there; its memory here is as it was "
-            f"when it left",
+            f"of its memory never arrived ({error}): end it there; {here}",
             remaining=self.remaining * PAGE_SIZE,
         )
 

@@ -19,6 +19,7 @@ from .._version import __version__
 from ..transport.errors import DestinationError, PageferryError, UsageError
 from ..transport.links import clear_dead_socket
 from ..transport.messages import UNDECODABLE
+from .state import Status
 
 # A command is short; one that does not end is none.
 _MAX_COMMAND = 1 << 16
@@ -29,7 +30,7 @@ _COMMANDS = (
     "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
     "migrate-set-parameters", "migrate_cancel", "query-version", "migrate-start-postcopy",
     "migrate-pause", "migrate-recover", "yank", "query-yank", "migrate-set-capabilities",
-    "query-migrate-capabilities",
+    "query-migrate-capabilities", "migrate-continue",
 )  # fmt: skip
 
 
@@ -86,6 +87,7 @@ class Migrating(Protocol):
     def can_be_yanked(self) -> bool: ...
     def yank(self) -> None: ...
     def start_postcopy(self) -> None: ...
+    def go_on(self) -> None: ...
     def pause(self) -> None: ...
     def recover(self, where: str | None) -> None: ...
 
@@ -183,6 +185,8 @@ class Conversation:
                 self._dirty_rates().start(arguments)
             case "migrate-start-postcopy":
                 self._migration.start_postcopy()
+            case "migrate-continue":
+                self._continue(arguments)
             case "migrate-pause":
                 self._migration.pause()
             case "migrate-recover":
@@ -204,6 +208,17 @@ class Conversation:
                 "GenericError", "the dirty rate is measured where the guest runs: ask its source"
             )
         return found
+
+    def _continue(self, arguments: dict[str, Any]) -> None:
+        """With the state that the migration is in; QEMU's errors (qmp_migrate_continue)."""
+        if "state" not in arguments:
+            raise QmpError("GenericError", "Parameter 'state' is missing")
+        state, now = arguments["state"], str(self._migration.query()["status"])
+        if state not in [status.value for status in Status]:
+            raise QmpError("GenericError", f"Parameter 'state' does not accept value '{state}'")
+        if state != now:
+            raise QmpError("GenericError", f"Migration not in expected state: {now}")
+        self._migration.go_on()
 
     def _instances(self) -> list[dict[str, str]]:
         """What can be yanked: QEMU's YankInstance (qapi/yank.json)."""

@@ -27,6 +27,10 @@ def narrate(
             yield "somebody asked to cancel it"
         case core.PostcopyAsked():
             yield "somebody asked to start the guest at the destination now"
+        case core.ContinueAsked():
+            yield "somebody asked to go on"
+        case core.MayStop(seconds):
+            yield f"it may be stopped, after {format_seconds(seconds)}"
         case core.RecoverAsked():
             yield f"somebody asked to recover{f' at {event.where}' if event.where else ''}"
         case core.Reconnected():

@@ -41,7 +41,9 @@ class Parameters:
     codec's own default; `postcopy`: never, manual, now, auto or after=ROUNDS; `preempt`:
     requested pages on a channel of their own (QEMU: postcopy-preempt); `postcopy_link`: what that
     channel is, zmq or direct (a connection of its own); `quit_source`: a VM that has moved is
-    ended here; `verify`: None for yes if nobody writes the memory; `goal`: workers and
+    ended here; `pause_before_switchover`: it waits there for migrate-continue; `release_ram`: in a
+    postcopy, memory here is given back as it arrives there; `verify`: None for yes if nobody writes
+    the memory; `goal`: workers and
     codec are chosen while it runs (goals.py), up to so many workers and only this codec, unless
     that is auto; "" for none; `keys`: a directory of keys (keys.py), "" for none; `peer`: the name
     that the other end has in it, "" for the one that fits the address; `insecure`: without keys to
@@ -63,6 +65,8 @@ class Parameters:
     postcopy_latency_target: float = 0.0001
     postcopy_link: str = "zmq"
     quit_source: bool = False
+    pause_before_switchover: bool = False
+    release_ram: bool = False
     goal: str = ""
     keys: str = ""
     peer: str = ""
@@ -100,6 +104,11 @@ class Parameters:
             raise UsageError(
                 "verify compares memory before the guest runs, and postcopy moves it afterwards: "
                 "leave one of them out"
+            )
+        if p.release_ram and p.postcopy == NEVER:
+            raise UsageError(
+                "release-ram gives memory back once the guest runs elsewhere and its memory is "
+                "still arriving: it needs --postcopy"
             )
         if p.goal not in ("", *GOALS):
             raise UsageError(f"goal is {', '.join(GOALS)}, not {p.goal!r}")
@@ -171,6 +180,8 @@ class Parameters:
             "postcopy-latency-target": round(self.postcopy_latency_target * 1e6),
             **({"goal": self.goal} if self.goal else {}),
             **(self.throttle.qmp() if self.throttle.on else {}),
+            **({"pause-before-switchover": True} if self.pause_before_switchover else {}),
+            **({"release-ram": True} if self.release_ram else {}),
         }
 
 

@@ -191,6 +191,9 @@ class Restoring:
     def start_postcopy(self) -> None:
         """It is nothing else."""
 
+    def go_on(self) -> None:
+        """It never waits."""
+
     def pause(self) -> None:
         """Drop the connection; it is dialled again."""
         self._fail(PeerLost("paused because somebody asked for it"))

@@ -70,11 +70,13 @@ from .journal import Journal
 from .measuring import RunningDirtyRate
 from .parameters import NEVER, Parameters, changed
 from .pressure import Pressure
+from .releasing import Releasing
 from .security import LOOK_SECONDS, ChannelKeys, check_open, dialling
 from .stalls import Stalls
 from .state import FINAL, IN_POSTCOPY, Status
 from .statistics import RoundCost, Statistics
 from .steering import Steering
+from .switchover import Acknowledgement, Waits
 
 HELLO_SECONDS = 5.0
 # A destination that has everything needs this long at the most to say that it runs.
@@ -144,7 +146,9 @@ class Source:
         self.core = core.Migration(
             guest.live, guest.can_stop, verify, self.convergence,
             parameters.postcopy, parameters.postcopy_rounds,
+            pauses=parameters.pause_before_switchover,
         )  # fmt: skip
+        self._waits, self._ack = Waits(), Acknowledgement()
         self.statistics = Statistics("source")
         self.uuid = str(uuid.uuid4())
         self.journal = Journal("source", self.uuid)
@@ -163,6 +167,7 @@ class Source:
         self._scan_seconds = 0.0  # what the last scan of all memory took
         self._crew: Crew | None = None
         self._background: Background | None = None
+        self._releasing: Releasing | None = None
         self._steering: Steering | None = None
         # processor seconds of the receivers, for whoever runs both ends
         self.receiver_cpu: Callable[[], float | None] = lambda: None
@@ -197,6 +202,9 @@ class Source:
         report |= self._pressure.report()
         if self._deltas is not None:
             report |= self._deltas.report(self.statistics.counters)
+        report |= self._waits.report()
+        if self._releasing is not None:
+            report |= self._releasing.report()
         guest_rate, wire_rate = self.statistics.rates()
         report["progress"] = {
             "rate": round(guest_rate),
@@ -302,6 +310,10 @@ class Source:
                 "this migration was started without postcopy: start it with --postcopy manual"
             )
         self._events.put_nowait(core.PostcopyAsked())
+
+    def go_on(self) -> None:
+        """migrate-continue: the pause before the switchover is over."""
+        self._events.put_nowait(core.ContinueAsked())
 
     def pause(self) -> None:
         """migrate-pause: drop the connection of a postcopy, to recover it later."""
@@ -423,6 +435,7 @@ class Source:
     def _tell_status(self, why: str = "") -> None:
         if self.core.status is not self._status_told:
             self._status_told = self.core.status
+            self._waits.became(self.core.status)
             if self.core.status is Status.ACTIVE:
                 self.statistics.set_up = time.monotonic()
             if self.statistics.stopped is not None and self.statistics.running is not None:
@@ -443,6 +456,9 @@ class Source:
                 event = await self._send_round(instruction)
             case core.AskToStop():
                 asked = time.monotonic()
+                if self._ack.awaited:
+                    with self._waits.acknowledgement():
+                        await self._ack.wait()
                 if self.before_stop is not None:
                     await self.before_stop()
                 event = core.MayStop(time.monotonic() - asked)
@@ -528,8 +544,9 @@ class Source:
         self.journal.info(narration.connected(welcome, str(self.endpoint), self.guest.kind, specs))
         self._fresh, self._have = welcome.fresh, welcome.have
         self._compares = welcome.compares
+        self._ack.promise(welcome.acks)
         await self._open(welcome.endpoints, welcome.tokens, welcome.urgent, welcome.key)
-        return core.ChannelsReady()
+        return core.ChannelsReady(welcome.acks)
 
     async def _open(
         self,
@@ -576,6 +593,8 @@ class Source:
                 )
             self._background = Background(blocks, self._table, p, self._failed, self.journal.lane)
             self.statistics.urgent = self._background.counters
+            if p.release_ram:
+                self._releasing = Releasing(self.guest, self._table, self.core)
         if self.guest.tracking == TRACKING_HASH or self.guest.last_look_by_content:
             self._hashes = Segment(8 * self.statistics.total_pages, "hashes")
         self.statistics.extra |= {"dirty-tracking": self.guest.tracking} | self.guest.facts()
@@ -626,6 +645,8 @@ class Source:
             ],
             name=self.name,
             key=self._new_channel_keys(),
+            guest_uuid=self.guest.uuid,
+            shared=list(self.guest.shared),
         )  # fmt: skip
         answer = await self._first_words(hello)
         assert isinstance(answer, messages.Welcome)
@@ -704,7 +725,9 @@ class Source:
                 reason = f"the destination paused: {message.message}"
                 self._failed(PeerLost(reason), link=True)
                 return
-            if message is not None:
+            if isinstance(message, messages.SwitchoverAck):
+                self._ack.hear()
+            elif message is not None:
                 raise RemoteProtocolError(f"nobody asked for {type(message).__name__}")
 
     async def _watch(self) -> None:
@@ -983,19 +1006,24 @@ class Source:
         self.statistics.extra |= self._background.describe()
         self.statistics.begin_round(self.core.round + 1, self._remaining())
         self.journal.round_begins(self.core.round + 1, self.statistics.round_pages)
-        pace = self._task(self._background.keep_pace(self._counters, self._bandwidth))
+        beside = [self._task(self._background.keep_pace(self._counters, self._bandwidth))]
+        if self._releasing is not None:  # the guest runs there: it has been confirmed
+            beside.append(self._task(self._releasing.keep_on()))
         await self._background.send_all(self._crew, self.parameters.workers)
-        pace.cancel()
+        for task in beside:
+            task.cancel()
         return core.BackgroundDone()
 
     async def _end_postcopy(self) -> core.Event:
         self.guest.check_stopped()  # the last look: all has been read by now
         ended = await self._control.ask(messages.PostcopyEnd())
         assert isinstance(ended, messages.Ended)
-        self._take_end(ended)
+        await self._take_end(ended)
         return core.PostcopyEnded()
 
-    def _take_end(self, ended: messages.Ended) -> None:
+    async def _take_end(self, ended: messages.Ended) -> None:
+        if self._releasing is not None:
+            await self._call(self._releasing.everything)
         self.statistics.finish_round()
         self.statistics.extra |= latency_report(ended.latency)
         # what only that end knows; it may not say anything else of this migration
@@ -1067,7 +1095,7 @@ class Source:
         )
         await starting
         if isinstance(answer, messages.Ended):  # its word for it was lost
-            self._take_end(answer)
+            await self._take_end(answer)
             return core.PostcopyEnded()
         assert isinstance(answer, messages.Resumed)
         if len(answer.received) != len(self.guest.blocks):
@@ -1077,6 +1105,8 @@ class Source:
             self._table.resume(i, unpack(bits, block.pages))
             if block.spec.page_size > PAGE_SIZE:
                 self._table.whole_host_pages(i, block.spec.page_size // PAGE_SIZE)
+        if self._releasing is not None:
+            self._releasing.check()
         await self._open(answer.endpoints, answer.tokens, answer.urgent, answer.key)
         self.statistics.extra.pop("paused-because", None)
         self.statistics.extra["recoveries"] = self.statistics.extra.get("recoveries", 0) + 1

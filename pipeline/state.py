@@ -16,6 +16,7 @@ class Status(enum.Enum):
     NONE = "none"
     SETUP = "setup"
     ACTIVE = "active"
+    PRE_SWITCHOVER = "pre-switchover"
     DEVICE = "device"
     POSTCOPY_ACTIVE = "postcopy-active"
     POSTCOPY_PAUSED = "postcopy-paused"
@@ -33,7 +34,9 @@ FINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 TRANSITIONS: dict[Status, tuple[Status, ...]] = {
     Status.NONE: (Status.SETUP,),
     Status.SETUP: (Status.ACTIVE, Status.FAILED, Status.CANCELLING),
-    Status.ACTIVE: (Status.DEVICE, Status.FAILED, Status.CANCELLING),
+    Status.ACTIVE: (Status.DEVICE, Status.FAILED, Status.CANCELLING, Status.PRE_SWITCHOVER),
+    # the guest, if it can be, is stopped, until somebody says migrate-continue
+    Status.PRE_SWITCHOVER: (Status.DEVICE, Status.FAILED, Status.CANCELLING),
     # guest stopped; no way to cancelling once the destination was told to run
     Status.DEVICE: (
         Status.COMPLETED,

@@ -53,6 +53,18 @@ class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offset: int = 0
 
 
+class SharedBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A RAM block that does not travel, because both ends have it in one file (QEMU:
+    x-ignore-shared). `host`: which boot of which host this end is on; if it is the other's as well,
+    `device` and `inode` of the file are."""
+
+    name: str
+    size: int
+    host: str
+    device: int
+    inode: int
+
+
 class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
     """Source: what is about to come. The destination checks every field. `key`: only with keys,
     here and in all other messages that have one: the public key that this end has on the channels
@@ -69,6 +81,8 @@ class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
     image_size: int = 0
     name: str = ""  # what it is to be called, where many arrive
     key: bytes = b""
+    guest_uuid: str = ""  # the guest's own, if it has one; `uuid` is this migration's
+    shared: list[SharedBlock] = []  # what is not in `blocks` and belongs to the guest all the same
 
 
 class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
@@ -78,7 +92,7 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     `fresh[i]`: block i reads as zero everywhere, so its zero pages need not travel.
     `urgent`: endpoint and token of the urgent channel, if postcopy was asked for. `have`: digests
     of what the blocks hold already, 16 bytes (xxh3-128) for each MiB, a string a block; or empty.
-    `compares`: it answers Contents.
+    `compares`: it answers Contents. `acks`: SwitchoverAck follows, and is to be waited for.
     """
 
     version: str
@@ -90,6 +104,7 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     have: list[bytes] = []
     compares: bool = False
     key: bytes = b""
+    acks: bool = False
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -161,6 +176,11 @@ class Digests(Message, frozen=True, tag="digests"):
 
     digests: list[bytes]
     wrong: list[int] = []
+
+
+class SwitchoverAck(Message, frozen=True, tag="switchover-ack"):
+    """Destination, once, if its Welcome said so: it is ready for the switchover (QEMU:
+    MIG_RP_MSG_SWITCHOVER_ACK). Until then the source does not stop its guest."""
 
 
 class StatePart(Message, frozen=True, tag="state-part"):
@@ -292,7 +312,7 @@ AnyMessage = (
     Hello | Welcome | Refused | Discard | Missing | Discarded | Round | DigestRequest | Digests
     | DeviceState | StateLoaded | Run | Running | PostcopyEnd | Ended | Resume | Resumed
     | Paused | Abort | Ping | Pull | Offer | Layout | Serving | Armed | Contents | Held
-    | StatePart
+    | StatePart | SwitchoverAck
 )  # fmt: skip
 
 # What a person reads of a peer's messages. Block names are compared, and checked (agreement.py).

@@ -40,6 +40,7 @@ from .messages import (
     Serving,
     StateLoaded,
     StatePart,
+    SwitchoverAck,
     Welcome,
     decode,
     encode,
@@ -83,6 +84,10 @@ TRANSITIONS: dict[tuple[Phase, Role, type[AnyMessage]], Phase] = {
     (Phase.MOVING, S, Contents): Phase.COMPARING,
     (Phase.COMPARING, D, Held): Phase.MOVING,
     (Phase.MOVING, S, Round): Phase.MOVING,
+    # no answer to anything: it may come while something else is answered
+    (Phase.MOVING, D, SwitchoverAck): Phase.MOVING,
+    (Phase.DISCARDING, D, SwitchoverAck): Phase.DISCARDING,
+    (Phase.COMPARING, D, SwitchoverAck): Phase.COMPARING,
     (Phase.MOVING, S, DigestRequest): Phase.DIGESTING,
     (Phase.DIGESTING, D, Digests): Phase.MOVING,
     (Phase.MOVING, S, StatePart): Phase.MOVING,

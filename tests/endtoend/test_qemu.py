@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import msgspec
 import pytest
 from helpers import Running, receiver
 from helpers import pageferry as run
@@ -31,8 +32,8 @@ def machine(tmp_path):
     rom = rom_image(tmp_path / "rom", mode=1, lo=LO, hi=HI, delay=2000)
     with contextlib.ExitStack() as stack:
 
-        def start(name, incoming=None, backend="file", memory=64 * MIB, **more):
-            vm = Vm(name, memory=memory, backend=backend, bios=rom, incoming=incoming, **more)
+        def start(name, incoming=None, backend="file", memory=64 * MIB, kind=Vm, **more):
+            vm = kind(name, memory=memory, backend=backend, bios=rom, incoming=incoming, **more)
             stack.enter_context(vm)
             if incoming is None and "-S" not in more.get("extra", ()):
                 vm.wait_for_serial(b"B")
@@ -68,6 +69,64 @@ def loaded(vm, waiting):
     finally:
         source.close()
         destination.close()
+
+
+A_UUID = "6f1c1f5e-0d0e-4c57-9d0e-0c0d3b1c2a11"
+
+
+def test_a_vm_goes_to_no_other_uuid(machine):
+    """QEMU's words; and it is let through where that is not wanted, or an end has none."""
+    source = machine("src", extra=("-uuid", A_UUID))
+    other = machine("dst", incoming="defer", extra=("-uuid", A_UUID.replace("6", "7")))
+    with pytest.raises(PeerRefused, match=f"UUID received is {A_UUID} and local is 7f1c"):
+        pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{other.qmp_path}")
+    assert source.status() == "running" and other.status() == "inmigrate"
+    hello = Hello(PROTOCOL, "", "", "qemu", [Block("ram0", 64 * MIB)], 1, 1)
+    for theirs, validate in ((A_UUID, False), ("", True), (A_UUID.replace("6", "7"), True)):
+        there = QemuDestination(GuestUri("qemu", other.qmp_path))
+        there.validate_uuid = validate
+        there.lay_out(msgspec.structs.replace(hello, guest_uuid=theirs))
+        there.discard()
+    without = machine("none", incoming="defer")
+    report = pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{without.qmp_path}")
+    assert report["status"] == "completed"
+    runs_on(without)
+
+
+class SharesTheSecond(Vm):
+    """A VM whose second memory is in the file that `theirs` has; or in a new one."""
+
+    theirs = None
+
+    def _file(self, index, size):
+        if index and self.theirs is not None:
+            self.ram_files[index] = self.theirs
+        return super()._file(index, size)
+
+
+def test_memory_that_both_ends_share_does_not_travel(machine, monkeypatch):
+    """It is neither sent nor cleared, and has to be the same file; the guest goes on with it."""
+    source = machine("src", backend="numa2", kind=SharesTheSecond)
+    leaving = f"qemu:{source.qmp_path}?ignore-shared=ram1"
+    apart = machine("apart", backend="numa2", kind=SharesTheSecond, incoming="defer")
+    with pytest.raises(PeerRefused, match="another file here"):
+        pageferry.migrate(
+            f"qemu:{source.qmp_path}?ignore-shared=ram1",
+            f"qemu:{apart.qmp_path}?ignore-shared=ram1",
+        )
+    monkeypatch.setattr(SharesTheSecond, "theirs", source.ram_files[1])
+    there = machine("dst", backend="numa2", kind=SharesTheSecond, incoming="defer")
+    with pytest.raises(PeerRefused, match="leaves out memory ram1, and this end none"):
+        pageferry.migrate(leaving, f"qemu:{apart.qmp_path}")
+    for names, says in (("ram2", "has no memory ram2"), ("ram0,ram1", "no memory is left")):
+        with pytest.raises(SourceError, match=says):
+            QemuSource(GuestUri("qemu", source.qmp_path, {"ignore-shared": names}))
+    inode = os.stat(source.ram_files[1]).st_ino
+    report = pageferry.migrate(leaving, f"qemu:{there.qmp_path}?ignore-shared=ram1")
+    assert report["ram"]["total"] == 32 * MIB
+    assert os.stat(source.ram_files[1]).st_ino == inode
+    source.kill()
+    runs_on(there)
 
 
 def test_a_vm_moves_while_it_runs(machine):

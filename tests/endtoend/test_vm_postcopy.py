@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from both_ends import BothEnds
-from helpers import PAGE, until, until_async
+from helpers import PAGE, blocks_on_disk, until, until_async
 from qemu_vm import MIB, Vm, require_qemu
 
 import pageferry
@@ -189,6 +189,32 @@ class Look(threading.Thread):
         await asyncio.to_thread(self.join, GIVE_UP)
         assert not self.is_alive(), "it sleeps for ever"
         return self._path.read_bytes()
+
+
+# ---- its memory here ---------------------------------------------------------------------------
+
+
+def test_a_vm_s_memory_is_given_back_as_it_arrives(machine, guest_of):
+    """With a break in the middle; what is said of the VM that stays here is right."""
+    source, waiting = machine("src"), machine("dst", incoming="defer")
+    before = content(source)
+
+    async def run():
+        async with Ends(guest_of(source), Arriving(waiting), release_ram=True) as ends:
+            ends.source.set_parameters({"max-postcopy-bandwidth": 2_000_000})
+            await until_async(lambda: ends.source.core.released > 256, "something is given back")
+            ends.cut()
+            await ends.both(Status.POSTCOPY_PAUSED)
+            ends.source.recover(None)
+            report, _ = await ends.whole()
+        assert report["released-bytes"] == SIZE
+        assert "given back" in report["source-vm"]
+
+    asyncio.run(run())
+    assert blocks_on_disk(source.ram_files[0]) == 0
+    assert source.status() == "postmigrate"
+    assert content(waiting) == before
+    runs_on(waiting)
 
 
 # ---- QEMU's main thread sleeps -----------------------------------------------------------------

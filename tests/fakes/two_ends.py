@@ -14,7 +14,6 @@ from pageferry.transport.session import Role, Session
 
 HELLO = messages.Hello(1, "0", "id", "demo", [Block("ram", 4096)], 1, 128)
 ANSWERS = {
-    messages.Welcome: core.ChannelsReady(),
     messages.Digests: core.Verified(),
     messages.Discarded: core.MissingTold(),
     messages.StateLoaded: core.StateLoaded(),
@@ -27,10 +26,14 @@ ANSWERS = {
 class SourceEnd:
     """The source. `pages`: how many are dirty, each time somebody looks, until it is still."""
 
-    def __init__(self, say, *, verify=True, postcopy="never", pages=3):
+    def __init__(self, say, *, verify=True, postcopy="never", pages=3, pauses=False):
         self.say, self.pages = say, pages
         convergence = Convergence(1e-9, max_rounds=3)
-        self.core = core.Migration(True, True, verify, convergence, postcopy=postcopy)
+        self.core = core.Migration(
+            True, True, verify, convergence, postcopy=postcopy, pauses=pauses
+        )
+        self.promised: bool | None = None
+        self.acked = self.asking = False  # whether the destination is ready, and is waited for
         self.connect()
         self.runs = True
         self.todo = deque()
@@ -44,7 +47,7 @@ class SourceEnd:
         for instruction in self.core.handle(event):
             if isinstance(instruction, core.Finish | core.Pause):
                 self.todo.clear()
-                self.waiting = False
+                self.waiting = self.asking = False
             self.todo.append(instruction)
 
     def speak(self, message):
@@ -57,6 +60,11 @@ class SourceEnd:
     @property
     def idle(self):
         return self.waiting or not self.todo
+
+    def may_stop(self):
+        if self.asking and self.acked:
+            self.asking = False
+            self.handle(core.MayStop(0.0))
 
     def step(self):  # noqa: PLR0912
         """Carry out the next instruction."""
@@ -71,6 +79,9 @@ class SourceEnd:
             case core.SendRound(number):
                 self.speak(messages.Round(number, 1))
                 self.handle(core.RoundDone(self.pages, 0, 1.0))
+            case core.AskToStop():
+                self.asking = True
+                self.may_stop()
             case core.StopGuest():
                 self.runs = False
                 self.handle(core.GuestStopped())
@@ -123,10 +134,18 @@ class SourceEnd:
                 self.fail(messages.error_of(message), by_peer=True)
             case messages.Paused():
                 self.fail(PeerLost(message.message), link=True)
+            case messages.SwitchoverAck() if not self.acked and self.promised is not False:
+                self.acked = True
+                self.may_stop()
+            case messages.Welcome() if self.waiting:
+                self.waiting, self.promised = False, message.acks
+                if self.acked and not self.promised:
+                    raise RemoteProtocolError("nobody had said that SwitchoverAck would come")
+                self.handle(core.ChannelsReady(message.acks))
             case messages.Refused() if self.waiting:
                 self.waiting = False
                 self.fail(messages.error_of(message))
-            case _ if self.waiting:
+            case _ if self.waiting and not isinstance(message, messages.SwitchoverAck):
                 self.waiting = False
                 self.handle(ANSWERS[type(message)])
             case _:
@@ -134,14 +153,24 @@ class SourceEnd:
 
 
 class DestinationEnd:
-    """A destination that keeps to the protocol. `starts`: its guest can be started."""
+    """A destination that keeps to the protocol. `starts`: its guest can be started; `acks`: it says
+    when it is ready (`get_ready`)."""
 
-    def __init__(self, say, *, starts=True):
+    def __init__(self, say, *, starts=True, acks=False):
         self.say, self.starts = say, starts
         self.session = Session(Role.DESTINATION)
         self.runs = self.over = self.whole = self.paused = False
         self.started = 0
         self.ready = self.committed = self.postcopy = False
+        self.acks, self.acked = acks, not acks
+
+    @property
+    def may_get_ready(self):
+        return not self.acked and not self.over and self.session.may_send(messages.SwitchoverAck)
+
+    def get_ready(self):
+        self.acked = True
+        self.speak(messages.SwitchoverAck())
 
     def speak(self, message):
         self.say(self.session.send(message))
@@ -159,7 +188,10 @@ class DestinationEnd:
             return
         match message:
             case messages.Hello():
-                self.speak(messages.Welcome("0", ["tcp:1"], [b"a"], [True]))
+                self.speak(messages.Welcome("0", ["tcp:1"], [b"a"], [True], acks=self.acks))
+            case (messages.Missing() | messages.DigestRequest() | messages.StatePart()
+                  | messages.DeviceState()) if not self.acked:  # fmt: skip
+                self.fail(RemoteProtocolError("it did not wait for SwitchoverAck"))
             case messages.Discard():
                 self.speak(messages.Discarded())
             case messages.Missing():

@@ -31,6 +31,7 @@ from pageferry.workers.guests.states import DEMO
 
 FOUND = "found-"
 _KEY = fuzz_messages._One.key
+_UUID = "00112233-4455-6677-8899-aabbccddeeff"
 _TALKS = ("receiving", "sending", "answering", "requesting", "session", "placing")
 
 
@@ -76,6 +77,11 @@ def _messages() -> Iterator[bytes]:
         messages.PROTOCOL, "0.1.0", "6f1c1f5e-0d0e-4c57-9d0e-0c0d3b1c2a11", "image",
         [Block("load0@0x0", 1 << 20, offset=4096), Block("b", 4096, offset=1 << 30)], 4, 256,
         [messages.PAGE_SUMS], 1 << 31, "vm1.mem", _KEY,
+    ))  # fmt: skip
+    yield messages.encode(Hello(
+        messages.PROTOCOL, "0.1.0", "6f1c1f5e-0d0e-4c57-9d0e-0c0d3b1c2a11", "qemu",
+        [Block("ram0", 1 << 20)], 1, 256, image_size=1 << 20, guest_uuid=_UUID,
+        shared=[messages.SharedBlock("ram1", 1 << 20, _UUID, 27, 1234)],
     ))  # fmt: skip
     yield messages.encode(messages.Discard(0, [0, 10, 999], [5, 980, 1]))
     yield messages.encode(messages.Held(b"\xff" * 125))

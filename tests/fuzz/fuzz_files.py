@@ -152,7 +152,7 @@ class _Idle:
     def cancel(self) -> None:
         pass
 
-    yank = start_postcopy = pause = cancel
+    yank = start_postcopy = pause = go_on = cancel
 
 
 def _pieces(*parts: bytes) -> list[bytes] | None:

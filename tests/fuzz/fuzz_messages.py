@@ -123,6 +123,7 @@ _EXAMPLES: list[messages.AnyMessage] = [
     messages.Abort("PeerLost", "silence"), messages.Ping(), messages.Pull(1, "0"),
     messages.Offer("0", "id", [Block("ram", 4096)], 1), messages.Layout(4096, [0], [1]),
     messages.Serving(["tcp:1"], [b"a"], ("tcp:3", b"u"), [0], [1]), messages.Armed(),
+    messages.SwitchoverAck(),
 ]  # fmt: skip
 assert {type(example) for example in _EXAMPLES} == set(typing.get_args(messages.AnyMessage))
 EXAMPLES = [messages.encode(example) for example in _EXAMPLES]

@@ -15,6 +15,7 @@ from pageferry.transport.pages import runs_of
 from pageferry.workers import page_table
 from pageferry.workers.page_table import CLEAN, DIRTY, IN_FLIGHT, PageTable
 from pageferry.workers.received import Received, unpack
+from pageferry.workers.release import may_go
 
 examples = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 states = st.sampled_from([CLEAN, DIRTY, IN_FLIGHT])
@@ -234,6 +235,7 @@ class ClaimMachine(RuleBasedStateMachine):
         self.received = Received(BLOCKS)
         self.memory = {}  # at the destination: what was installed
         self.before = set()  # what was there before anything was missing
+        self.gone = set()  # what the source has given back, and cannot send any more
         self.already_there = 0
         self.told = Counter()  # host pages: times they may be sent and installed again
         for block, pages in enumerate(BLOCKS):
@@ -269,6 +271,16 @@ class ClaimMachine(RuleBasedStateMachine):
 
     def state(self, block, page):
         return int(self.table.view(block)[page])
+
+    def content(self, block, page):
+        assert (block, page) not in self.gone, "sent after it was given back"
+        return content_of(block, page)
+
+    @rule()
+    def give_back(self):
+        for block in range(len(BLOCKS)):
+            pages = np.flatnonzero(may_go(self.table.view(block), self.HOST)).tolist()
+            self.gone |= {(block, page) for page in pages}
 
     def own(self, who, block, pages):
         for page in pages:
@@ -318,7 +330,7 @@ class ClaimMachine(RuleBasedStateMachine):
         for page in pages:
             assert self.owner[block, page] == i, "sent by somebody else"
             self.sent[block, page] += 1
-        sender.wire.append((block, pages, [content_of(block, page) for page in pages]))
+        sender.wire.append((block, pages, [self.content(block, page) for page in pages]))
 
     @rule(i=senders)
     def arrive(self, i):
@@ -342,6 +354,25 @@ class ClaimMachine(RuleBasedStateMachine):
             block, pages, _ = sender.wire.popleft()
             sender.back.append((block, pages, False))
             self.again_allowed.update((block, page) for page in pages)
+
+    @rule(i=senders, piece=st.integers(1, 6), turns=st.integers(1, 12), give_back=st.booleans())
+    def undisturbed(self, i, piece, turns, give_back):
+        """One sender goes on for a while, as far as its next frames are heard of; `give_back`: and
+        the coordinator looks each time."""
+        sender = self.senders[i]
+        for _ in range(turns):
+            if sender.back:
+                self.hear(i)
+            elif sender.wire:
+                self.arrive(i)
+            elif sender.again or sender.claimed:
+                self.send(i)
+            elif sender.extent is not None:
+                self.claim_now(i, piece)
+            else:
+                self.take_extent(i)
+            if give_back:
+                self.give_back()
 
     @rule(i=senders)
     def hear(self, i):
@@ -420,7 +451,7 @@ class ClaimMachine(RuleBasedStateMachine):
         for page in pages:
             assert self.owner[block, page] == POSTCOPY, "sent by somebody else"
             self.sent[block, page] += 1
-        self.answers.append((block, host, {page: content_of(block, page) for page in pages}))
+        self.answers.append((block, host, {page: self.content(block, page) for page in pages}))
 
     @precondition(lambda self: self.reports)
     @rule()
@@ -494,6 +525,13 @@ class ClaimMachine(RuleBasedStateMachine):
                     (block, host), ()
                 )
                 assert (block, page) in self.memory or waiting
+
+    @invariant()
+    def what_is_given_back_is_there(self):
+        """So that nobody has to send it again, whatever is cut."""
+        for place in getattr(self, "gone", ()):
+            assert self.state(*place) == CLEAN
+            assert place in self.memory or place in self.before
 
     @invariant()
     def pages_are_sent_once_unless_something_was_lost(self):

@@ -16,6 +16,7 @@ from pageferry.transport.messages import (
     PROTOCOL,
     Block,
     Hello,
+    SharedBlock,
 )
 from pageferry.transport.wire import MAX_BATCH_PAGES
 
@@ -49,6 +50,8 @@ def with_blocks(*blocks):
         {"version": "99.0"},
         {"name": "n" * 255},
         {"image_size": MAX_BLOCK_SIZE},
+        {"guest_uuid": str(uuid.UUID(int=7))},
+        {"kind": "qemu", "shared": [SharedBlock("pmem", MAX_BLOCK_SIZE, "boot", 1, 2)]},
         {"blocks": [Block("one", 1)]},
         {"blocks": [Block("one", MAX_BLOCK_SIZE)]},
         {"blocks": [Block("far", 4096, 4096, MAX_BLOCK_SIZE)]},
@@ -74,6 +77,12 @@ def test_what_fits_is_accepted(change):
         ({"uuid": "0_" * 15 + "00"}, "uuid"),
         ({"uuid": "-" * 300 + "0" * 32}, "uuid"),
         ({"uuid": "{" + str(uuid.UUID(int=5)) + "}"}, "uuid"),
+        ({"guest_uuid": "7"}, "guest-uuid"),
+        ({"guest_uuid": str(uuid.UUID(int=7)) + "\n"}, "guest-uuid"),
+        ({"shared": [SharedBlock("pmem", 4096, "boot", 1, 2)]}, "shared"),
+        ({"kind": "qemu", "shared": [SharedBlock("low", 4096, "b", 1, 2)]}, "shared block 'low'"),
+        ({"kind": "qemu", "shared": [SharedBlock("x\n", 4096, "b", 1, 2)]}, "shared block 'x\\n'"),
+        ({"kind": "qemu", "shared": [SharedBlock("x", 0, "b", 1, 2)]}, "shared block 'x' size"),
         ({"name": "n" * 256}, "name"),
         ({"version": "9" * 256}, "version"),
         ({"kind": "k" * 256}, "kind"),

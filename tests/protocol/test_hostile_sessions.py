@@ -54,19 +54,20 @@ class BrokenConnections(RuleBasedStateMachine):
     notices when it likes; guests fail, people cancel and recover."""
 
     @initialize(
-        postcopy=POSTCOPY, verify=st.booleans(), starts=STARTS, still=st.booleans(), until=UNTIL
-    )
-    def begin(self, postcopy, verify, starts, still, until):
+        postcopy=POSTCOPY, verify=st.booleans(), starts=STARTS, still=st.booleans(), until=UNTIL,
+        pauses=st.booleans(), acks=st.booleans(),
+    )  # fmt: skip
+    def begin(self, postcopy, verify, starts, still, until, pauses, acks):
         self.down, self.up = deque(), deque()
         self.unnoticed = set()
         self.broken = False
         pages = 0 if still else 3
         self.source = SourceEnd(
             lambda data: self.broken or self.down.append(data),
-            verify=verify, postcopy=postcopy, pages=pages,
+            verify=verify, postcopy=postcopy, pages=pages, pauses=pauses,
         )  # fmt: skip
         self.destination = DestinationEnd(
-            lambda data: self.broken or self.up.append(data), starts=starts
+            lambda data: self.broken or self.up.append(data), starts=starts, acks=acks
         )
         self.source.handle(core.Started())
         for _ in range(_LONGEST):
@@ -92,6 +93,15 @@ class BrokenConnections(RuleBasedStateMachine):
                 self.arrive_there()
             elif self.up:
                 self.arrive_here()
+            elif self.destination.may_get_ready:
+                self.destination.get_ready()
+            elif self.source.core.status is Status.PRE_SWITCHOVER:
+                self.source.handle(core.ContinueAsked())
+
+    @precondition(lambda self: self.destination.may_get_ready)
+    @rule()
+    def get_ready(self):
+        self.destination.get_ready()
 
     @precondition(lambda self: self.down)
     @rule()
@@ -122,7 +132,9 @@ class BrokenConnections(RuleBasedStateMachine):
             self.source.fail(PeerLost("silence"), link=True)
 
     @precondition(lambda self: self.source.core.status not in FINAL)
-    @rule(event=st.sampled_from([core.CancelAsked(), core.PostcopyAsked(), core.RecoverAsked()]))
+    @rule(event=st.sampled_from([
+        core.CancelAsked(), core.PostcopyAsked(), core.RecoverAsked(), core.ContinueAsked(),
+    ]))  # fmt: skip
     def ask(self, event):
         self.source.handle(event)
 
@@ -143,6 +155,11 @@ class BrokenConnections(RuleBasedStateMachine):
         if hasattr(self, "source"):
             assert not (self.source.runs and self.destination.runs)
             assert self.destination.started <= 1
+
+    @invariant()
+    def it_stands_still_only_where_the_destination_is_ready(self):
+        if hasattr(self, "source") and not self.source.runs:
+            assert self.source.acked or not self.destination.acks
 
     @invariant()
     def nobody_goes_on_by_himself(self):

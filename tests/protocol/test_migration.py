@@ -14,6 +14,7 @@ from pageferry.pipeline.migration import (
     CancelAsked,
     ChannelsReady,
     Confirmed,
+    ContinueAsked,
     CutRound,
     EndPostcopy,
     Failed,
@@ -64,10 +65,10 @@ BIG = 10**6  # pages that no downtime limit here allows
 
 def migration(
     *, live=False, can_stop=False, verify=False, limit=0.3, max_rounds=30, postcopy="never",
-    after=None, asks=False,
+    after=None, asks=False, pauses=False,
 ):  # fmt: skip
     found = Convergence(limit, max_rounds)
-    return Migration(live, can_stop, verify, found, postcopy, after, asks)
+    return Migration(live, can_stop, verify, found, postcopy, after, asks, pauses)
 
 
 def taken(pages, written=None):
@@ -166,7 +167,81 @@ def live_unstoppable(verify=False):
     return ending(path, verify)
 
 
+def live_that_pauses():
+    """It stands still and waits; what it wrote last is taken when somebody has said continue."""
+    path = opening(Path({"live": True, "can_stop": True, "pauses": True}))
+    path.step(taken(BIG), SendRound(1, live=True), Status.ACTIVE)
+    path.step(done(BIG), TakeDirty(), Status.ACTIVE)
+    path.step(taken(10), StopGuest(), Status.ACTIVE)
+    path.step(GuestStopped(), None, Status.PRE_SWITCHOVER)
+    path.step(ContinueAsked(), TakeDirty(), Status.DEVICE)
+    path.step(taken(12), SendRound(2, live=False), Status.DEVICE)
+    path.step(done(12), SendState(), Status.DEVICE)
+    return ending(path)
+
+
+def static_that_pauses(acks=False):
+    path = Path({"verify": True, "pauses": True})
+    path.step(Started(), OpenChannels(), Status.SETUP)
+    path.step(ChannelsReady(acks), TakeInitial(), Status.ACTIVE)
+    path.step(taken(100), SendRound(1, live=False), Status.ACTIVE)
+    if acks:
+        path.step(done(100), AskToStop(), Status.ACTIVE)
+        path.step(MayStop(7.0), None, Status.PRE_SWITCHOVER)
+    else:
+        path.step(done(100), None, Status.PRE_SWITCHOVER)
+    path.step(ContinueAsked(), Verify(), Status.DEVICE)
+    return ending(path, verify=True)
+
+
+def live_unstoppable_that_waits():
+    """For the destination, and for somebody who says continue: what was written meanwhile goes as
+    ever, and nobody is waited for again."""
+    path = Path({"live": True, "pauses": True, "max_rounds": 1})
+    path.step(Started(), OpenChannels(), Status.SETUP)
+    path.step(ChannelsReady(acks=True), TakeInitial(), Status.ACTIVE)
+    path.step(taken(1000), SendRound(1, live=True), Status.ACTIVE)
+    path.step(done(1000), TakeDirty(), Status.ACTIVE)
+    path.step(taken(0), AskToStop(), Status.ACTIVE)
+    path.step(MayStop(0.0), TakeDirty(), Status.ACTIVE)
+    path.step(taken(3), SendRound(2, live=True), Status.ACTIVE)
+    path.step(done(3), TakeDirty(), Status.ACTIVE)
+    path.step(taken(0), None, Status.PRE_SWITCHOVER)
+    path.step(ContinueAsked(), TakeDirty(), Status.DEVICE)
+    path.step(taken(5), SendRound(3, live=True), Status.DEVICE)
+    path.step(done(5), TakeDirty(), Status.DEVICE)
+    path.step(taken(0), SendState(), Status.DEVICE)
+    return ending(path)
+
+
+def live_that_waits_for_the_destination(seconds):
+    """As for whoever else is asked; with as many rounds more as there were."""
+    path = Path({"live": True, "can_stop": True, "max_rounds": 1})
+    path.step(Started(), OpenChannels(), Status.SETUP)
+    path.step(ChannelsReady(acks=True), TakeInitial(), Status.ACTIVE)
+    path.step(taken(BIG), SendRound(1, live=True), Status.ACTIVE)
+    path.step(done(BIG), TakeDirty(), Status.ACTIVE)
+    path.step(taken(10), AskToStop(), Status.ACTIVE)
+    if seconds > 0.05:
+        path.step(MayStop(seconds), TakeDirty(), Status.ACTIVE)
+        path.step(taken(BIG), SendRound(2, live=True), Status.ACTIVE)
+        path.step(done(BIG), TakeDirty(), Status.ACTIVE)
+        path.step(taken(10), StopGuest(), Status.DEVICE)
+    else:
+        path.step(MayStop(seconds), StopGuest(), Status.DEVICE)
+    path.step(GuestStopped(), TakeDirty(), Status.DEVICE)
+    path.step(taken(0), SendRound(3 if seconds > 0.05 else 2, live=False), Status.DEVICE)
+    path.step(done(0), SendState(), Status.DEVICE)
+    return ending(path)
+
+
 PATHS = {
+    "live, pauses": live_that_pauses(),
+    "static, pauses": static_that_pauses(),
+    "static, waits for the destination, pauses": static_that_pauses(acks=True),
+    "live, cannot be stopped, waits": live_unstoppable_that_waits(),
+    "live, destination is ready": live_that_waits_for_the_destination(0.0),
+    "live, waits for the destination": live_that_waits_for_the_destination(60.0),
     "static": static(),
     "static, verified": static(verify=True),
     "static, frames lost": static_with_losses(),
@@ -203,7 +278,7 @@ def test_a_migration_in_which_all_goes_well(name):
     core = migration(**path.settings)
     assert core.status is Status.NONE
     for event, instruction, status in path.steps:
-        assert core.handle(event) == [instruction], event
+        assert core.handle(event) == ([] if instruction is None else [instruction]), event
         assert core.status is status, event
     for event in (*(step[0] for step in path.steps), Failed(PeerLost()), CancelAsked()):
         assert core.handle(event) == []
@@ -262,6 +337,18 @@ def test_cancel_in_every_state(name):
             assert core.handle(event) == []
         assert core.handle(Failed(PeerLost())) == []
         assert core.status is Status.CANCELLED
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_continue_in_every_other_state(name):
+    """Is forgotten: it does not go on by it later."""
+    path = PATHS[name]
+    for steps in range(len(path.steps)):
+        core = walk(path, steps)
+        if core.status is not Status.PRE_SWITCHOVER:
+            before = vars(core).copy()
+            assert core.handle(ContinueAsked()) == []
+            assert vars(core) == before
 
 
 # ---- decisions -----------------------------------------------------------------------------
@@ -376,6 +463,7 @@ kinds = st.fixed_dictionaries(
         "verify": st.booleans(),
         "limit": st.sampled_from([0.001, 0.3, 10.0]),
         "asks": st.booleans(),
+        "pauses": st.booleans(),
         "max_rounds": st.integers(1, 6),
     }
 ).map(lambda kind: kind | {"can_stop": kind["live"] and kind["can_stop"]})
@@ -388,7 +476,7 @@ failures = st.builds(Failed, st.builds(PeerLost), st.booleans())
 
 # What the coordinator reports after each instruction.
 ANSWERS = {
-    OpenChannels: st.just(ChannelsReady()),
+    OpenChannels: st.builds(ChannelsReady, st.booleans()),
     TakeInitial: takens,
     TakeDirty: takens,
     SendRound: rounds,
@@ -417,7 +505,7 @@ def test_whatever_happens_in_a_legal_order(kind, data):
     """Each instruction answered with any result, failures and cancels at any time: it ends, the
     statuses follow the table, the guest is stopped only if it can be, and runs in one place."""
     core = migration(**kind)
-    instruction, asked_to_stop = None, False
+    instruction, asked_to_stop, waited = None, False, 0
     event = data.draw(st.sampled_from([Started(), Started(), Started(), CancelAsked()]))
     for _ in range(200):
         before, said = core.status, core.run_said
@@ -425,6 +513,10 @@ def test_whatever_happens_in_a_legal_order(kind, data):
         assert core.status in reachable(before)
         if isinstance(event, CancelAsked) and said:
             assert instructions == []
+        elif core.status is Status.PRE_SWITCHOVER:
+            assert instructions == [] and kind["pauses"] and not core.acks
+            waited += 1
+            answer = st.just(ContinueAsked())
         else:
             (instruction,) = instructions
         if isinstance(instruction, StopGuest):
@@ -438,13 +530,15 @@ def test_whatever_happens_in_a_legal_order(kind, data):
             break
         # now and then something comes between
         between = {0: failures, 1: st.just(CancelAsked())}
-        answer = ANSWERS[type(instruction)]
+        if core.status is not Status.PRE_SWITCHOVER:
+            answer = ANSWERS[type(instruction)]
         event = data.draw(between.get(data.draw(st.integers(0, 15)), answer))
     assert isinstance(instruction, Finish), "it does not end"
     assert core.status in FINAL
     assert (instruction.error is None) == (core.status is Status.COMPLETED)
+    assert waited <= 1
     if core.status is Status.COMPLETED:
-        assert not instruction.resume and core.run_said
+        assert not instruction.resume and core.run_said and waited == kind["pauses"]
     else:
         by_peer = isinstance(event, Failed) and event.by_peer
         assert instruction.resume == (not core.run_said or by_peer)
@@ -453,7 +547,17 @@ def test_whatever_happens_in_a_legal_order(kind, data):
 
 any_event = st.one_of(
     st.sampled_from(
-        [Started(), ChannelsReady(), GuestStopped(), StateLoaded(), Confirmed(), CancelAsked()]
+        [
+            Started(),
+            ChannelsReady(),
+            GuestStopped(),
+            StateLoaded(),
+            Confirmed(),
+            CancelAsked(),
+            ContinueAsked(),
+            ChannelsReady(acks=True),
+            MayStop(3.0),
+        ]
     ),
     takens,
     rounds,
@@ -873,6 +977,7 @@ postcopy_kinds = st.fixed_dictionaries(
         "can_stop": st.just(True),
         "limit": st.sampled_from([0.001, 0.3]),
         "asks": st.booleans(),
+        "pauses": st.booleans(),
         "max_rounds": st.integers(1, 6),
         "postcopy": st.sampled_from(["now", "auto", "manual", "after=2"]),
     }
@@ -915,7 +1020,9 @@ def test_whatever_happens_to_a_postcopy_in_a_legal_order(kind, data):
             assert core.run_said and core.leaving
         if isinstance(instruction, Finish):
             break
-        if isinstance(instruction, Pause):
+        if core.status is Status.PRE_SWITCHOVER:
+            answer = st.just(ContinueAsked())
+        elif isinstance(instruction, Pause):
             answer = st.just(RecoverAsked())
         else:
             answer = POSTCOPY_ANSWERS[type(instruction)]

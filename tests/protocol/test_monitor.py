@@ -60,6 +60,9 @@ class Guest:
     def start_postcopy(self):
         self._ask("start-postcopy")
 
+    def go_on(self):
+        self._ask("continue")
+
     def pause(self):
         self._ask("pause")
 
@@ -128,11 +131,11 @@ def test_every_command_that_is_listed_is_there():
         "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
         "migrate-set-parameters", "migrate_cancel", "query-version", "migrate-start-postcopy",
         "migrate-pause", "migrate-recover", "yank", "query-yank", "migrate-set-capabilities",
-        "query-migrate-capabilities",
+        "query-migrate-capabilities", "migrate-continue",
     }  # fmt: skip
     needed = {
         "yank": {"instances": []}, "migrate-set-capabilities": {"capabilities": []},
-        "calc-dirty-rate": {"calc-time": 1},
+        "calc-dirty-rate": {"calc-time": 1}, "migrate-continue": {"state": "active"},
     }  # fmt: skip
     for command in listed:
         arguments = needed.get(command, {})
@@ -240,6 +243,22 @@ def test_postcopy_commands_are_passed_on():
     assert talk._migration.asked == [
         ("start-postcopy",), ("pause",), ("recover", None), ("recover", "tcp://b:4444"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "desc"), [
+    ({}, "Parameter 'state' is missing"),
+    ({"state": "asleep"}, "Parameter 'state' does not accept value 'asleep'"),
+    ({"state": ["active"]}, "Parameter 'state' does not accept value '['active']'"),
+    ({"state": "pre-switchover"}, "Migration not in expected state: active"),
+])  # fmt: skip
+def test_continue_names_the_state_that_the_migration_is_in(arguments, desc):
+    """QEMU's words for all others; then the migration never hears of it."""
+    talk = conversation()
+    answer = say(talk, execute="migrate-continue", arguments=arguments)
+    assert answer["error"] == {"class": "GenericError", "desc": desc}
+    assert talk._migration.asked == []
+    assert say(talk, execute="migrate-continue", arguments={"state": "active"}) == {"return": {}}
+    assert talk._migration.asked == [("continue",)]
 
 
 @pytest.mark.parametrize("command", ["migrate-start-postcopy", "migrate-pause", "migrate-recover"])

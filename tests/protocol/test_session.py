@@ -46,6 +46,7 @@ from pageferry.transport.messages import (
     Serving,
     StateLoaded,
     StatePart,
+    SwitchoverAck,
     Welcome,
     decode,
     encode,
@@ -68,6 +69,7 @@ EXAMPLES = {
     Contents: Contents(0, [1], [1], b"x" * 16),
     Held: Held(b"\x80"),
     StatePart: StatePart(b"part"),
+    SwitchoverAck: SwitchoverAck(),
     DeviceState: DeviceState("demo", b"state"),
     StateLoaded: StateLoaded(),
     Run: Run(),
@@ -100,6 +102,9 @@ CONVERSATION = {
     (Phase.MOVING, S, DigestRequest): Phase.DIGESTING,
     (Phase.DIGESTING, D, Digests): Phase.MOVING,
     (Phase.MOVING, S, StatePart): Phase.MOVING,
+    (Phase.MOVING, D, SwitchoverAck): Phase.MOVING,
+    (Phase.DISCARDING, D, SwitchoverAck): Phase.DISCARDING,
+    (Phase.COMPARING, D, SwitchoverAck): Phase.COMPARING,
     (Phase.MOVING, S, DeviceState): Phase.LOADING,
     (Phase.LOADING, D, StateLoaded): Phase.LOADED,
     (Phase.LOADED, S, Run): Phase.STARTING,
@@ -203,7 +208,8 @@ def converse(*conversation):
 def test_a_whole_migration():
     """From Hello to Running with every message that may come between."""
     source, destination = converse(
-        (S, Hello), (D, Ping), (D, Welcome), (S, Ping), (S, Discard), (D, Discarded), (S, Round),
+        (S, Hello), (D, Ping), (D, Welcome), (S, Ping), (S, Discard), (D, SwitchoverAck),
+        (D, Discarded), (S, Round),
         (D, Ping), (S, Round), (S, DigestRequest), (D, Digests), (S, DeviceState), (D, StateLoaded),
         (S, Run), (D, Running),
     )  # fmt: skip

@@ -12,6 +12,10 @@ ALLOWED = {
     ("setup", "failed"),
     ("setup", "cancelling"),
     ("active", "device"),
+    ("active", "pre-switchover"),
+    ("pre-switchover", "device"),
+    ("pre-switchover", "failed"),
+    ("pre-switchover", "cancelling"),
     ("active", "failed"),
     ("active", "cancelling"),
     ("device", "completed"),
@@ -55,8 +59,8 @@ def test_the_final_states_are_those_with_nothing_behind_them():
 def test_names_are_qemus():
     """A QMP client compares them with MigrationStatus."""
     assert [status.value for status in Status] == [
-        "none", "setup", "active", "device", "postcopy-active", "postcopy-paused",
-        "postcopy-recover", "cancelling", "completed", "failed", "cancelled",
+        "none", "setup", "active", "pre-switchover", "device", "postcopy-active",
+        "postcopy-paused", "postcopy-recover", "cancelling", "completed", "failed", "cancelled",
     ]  # fmt: skip
 
 

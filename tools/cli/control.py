@@ -1,5 +1,5 @@
-"""`pageferry status | set | cancel | yank | start-postcopy | pause | recover MONITOR`: talks QMP
-to a running migration."""
+"""`pageferry status | set | cancel | yank | start-postcopy | continue | pause | recover MONITOR`:
+talks QMP to a running migration."""
 
 from __future__ import annotations
 
@@ -88,6 +88,13 @@ def start_postcopy_command(monitor: str) -> None:
     The migration at MONITOR must have been started with --postcopy.
     """
     asyncio.run(_ask(monitor, "migrate-start-postcopy"))
+
+
+@click.command("continue")
+@click.argument("monitor")
+def continue_command(monitor: str) -> None:
+    """Let the migration at MONITOR switch over that waits for it (--pause-before-switchover)."""
+    asyncio.run(_ask(monitor, "migrate-continue", {"state": "pre-switchover"}))
 
 
 @click.command("pause")

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "cancel": ("control", False, "Cancel a running migration."),
     "yank": ("control", False, "Cut a running migration that hangs."),
     "start-postcopy": ("control", False, "Start the guest at its destination now."),
+    "continue": ("control", False, "Let a migration switch over that waits for it."),
     "pause": ("control", False, "Drop the connection of a postcopy, to recover it later."),
     "recover": ("control", False, "Connect a paused postcopy again."),
     "relay": ("relay", True, "Connect a stream to a receiver that is here."),

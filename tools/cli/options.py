@@ -26,7 +26,16 @@ trace_option = click.option("--trace", metavar="FILE", help="Write what every pr
 
 def migration_options(function: F) -> F:
     """What copy and send take."""
-    return memory_options(page_options(output_options(function)))
+    return memory_options(switchover_options(page_options(output_options(function))))
+
+
+def switchover_options(function: F) -> F:
+    """What a migration that somebody looks after takes."""
+    pause = click.option("--pause-before-switchover", is_flag=True, help="Wait, with the guest "
+                         "stopped, until `pageferry continue` says so.")  # fmt: skip
+    release = click.option("--release-ram", is_flag=True, help="With --postcopy: give memory back "
+                           "here as it arrives there.")  # fmt: skip
+    return pause(release(function))
 
 
 def page_options(function: F) -> F:
@@ -197,6 +206,8 @@ def parameters(options: dict[str, Any]) -> Parameters:
         batch_pages=integer("batch-pages", options["batch_pages"]) or 0,
         verify=options["verify"],
         quit_source=options["quit_source"],
+        pause_before_switchover=options.get("pause_before_switchover", False),
+        release_ram=options.get("release_ram", False),
         postcopy=options["postcopy"],
         preempt=not options["no_preempt"],
         postcopy_link=options["postcopy_link"],

@@ -10,6 +10,7 @@ import click
 
 from ...pipeline import api
 from ...pipeline.destination import Destination
+from ...pipeline.hooks import BeforeSwitchover, command
 from ...pipeline.reception import Reception
 from ...transport.errors import PageferryError, UsageError
 from ...transport.links import Endpoint
@@ -36,6 +37,10 @@ from .view import View
               "instead of --into.")  # fmt: skip
 @click.option("--at-once", metavar="N", default="4", show_default=True, help="How many images may "
               "arrive at a time, with --into image:DIR/.")  # fmt: skip
+@click.option("--no-validate-uuid", is_flag=True, help="Take a VM into a QEMU that was started "
+              "with another -uuid.")  # fmt: skip
+@click.option("--before-switchover", metavar="COMMAND", help="Run it for each guest that arrives; "
+              "the source does not stop its guest before it has succeeded.")  # fmt: skip
 @click.option("--once", is_flag=True, help="End after one migration, with its exit code.")
 @listening_options
 @user_option
@@ -47,6 +52,8 @@ def receive_command(
     into: str | None,
     qemu_command: str | None,
     at_once: str,
+    no_validate_uuid: bool,
+    before_switchover: str | None,
     once: bool,
     **options: Any,
 ) -> None:
@@ -66,16 +73,18 @@ def receive_command(
     guest = None if into is None else parse_guest(into)
     expected = "demo" if guest is not None and guest.kind == "demo" else None
     as_json, quiet = options["as_json"], options["quiet"]
+    hook = None if before_switchover is None else command(before_switchover)
     as_user(options["user"])
     if guest is not None and is_directory(guest) and not once:
-        _receive_many(endpoint, guest, integer("at-once", at_once) or 0, options)
+        _receive_many(endpoint, guest, integer("at-once", at_once) or 0, hook, options)
         return
 
     async def start(view: View, interrupts: Interrupts) -> None:
         destination = Destination(
-            endpoint, api.opener(guest, qemu_command), expected, view, keys=options["keys"],
-            insecure=options["insecure"],
+            endpoint, api.opener(guest, qemu_command, validate_uuid=not no_validate_uuid),
+            expected, view, keys=options["keys"], insecure=options["insecure"],
         )  # fmt: skip
+        destination.before_switchover = hook
         try:
             if once:
                 interrupts.attach(_OneArrival(destination, interrupts))
@@ -108,7 +117,11 @@ def receive_command(
 
 
 def _receive_many(
-    endpoint: Endpoint, into: GuestUri, at_once: int, options: dict[str, Any]
+    endpoint: Endpoint,
+    into: GuestUri,
+    at_once: int,
+    hook: BeforeSwitchover | None,
+    options: dict[str, Any],
 ) -> None:
     """Into a directory: a line for each image that ended."""
     if at_once < 1:
@@ -131,6 +144,7 @@ def _receive_many(
             endpoint, api.opener(into), ended, at_once=at_once, keys=options["keys"],
             insecure=options["insecure"],
         )  # fmt: skip
+        destination.before_switchover = hook
         try:
             async with received(options, destination, into, view, many=True):
                 _say_listening(destination, view, as_json)

@@ -24,6 +24,8 @@ def phase_of(report: dict[str, Any]) -> str:
             return "setting up"
         case "active":
             return f"round {max(1, report['ram']['dirty-sync-count'])}"
+        case "pre-switchover":
+            return "waiting"
         case "device":
             return "switchover"
         case "postcopy-active":
@@ -45,6 +47,12 @@ def phase_line(report: dict[str, Any]) -> str:
         if "paused-because" in report:
             parts.append(str(report["paused-because"]))
         parts.append("`pageferry recover` goes on")
+    elif report["status"] == "pre-switchover":
+        waited = format_seconds(report.get("pre-switchover-time", 0) / 1000)
+        parts.append(f"everything but the last is there, for {waited}")
+        parts.append("`pageferry continue` switches over")
+    elif report.get("waiting-for") == "switchover-ack":
+        parts.append("the destination is not ready yet: the guest runs on here")
     elif report["status"] in ("active", "device", "postcopy-active"):
         parts.append(f"{format_bytes(ram['remaining'])} left of {format_bytes(ram['total'])}")
         parts.append(format_rate(progress.get("rate", 0)))
@@ -215,6 +223,9 @@ def _times(report: dict[str, Any]) -> str:
         text += f", downtime {format_seconds(report['downtime'] / 1000)}"
         if "downtime-limit" in report:  # only the source knows it
             text += f" (limit {format_seconds(report['downtime-limit'] / 1000)})"
+    if report.get("pre-switchover-time"):
+        waited = format_seconds(report["pre-switchover-time"] / 1000)
+        text += f", {waited} of it waiting for `continue`"
     return text
 
 

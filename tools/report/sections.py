@@ -23,6 +23,7 @@ _MOST_COLUMNS = 40
 _PHASES = {
     "setup": ("setup", "setup"),
     "active": ("precopy", "active"),
+    "pre-switchover": ("waiting for `pageferry continue`", "paused"),
     "device": ("switchover", "device"),
     "postcopy-active": ("postcopy", "postcopy"),
     "postcopy-paused": ("paused", "paused"),

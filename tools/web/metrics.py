@@ -25,8 +25,8 @@ from ..report.record import Record
 from ..report.sections import mapping
 
 STATES = (
-    "none", "setup", "active", "device", "postcopy-active", "postcopy-paused", "postcopy-recover",
-    "cancelling", "completed", "failed", "cancelled",
+    "none", "setup", "active", "pre-switchover", "device", "postcopy-active", "postcopy-paused",
+    "postcopy-recover", "cancelling", "completed", "failed", "cancelled",
 )  # fmt: skip
 ITEM_STATES = ("pending", "running", "waiting", "completed", "failed")
 _MS = 1000.0

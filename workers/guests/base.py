@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
 from typing import Any
 
-from ...transport.messages import Block, Hello
+from ...transport.messages import Block, Hello, SharedBlock
 from ...transport.pages import PAGE_SIZE, Bytes8, Pages, Runs
 from ..kernel.huge import may_be_huge
 from ..kernel.userfaultfd import unregister, wake
@@ -116,6 +116,13 @@ class SourceGuest(ABC):
     can_throttle: bool = False
     running: bool = False
     image_size: int = 0
+    # Its memory is its alone, and can be given back once it runs elsewhere; some of it was.
+    can_release: bool = False
+    released: bool = False
+    # Its own, if it has one; a destination of another is not meant.
+    uuid: str = ""
+    # Blocks that are not in `blocks`, because the destination has them in the same file.
+    shared: Sequence[SharedBlock] = ()
     # What a destination must know beyond the usual (transport/messages.py).
     capabilities: tuple[str, ...] = ()
     # Whose memory it is, if that is another process: it is read, and stopped, until the end.
@@ -206,6 +213,7 @@ class DestinationGuest(ABC):
     compares = False  # `held` finds pages that it has elsewhere
     # Its `load_state` takes sections that nobody knows here, too: it keeps them, and loads none.
     keeps_sections = False
+    validate_uuid = True  # whether one that has a uuid takes only the guest of that
     # Its memory, armed before anything can touch it; only if hello.capabilities has POSTCOPY.
     memory: ArmedMemory | None = None
 

@@ -230,6 +230,7 @@ class DemoSource(SourceGuest):
     running = True
     can_stop = True
     can_throttle = True
+    can_release = True
 
     def __init__(self, uri: GuestUri) -> None:
         registers = _registers(uri)

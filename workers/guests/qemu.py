@@ -34,6 +34,7 @@ from ...transport.messages import POSTCOPY, Hello
 from ...transport.pages import PAGE_SIZE, Runs
 from ..kernel import remote
 from ..kernel.huge import may_be_huge
+from ..kernel.libc import TMPFS, file_system
 from ..kernel.userfaultfd import register_missing
 from ..ram import RamBlock
 from .base import (
@@ -51,8 +52,10 @@ from .qemu_memory import (
     VmTracker,
     backends,
     check_devices,
+    check_shared,
     check_whole,
     layout,
+    shared_blocks,
     specs_of,
 )
 from .qmp import Monitor, Pending
@@ -74,6 +77,7 @@ _CONT_SECONDS = 10.0
 _CONT_AWHILE = 1.0
 _GO_ON_SECONDS, _RETRY_SECONDS = 10.0, 0.1
 _IGNORE_SHARED = "x-ignore-shared"
+_NO_UUID = "00000000-0000-0000-0000-000000000000"  # of a QEMU without -uuid
 # Disks are opened for writing with `cont`, not when all is loaded: the source may still go on.
 _LATE_BLOCK = "late-block-activate"
 # QEMU's own limit must not slow its state down.
@@ -187,10 +191,15 @@ class QemuSource(SourceGuest):
         self._migrating = False  # QEMU may be carrying out our `migrate`
         try:
             self._check()
-            self._found = backends(self._monitor)
+            self.uuid = _uuid_of(self._monitor)
+            ignored = uri.names("ignore-shared")
+            self._found = backends(self._monitor, ignored)
+            self.shared = shared_blocks(self._monitor, ignored)
             self._layout = layout(self._monitor)
             specs = specs_of(self._found)
             self.blocks = [RamBlock(s, b.file, 0) for s, b in zip(specs, self._found, strict=True)]
+            # another file may be somebody's image
+            self.can_release = all(file_system(b.file.fd) == TMPFS for b in self._found)
             self._track(how)
         except BaseException:
             self.close()
@@ -397,6 +406,8 @@ class QemuSource(SourceGuest):
             return {"source-vm": "ended"}
         if not self._stopped:
             return {}
+        if self.released:
+            return {"source-vm": "paused, and its memory was given back: `quit` it"}
         return {"source-vm": "paused; `cont` on its monitor would let it run a second time"}
 
     def close(self) -> None:
@@ -410,6 +421,12 @@ class QemuSource(SourceGuest):
         for block in self._found:
             block.file.close()
         self._monitor.close()
+
+
+def _uuid_of(monitor: Monitor) -> str:
+    """The VM's, "" if it was given none."""
+    found = str(monitor("query-uuid")["UUID"]).lower()
+    return "" if found == _NO_UUID else found
 
 
 def _read_all(fd: int, patience: Patience) -> bytes:
@@ -443,6 +460,7 @@ class QemuDestination(DestinationGuest):
 
     def __init__(self, uri: GuestUri) -> None:
         self._path = uri.rest
+        self._ignored = uri.names("ignore-shared")
         self._monitor: Monitor | None = None
         self._patience = Patience()
         self._found: list[Backend] = []
@@ -459,8 +477,10 @@ class QemuDestination(DestinationGuest):
         try:
             self._monitor = Monitor(self._path, self._patience)
             self._check()
+            self._compare_uuids(hello.guest_uuid)
             check_devices(self._monitor)
-            self._found = backends(self._monitor)
+            self._found = backends(self._monitor, self._ignored)
+            check_shared(shared_blocks(self._monitor, self._ignored), hello.shared)
         except SourceError as e:
             raise DestinationError(e.message) from e
         ours = {backend.name: backend for backend in self._found}
@@ -481,6 +501,18 @@ class QemuDestination(DestinationGuest):
         if POSTCOPY in hello.capabilities:
             self._arm([ours[spec.name] for spec in hello.blocks])
         self.fresh = [not len(block.data_runs()[0]) for block in self.blocks]
+
+    def _compare_uuids(self, theirs: str) -> None:
+        """The guest's, and that which this QEMU was started with, where both have one. QEMU does so
+        itself in a migration of its own (validate-uuid, migration/savevm.c)."""
+        assert self._monitor is not None
+        ours = _uuid_of(self._monitor)
+        if self.validate_uuid and ours and theirs and ours != theirs:
+            raise PeerRefused(
+                f"UUID received is {theirs} and local is {ours}: start the QEMU here with -uuid "
+                f"{theirs}, or receive with --no-validate-uuid",
+                field="guest-uuid",
+            )
 
     def _clear_what_was_left(self) -> None:
         """A pageferry that was killed before the guest ran here left QEMU a userfaultfd: with that

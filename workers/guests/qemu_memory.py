@@ -10,12 +10,13 @@ import contextlib
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...transport.errors import HostLacks, SourceError
-from ...transport.messages import Block
+from ...transport.errors import HostLacks, PeerRefused, SourceError
+from ...transport.messages import Block, SharedBlock
 from ...transport.pages import PAGE_SIZE, Bytes8, Runs, mark, runs_of
 from ..kernel.huge import may_be_huge, reports_what_is_gone
 from ..kernel.libc import FUSE, file_system, lock_file
@@ -53,8 +54,9 @@ class Backend:
     file: RamFile
 
 
-def backends(monitor: Monitor) -> list[Backend]:
-    """The VM's RAM, in the order of names. SourceError unless all of it is shared memory."""
+def backends(monitor: Monitor, ignored: frozenset[str] = frozenset()) -> list[Backend]:
+    """The VM's RAM, in the order of names, but for what is `ignored`. SourceError unless all of it
+    is shared memory."""
     found = monitor("query-memdev")
     private = [memdev["id"] for memdev in found if not memdev.get("share")]
     if private:
@@ -69,17 +71,80 @@ def backends(monitor: Monitor) -> list[Backend]:
             f"{wanted >> 20} MiB of RAM are not in a shared memory backend: start the VM "
             f"with {_HOW}"
         )
-    _check_page_sizes(monitor, {str(memdev["id"]) for memdev in found})
+    check_ignored({str(memdev["id"]) for memdev in found}, ignored)
+    _check_page_sizes(monitor, {str(memdev["id"]) for memdev in found} - ignored)
     made: list[Backend] = []
     try:
         for memdev in sorted(found, key=lambda memdev: str(memdev["id"])):
             name, size = str(memdev["id"]), int(memdev["size"])
+            if name in ignored:
+                continue
             made.append(Backend(name, size, _open(monitor, name, size)))
     except BaseException:
         for backend in made:
             backend.file.close()
         raise
     return made
+
+
+def check_ignored(names: set[str], ignored: frozenset[str]) -> None:
+    """SourceError for a name that no memory has, or if nothing is left to be moved."""
+    if unknown := sorted(ignored - names):
+        raise SourceError(f"ignore-shared: the VM has no memory {', '.join(unknown)}")
+    if ignored and ignored >= names:
+        raise SourceError(
+            "ignore-shared: no memory is left to be moved; QEMU's own migration with "
+            "x-ignore-shared moves the devices alone"
+        )
+
+
+def shared_blocks(monitor: Monitor, ignored: frozenset[str]) -> list[SharedBlock]:
+    """What both ends have in one file: nobody here reads, locks, tracks, clears or arms it.
+
+    SourceError if a QEMU would throw it away when it ends, and with it the other one's.
+    """
+    host, found = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), []
+    for memdev in sorted(monitor("query-memdev"), key=lambda memdev: str(memdev["id"])):
+        name, size = str(memdev["id"]), int(memdev["size"])
+        if name not in ignored:
+            continue
+        if _discards(monitor, name):
+            raise SourceError(
+                f"memory {name} has discard-data=on: QEMU would throw it away as it ends, and with "
+                f"it that of the other end"
+            )
+        try:
+            status = os.stat(_path(monitor, name, size))
+        except OSError as e:
+            raise SourceError(f"cannot find the file of memory {name}: {e.strerror}") from e
+        if (status.st_dev, status.st_ino) not in {m.file for m in mappings(f"/proc/{monitor.pid}")}:
+            raise SourceError(
+                f"the file of memory {name} is not the one that process {monitor.pid} uses: it was "
+                f"replaced"
+            )
+        found.append(SharedBlock(name, size, host, status.st_dev, status.st_ino))
+    return found
+
+
+def check_shared(ours: list[SharedBlock], theirs: list[SharedBlock]) -> None:
+    """PeerRefused unless both ends leave the same memories out; on one host: the same files."""
+    names = [", ".join(sorted(b.name for b in blocks)) or "none" for blocks in (ours, theirs)]
+    if names[0] != names[1]:
+        raise PeerRefused(
+            f"the source leaves out memory {names[1]}, and this end {names[0]}: write the same "
+            f"?ignore-shared=… at both ends",
+            field="shared",
+        )
+    known = {block.name: block for block in ours}
+    for block in theirs:
+        here = known[block.name]
+        same = (here.device, here.inode) == (block.device, block.inode)
+        if here.size != block.size or (here.host == block.host and not same):
+            raise PeerRefused(
+                f"memory {block.name} is another file here than at the source, so that it has to "
+                f"travel: leave it out of ?ignore-shared=… at both ends",
+                field=f"shared block {block.name!r}",
+            )
 
 
 def _check_page_sizes(monitor: Monitor, names: set[str]) -> None:
@@ -337,20 +402,22 @@ def check_whole(pid: int) -> None:
         )
 
 
+def _discards(monitor: Monitor, name: str) -> bool:
+    """Whether a QEMU that ends throws this memory away."""
+    path = f"/objects/{name}"
+    properties = {row["name"] for row in monitor("qom-list", path=path)}
+    return "discard-data" in properties and bool(
+        monitor("qom-get", path=path, property="discard-data")
+    )
+
+
 class Discarding:
     """discard-data=on makes a QEMU that ends throw its memory away; while that is still being sent,
     it must not."""
 
     def __init__(self, monitor: Monitor, found: list[Backend]) -> None:
         self._monitor = monitor
-        self._paths = []
-        for backend in found:
-            path = f"/objects/{backend.name}"
-            properties = {row["name"] for row in monitor("qom-list", path=path)}
-            if "discard-data" in properties and monitor(
-                "qom-get", path=path, property="discard-data"
-            ):
-                self._paths.append(path)
+        self._paths = [f"/objects/{b.name}" for b in found if _discards(monitor, b.name)]
 
     def set(self, on: bool) -> None:
         for path in self._paths:

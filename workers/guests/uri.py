@@ -6,8 +6,9 @@ shm:NAME                  the same, by its POSIX shared-memory name
 pid:PID[?mapping=PATH&tracking=HOW]
                           the shared memory of a process, unmodified: PATH as in /proc/PID/maps; HOW
                           its writes are found: pagemap-scan, content-hash
-qemu:QMP_SOCKET[?tracking=HOW]
-                          a VM of a running QEMU, by its monitor's socket; HOW as above
+qemu:QMP_SOCKET[?tracking=HOW&ignore-shared=NAME,NAME]
+                          a VM of a running QEMU, by its monitor's socket; HOW as above; NAMEs of
+                          its memories that both ends have in the same file, and that do not travel
 ram:, shm:, pid:, qemu: …throttle=HOW
                           how the process is slowed down: cgroup, signal; else by what can be
 demo:[?size=&rate=&content=&access=&vcpus=&changes=&hugepages=&paused=]   the bundled guest
@@ -25,7 +26,7 @@ _OPTIONS: dict[str, set[str]] = {
     "ram": {"pid", "throttle"},
     "shm": {"pid", "throttle"},
     "pid": {"mapping", "tracking", "throttle"},
-    "qemu": {"tracking", "throttle"},
+    "qemu": {"tracking", "throttle", "ignore-shared"},
     "demo": {
         "size",
         "rate",
@@ -62,6 +63,10 @@ class GuestUri:
         if not (text.isdecimal() and len(text) < 20):
             raise UsageError(f"{self}: {name} must be a whole number, not {text!r}")
         return int(text)
+
+    def names(self, name: str) -> frozenset[str]:
+        """An option that is a list of names."""
+        return frozenset(part for part in self.options.get(name, "").split(",") if part)
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         """An option that is one of `choices`, or "" if it is not there."""

@@ -1,0 +1,121 @@
+"""Memory that is given back at the source: only what is CLEAN, only whole host pages, and never
+what a recovery would send again."""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pageferry.transport.messages import Block
+from pageferry.transport.pages import runs_of
+from pageferry.workers.page_table import CLEAN, DIRTY, IN_FLIGHT, PageTable
+from pageferry.workers.ram import RamBlock, RamFile
+from pageferry.workers.release import Release
+
+examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+PAGE = 4096
+
+
+class Memory:
+    """Two blocks in one file, all of it there, and their page table."""
+
+    def __init__(self, pages, host=1):
+        self.file = RamFile(os.memfd_create("release"), "release")
+        os.pwrite(self.file.fd, b"\x11" * (2 * pages * PAGE), 0)
+        spec = [Block(name, pages * PAGE, host * PAGE) for name in ("a", "b")]
+        self.blocks = [RamBlock(s, self.file, i * pages * PAGE) for i, s in enumerate(spec)]
+        self.table = PageTable([pages, pages])
+        for i in range(2):
+            self.table.mark_dirty(i, runs_of(np.arange(pages)))
+        self.release = Release(self.blocks, self.table)
+
+    def there(self, block):
+        """Whether each page of a block is still there."""
+        found = np.zeros(self.blocks[block].pages, bool)
+        starts, counts = self.blocks[block].data_runs()
+        for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
+            found[start : start + count] = True
+        return found.tolist()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *rest):
+        self.table.close()
+        self.file.close()
+
+
+states = st.sampled_from([CLEAN, CLEAN, DIRTY, IN_FLIGHT])
+
+
+@given(st.lists(states, min_size=8, max_size=8), st.lists(states, min_size=8, max_size=8))
+@examples
+def test_what_is_clean_goes_and_nothing_else(first, later):
+    """In both blocks; what becomes CLEAN later goes later, and what is gone is not looked for."""
+    with Memory(8) as memory:
+        memory.table.view(0)[:] = first
+        assert memory.release.some(1.0) == (CLEAN in first)
+        assert memory.there(0) == [state != CLEAN for state in first]
+        assert memory.there(1) == [True] * 8
+        assert not memory.release.some(1.0)
+        after = [CLEAN if a == CLEAN else b for a, b in zip(first, later, strict=True)]
+        memory.table.view(0)[:] = after
+        memory.table.view(1)[3] = CLEAN
+        assert memory.release.some(1.0)
+        assert memory.there(0) == [state != CLEAN for state in after]
+        assert memory.there(1) == [True] * 3 + [False] + [True] * 4
+        assert memory.release.pages == after.count(CLEAN) + 1
+        assert memory.release.lacking() == 0
+
+
+def test_a_host_page_goes_as_a_whole():
+    """A receiver acknowledges parts that it has put by, and would lose them if it were killed."""
+    with Memory(12, host=4) as memory:
+        memory.table.view(0)[:] = [
+            *[CLEAN] * 3,
+            IN_FLIGHT,
+            *[CLEAN] * 4,
+            *[CLEAN] * 2,
+            *[DIRTY] * 2,
+        ]
+        assert memory.release.some(1.0)
+        assert memory.there(0) == [True] * 4 + [False] * 4 + [True] * 4
+        memory.table.view(0)[3] = CLEAN
+        assert memory.release.some(1.0)
+        assert memory.there(0) == [False] * 8 + [True] * 4
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_destination_that_lacks_what_it_had_acknowledged(kept):
+    """It is counted; one that keeps its word lacks nothing, whatever else it lacks."""
+    with Memory(8) as memory:
+        memory.table.view(0)[2:6] = CLEAN
+        memory.release.some(1.0)
+        received = np.array([0, 0, 1, 1, 1, kept, 0, 1], np.uint8)
+        memory.table.resume(0, received)
+        assert memory.release.lacking() == (0 if kept else 1)
+
+
+def test_in_little_time_something_is_done_and_the_rest_later():
+    """It looks at the clock between pieces; each call goes on where the last one was."""
+    with Memory(3 << 12) as memory:
+        for i in range(2):
+            memory.table.view(i)[:] = CLEAN
+        steps = 0
+        while memory.release.some(0.0):
+            steps += 1
+            assert memory.release.pages <= steps << 12
+        assert memory.release.pages == 6 << 12 and steps == 6
+        assert os.fstat(memory.file.fd).st_blocks == 0
+
+
+def test_when_all_has_arrived_all_goes():
+    """Whatever the page table says: it may be older than the destination's word."""
+    with Memory(8) as memory:
+        memory.table.view(0)[1] = CLEAN
+        memory.release.everything()
+        assert os.fstat(memory.file.fd).st_blocks == 0
+        assert os.fstat(memory.file.fd).st_size == 16 * PAGE
+        assert memory.release.pages == 16
