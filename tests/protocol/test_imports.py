@@ -21,6 +21,8 @@ SANS_IO = {
     "transport/curve.py",
     "transport/strangers.py",
     "transport/codecs/choice.py",
+    *(f"transport/vmstate/{name}.py" for name in ("coding", "description", "kinds", "layout")),
+    *(f"transport/vmstate/{name}.py" for name in ("reading", "stream", "__init__")),
     *(f"pipeline/{name}.py" for name in ("migration", "state", "convergence", "partition")),
     *(f"pipeline/{name}.py" for name in ("agreement", "pacing", "parameters", "__init__")),
     *(f"pipeline/{name}.py" for name in ("planner", "families", "narration", "trace_events")),
