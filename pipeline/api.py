@@ -5,7 +5,8 @@
 
 SOURCE and DESTINATION are the URIs of the command line; a destination may also be the address
 (tcp://, ipc://) of a `pageferry receive` elsewhere. Keyword arguments are the fields of
-`Parameters`. Errors are the tree in pageferry.transport.errors.
+`Parameters`; `state` and `state_there` are sections that travel beside memory (transport/vmstate/,
+docs/device-state.md). Errors are the tree in pageferry.transport.errors.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import asyncio
 import contextlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
 from ..transport.errors import PageferryError, PeerLost, PeerRefused, UsageError
 from ..transport.links import Endpoint, parse_endpoint
 from ..transport.messages import Hello
+from ..transport.vmstate import Section
 from ..workers.content import ContentIndex
 from ..workers.forking import warm_up
 from ..workers.guests import (
@@ -37,6 +39,7 @@ from ..workers.reserve import Reserve
 from .blocking import Blocking, to_its_end
 from .callbacks import tell
 from .destination import Destination
+from .device_state import check_sections
 from .monitor import Monitor, serve_monitor
 from .parameters import Parameters
 from .reception import Reception
@@ -68,13 +71,17 @@ async def send(
     reserve: Reserve | None = None,
     receiver_cpu: Callable[[], float | None] = lambda: None,
     on_attached: Callable[[SourceGuest], None] | None = None,
+    state: Sequence[Section] = (),
 ) -> dict[str, Any]:
     """Migrate `source` to the receiver at `endpoint`. Returns the report, raises the error. `name`:
     what it is to be called in a receiver's directory; by default as its file here. `reserve`: where
     worker processes come from, if they are not to be its own. `receiver_cpu`: processor seconds of
     the receivers, where that is known. `on_attached`: called when the guest is open, and before
-    anything is started for it: here root can be given up."""
+    anything is started for it: here root can be given up. `state`: sections that are saved when the
+    guest stands still, and travel beside its memory; the receiver must know them
+    (`Destination.sections`)."""
     parameters = parameters.checked()
+    check_sections(state)
     if on_attached is None:
         warm_up()
     opening = Blocking()
@@ -92,7 +99,7 @@ async def send(
             guest, endpoint, parameters, on_progress, identity=identity,
             name=name or _name_of(source), reserve=reserve,
         )  # fmt: skip
-        migration.receiver_cpu = receiver_cpu
+        migration.receiver_cpu, migration.sections = receiver_cpu, tuple(state)
         async with AsyncExitStack() as stack:
             await _attach_monitor(stack, monitor, migration)
             if on_started is not None:
@@ -216,9 +223,12 @@ async def copy(
     name: str = "",
     reserve: Reserve | None = None,
     index: ContentIndex | None = None,
+    state: Sequence[Section] = (),
+    state_there: Sequence[Section] = (),
 ) -> dict[str, Any]:
-    """Both ends on this host, each with its own coordinator and workers, over ipc. `reserve`: as in
-    `send`; `index`: of what has come here before, if there was something.
+    """Both ends on this host, each with its own coordinator and workers, over ipc. `reserve`,
+    `state`: as in `send`; `index`: of what has come here before, if there was something;
+    `state_there`: sections that `state` is loaded into.
 
     The sockets are in the abstract namespace: a crash leaves no file. Anybody on this host
     could connect to one, so the destination listens to nobody but our own source.
@@ -232,6 +242,8 @@ async def copy(
         endpoint, opener(destination, index=index), only=identity, reserve=reserve
     )
 
+    listening.sections = tuple(state_there)
+
     def receiver_cpu() -> float | None:
         return listening.arrival.receiver_cpu() if listening.arrival is not None else None
 
@@ -241,7 +253,7 @@ async def copy(
             report = await send(
                 source, endpoint, parameters, on_progress=on_progress, on_started=on_started,
                 monitor=monitor, identity=identity, name=name, reserve=reserve,
-                receiver_cpu=receiver_cpu,
+                receiver_cpu=receiver_cpu, state=state,
             )  # fmt: skip
             return _merge(report, await arriving)
         except BaseException:
@@ -340,11 +352,13 @@ async def migrate_async(
     monitor: str | None = None,
     trace: str | None = None,
     profile: str | None = None,
+    state: Sequence[Section] = (),
+    state_there: Sequence[Section] = (),
     **parameters: Any,
 ) -> dict[str, Any]:
     """Migrate `source` to `destination`; returns the report (query-migrate's names). `profile`: a
     name or a path (profiles.py); what `parameters` say comes before what it says. `trace`: the file
-    that trace events are written to.
+    that trace events are written to. `state`, and if both ends are here `state_there`: as in `copy`.
 
     `on_progress(report)` is called four times a second. Raises PageferryError's subclasses;
     an error's `data["report"]`, where it is there, has the figures up to then.
@@ -359,10 +373,12 @@ async def migrate_async(
     if destination.startswith(("tcp://", "ipc://")):
         there = parse_endpoint(destination)
         with recording(trace, where):
-            return await send(where, there, checked, **how)  # type: ignore[arg-type]
+            return await send(where, there, checked, state=state, **how)  # type: ignore[arg-type]
     into = parse_guest(destination)
     with recording(trace, where, into):
-        return await copy(where, into, checked, **how)  # type: ignore[arg-type]
+        return await copy(
+            where, into, checked, state=state, state_there=state_there, **how,  # type: ignore[arg-type]
+        )  # fmt: skip
 
 
 def migrate(source: str, destination: str, **parameters: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ from ..transport.links import NOBLOCK, Endpoint, Gate, bind, sender_key, unbind
 from ..transport.messages import DIRECT, MAX_WORKERS, PAGE_SUMS, POSTCOPY, READ_BACK, SAMPLE
 from ..transport.pages import PAGE_SIZE, Pages, Runs, total_pages
 from ..transport.session import Role
+from ..transport.vmstate import Section
 from ..workers import jobs, receiver
 from ..workers.checks import Checks
 from ..workers.content import (
@@ -62,9 +63,10 @@ from ..workers.pool import Pool, Worker
 from ..workers.reserve import Reserve
 from . import narration
 from .agreement import check_hello, check_key
-from .blocking import Blocking, kept_up, to_its_end
+from .blocking import Blocking, MayHang, kept_up, to_its_end
 from .callbacks import tell
 from .control import Control
+from .device_state import HOOK_SECONDS, Arrived, take
 from .faults import Faults
 from .journal import Journal
 from .security import LOOK_SECONDS, ChannelKeys, Peer, listening, same_peer
@@ -121,6 +123,8 @@ class Arrival:
         self._ready: asyncio.Queue[str] = asyncio.Queue()
         self._digests: asyncio.Queue[jobs.DigestDone | jobs.CheckDone] = asyncio.Queue()
         self._state = bytearray()  # parts of the device state that have come
+        self.sections: Sequence[Section] = ()  # of tools here, to be loaded
+        self._hooks = MayHang(HOOK_SECONDS)
         self._checks: Checks | None = None  # frames have sums of their pages
         self._checked = PAGE_SUMS not in hello.capabilities
         self._tasks: list[asyncio.Task[Any]] = []
@@ -459,12 +463,26 @@ class Arrival:
                     await self._install_from_now_on()
                 elif self._faults is not None:
                     await self._faults.finish()  # all is here, and soon nobody serves it
-                state = bytes(self._state) + message.state
-                self._state.clear()
-                await self._call(self.guest.load_state, message.kind, state, message.running)
+                came = await self._take_state(message)
+                await self._call(self.guest.load_state, message.kind, came.guest, came.running)
                 await self.control.say(messages.StateLoaded())
             case _:
                 raise RemoteProtocolError(f"unexpected {type(message).__name__}")
+
+    async def _take_state(self, message: messages.DeviceState) -> Arrived:
+        """What came of the guest. What tools here wait for is loaded: their hooks hold up nothing
+        but this migration."""
+        assert self.guest is not None
+        state, keeps_all = bytes(self._state) + message.state, self.guest.keeps_sections
+        self._state.clear()
+        try:
+            came = await self._hooks(take, state, message.kind, self.sections, keeps_all)
+        except TimeoutError as e:
+            raise DestinationError(
+                f"hooks of device state took more than {HOOK_SECONDS:.0f} s"
+            ) from e
+        self.statistics.extra["run-state"] = came.runstate
+        return came
 
     async def _start_guest(self) -> None:
         """Run the guest. It runs or it does not: nothing interrupts this."""
@@ -864,6 +882,8 @@ class Destination:
         self.on_event = on_event or (lambda name, data: None)
         # told of each before it begins
         self.on_arrival: Callable[[Arrival], None] | None = None
+        # What tools here wait for, loaded by each that arrives (device_state.py).
+        self.sections: Sequence[Section] = ()
         self.arrival: Arrival | None = None
         self._last: dict[str, Any] = {"status": Status.NONE.value}
         # the last postcopy that is whole: its source may not have heard of it
@@ -1022,6 +1042,7 @@ class Destination:
             self._progress, self._event, self._reserve, peer,
         )  # fmt: skip
         if not arrival.trial:  # nothing arrives, and nothing is told of its end
+            arrival.sections = self.sections
             tell(self.on_arrival, arrival)
         return arrival
 

@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from ..transport.handshake import refusal
 from ..transport.links import TOKEN_BYTES, Endpoint, connect, parse_endpoint
 from ..transport.pages import PAGE_SIZE, Bytes8, Pages, Runs, complement, runs_of, total_pages
 from ..transport.session import Phase, Role
+from ..transport.vmstate import Section
 from ..workers import jobs, sender
 from ..workers.bandwidth import Bandwidth
 from ..workers.checks import pack_chunks
@@ -55,11 +56,12 @@ from ..workers.segments import Segment
 from . import migration as core
 from . import narration
 from .background import Background
-from .blocking import Blocking, to_its_end
+from .blocking import Blocking, MayHang, to_its_end
 from .callbacks import tell
 from .control import Control, find
 from .convergence import Convergence
 from .crew import Crew, extents
+from .device_state import HOOK_SECONDS, compose, run_state
 from .goals import Seeker
 from .journal import Journal
 from .parameters import NEVER, Parameters, changed
@@ -137,6 +139,9 @@ class Source:
         # Awaited once before the guest is stopped, which may be some rounds later if that takes
         # long; if it raises, the guest goes on here. Set before run().
         self.before_stop: Callable[[], Awaitable[None]] | None = None
+        # What tools send beside memory (device_state.py). Set before run().
+        self.sections: Sequence[Section] = ()
+        self._hooks = MayHang(HOOK_SECONDS)
         self._events: asyncio.Queue[core.Event] = asyncio.Queue()
         self._tasks: list[asyncio.Task[Any]] = []
         self._table: PageTable | None = None
@@ -414,13 +419,23 @@ class Source:
             case core.Verify():
                 event = await self._verify()
             case core.SendState():
-                state = await self._call(self.guest.save_state)
-                await self._send_state(state, instruction.postcopy)
+                await self._send_state(await self._save_state(), instruction.postcopy)
                 self.guest.check()  # the last look: next is Run
                 event = core.StateLoaded()
             case _:
                 event = await self._execute_postcopy(instruction)
         self._events.put_nowait(event)
+
+    async def _save_state(self) -> bytes:
+        """Of the guest, and of tools: their hooks may take as long as they like, and hold up
+        nothing but this migration."""
+        state = await self._call(self.guest.save_state)
+        runs = run_state(live=self.guest.live, running=self.guest.running)
+        self.statistics.extra["run-state"] = runs
+        try:
+            return await self._hooks(compose, state, runs, self.sections)
+        except TimeoutError as e:
+            raise SourceError(f"hooks of device state took more than {HOOK_SECONDS:.0f} s") from e
 
     async def _send_state(self, state: bytes, postcopy: bool) -> None:
         """All of it, the last part with what makes the destination load it."""
@@ -429,9 +444,7 @@ class Source:
         cut = max(0, len(state) - 1) // messages.STATE_PART * messages.STATE_PART
         for at in range(0, cut, messages.STATE_PART):
             await self._control.say(messages.StatePart(state[at : at + messages.STATE_PART]))
-        await self._control.ask(
-            messages.DeviceState(self.guest.kind, state[cut:], self.guest.running, postcopy)
-        )
+        await self._control.ask(messages.DeviceState(self.guest.kind, state[cut:], postcopy))
         self.statistics.control_bytes += len(state)
 
     async def _execute_postcopy(self, instruction: core.Instruction) -> core.Event:

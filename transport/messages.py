@@ -13,7 +13,7 @@ from .errors import PageferryError, RemoteProtocolError, by_name
 from .pages import Runs, check_runs
 
 # A session of another number is refused: both ends say theirs first.
-PROTOCOL = 3
+PROTOCOL = 4
 # What a destination says: a bit a page at the most.
 MAX_MESSAGE = 256 << 20
 # What anybody may say to somebody who listens: libzmq keeps that much of each stranger.
@@ -168,12 +168,11 @@ class StatePart(Message, frozen=True, tag="state-part"):
 
 
 class DeviceState(Message, frozen=True, tag="device-state"):
-    """Source: everything of the guest that is not RAM (its last part), and whether it was
-    running."""
+    """Source: everything of a guest of `kind` that is not RAM (its last part), sections in a row
+    (vmstate/, pipeline/device_state.py): whether it was running is one of them."""
 
     kind: str
     state: bytes
-    running: bool = True
     postcopy: bool = False
 
 

@@ -8,10 +8,10 @@ import signal
 import tracemalloc
 import uuid
 
-import msgspec
 import psutil
 import pytest
 import zmq
+from fuzz_states import record, stream
 from helpers import PAGE, Running, pattern, receiver, until_async
 from helpers import pageferry as run
 from raw_peer import GREETING, RawPeer, long_frame, ready
@@ -19,6 +19,7 @@ from raw_peer import GREETING, RawPeer, long_frame, ready
 from pageferry.pipeline import api
 from pageferry.pipeline.control import Control
 from pageferry.pipeline.destination import Arrival, Destination
+from pageferry.pipeline.device_state import compose
 from pageferry.pipeline.restoring import Restoring
 from pageferry.transport import messages
 from pageferry.transport.errors import PageferryError, RemoteProtocolError
@@ -50,7 +51,7 @@ from pageferry.transport.messages import (
     encode,
 )
 from pageferry.transport.session import Phase, Role
-from pageferry.workers.guests.image import ImageState, sum_of
+from pageferry.workers.guests.image import image_state
 from pageferry.workers.guests.image_directory import DirectoryDestination
 from pageferry.workers.guests.sample import SampleDestination
 from pageferry.workers.guests.uri import GuestUri
@@ -300,7 +301,7 @@ def hello(**changes):
 
 
 def state(*pieces):
-    return msgspec.msgpack.encode(ImageState(list(pieces), sum_of(list(pieces))))
+    return compose(image_state(list(pieces)), "none", [])
 
 
 SUMS = {"capabilities": [PAGE_SUMS]}
@@ -316,11 +317,14 @@ SAID = {
     "more starts than counts": ({}, [Discard(0, [0, 1], [1])]),
     "contents that nobody compares": ({}, [Contents(0, [0], [1], bytes(16))]),
     "pages to come later": ({}, [Missing(0, [0], [1])]),
-    "postcopy out of nothing": ({}, [DeviceState("image", b"", True, True)]),
+    "postcopy out of nothing": ({}, [DeviceState("image", b"", True)]),
     "a state that makes no sense": ({}, [DeviceState("image", b"\xc1")]),
     "a state nested deeper than the stack": (
-        {}, [DeviceState("image", b"\x81\xa1x" + b"\x91" * 100_000 + b"\xc0")],
+        {}, [DeviceState("image", stream(record("image", b"", b"[" * 100_000)))],
     ),
+    "a state that is cut off": ({}, [DeviceState("image", state()[:-1])]),
+    "a state that does not say whether it ran": ({}, [DeviceState("image", image_state([]))]),
+    "a state without the image's": ({}, [DeviceState("image", compose(b"", "none", []))]),
     "a state outside of the image": ({}, [DeviceState("image", state((1 << 40, b"x")))]),
     "a state above the bound": (
         {}, [StatePart(bytes(messages.STATE_PART))] * (messages.MAX_STATE // messages.STATE_PART)

@@ -79,7 +79,7 @@ class SourceEnd:
             case core.TellMissing():
                 self.ask(messages.Missing(0, [0], [1]))
             case core.SendState(postcopy):
-                self.ask(messages.DeviceState("demo", b"", True, postcopy))
+                self.ask(messages.DeviceState("demo", b"", postcopy))
             case core.SendRun():
                 self.ask(messages.Run())
             case core.SendBackground():

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator
 
 import fuzz_messages
-import msgspec
+import fuzz_states
 import numpy as np
 from fuzz_draw import INTERESTING
 from fuzz_targets import CORPUS, TARGETS
@@ -23,8 +23,10 @@ from pageferry.transport import messages, urgent, wire
 from pageferry.transport.codecs import CODECS
 from pageferry.transport.messages import Block, Hello
 from pageferry.transport.pages import PAGE_SIZE, Runs
+from pageferry.transport.vmstate import Description, Section, parse, save
 from pageferry.workers.guests.demo_process import Registers
-from pageferry.workers.guests.image import ImageState, sum_of
+from pageferry.workers.guests.image import image_state
+from pageferry.workers.guests.states import DEMO
 
 FOUND = "found-"
 _KEY = fuzz_messages._One.key
@@ -94,6 +96,10 @@ def _core(*loads: tuple[int, int], notes: bytes = b"") -> bytes:
     return bytes(out)
 
 
+def _content(description: Description, value: object) -> bytes:
+    return bytes(parse(save([Section(description, value)]))[0].content)
+
+
 def _cores() -> Iterator[bytes]:
     yield _core((512, 512))
     yield _core((512, 100), (700, 300), notes=b"NOTE")
@@ -103,7 +109,7 @@ def _cores() -> Iterator[bytes]:
 
 def _states() -> Iterator[bytes]:
     for pieces in ([], [(0, b"head")], [(0, b"\x7fELF" * 20), (65000, b"tail")]):
-        yield msgspec.msgpack.encode(ImageState(pieces, sum_of(pieces)))
+        yield bytes(parse(image_state(pieces))[0].content)
 
 
 def _handovers() -> Iterator[bytes]:
@@ -167,8 +173,8 @@ def _keys() -> Iterator[bytes]:
 
 
 def _registers() -> Iterator[bytes]:
-    yield msgspec.msgpack.encode(Registers(5, 2, 0, "text", 1))
-    yield msgspec.msgpack.encode(Registers(99, 0, 20000, "mixed", 7, "random", 4))
+    yield _content(DEMO, Registers(5, 2, 0, "text", 1))
+    yield _content(DEMO, Registers(99, 0, 20000, "mixed", 7, "random", 4))
 
 
 def _talks(name: str) -> Iterator[bytes]:
@@ -184,6 +190,7 @@ MAKERS = {
     "core": _cores, "image-state": _states, "handover": _handovers, "qmp": _commands,
     "batch": _manifests, "address": _addresses, "zap": _zap, "profile": _profiles,
     "key-file": _keys, "demo-state": _registers,
+    "device-state": lambda: iter(fuzz_states.states()),
     **{name: lambda name=name: _talks(name) for name in _TALKS},
 }  # fmt: skip
 
@@ -192,7 +199,7 @@ MAKERS = {
 # that a counter of 64 bits was too small for what was lost, texts that are not UTF-8, nesting.
 _DEEP = b"\x81\xa1x" + b"\x91" * 60000 + b"\xc0"
 _ZEROS = wire.Frame(wire.Kind.DATA, 0, 1, zero=_runs((0, 2049)))
-_REGISTERS = msgspec.msgpack.encode(Registers(1, 2, 0, "text", 1))
+_REGISTERS = _content(DEMO, Registers(1, 2, 0, "text", 1))
 DEFECTS = {
     "frame": {"zeros": wire.encode_data(_ZEROS)},
     # DATA, number 2**64 - 1, no pages, this round, no payload, whole

@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 from fuzz_draw import Draw
+from fuzz_states import sealed
 
 from pageferry.pipeline import manifest, profiles
 from pageferry.pipeline.monitor import Conversation, Splitter, _line
 from pageferry.pipeline.restoring import regions_of
 from pageferry.transport.errors import (
     HostLacks,
+    PeerRefused,
     RemoteProtocolError,
     SourceError,
     UsageError,
@@ -30,11 +33,11 @@ from pageferry.workers.guests.demo import registers_of
 from pageferry.workers.guests.handover import decode_mappings
 from pageferry.workers.guests.image import (
     ImageDestination,
-    ImageState,
     _core_blocks,
     _skeleton,
-    sum_of,
 )
+from pageferry.workers.guests.image import image_state as state_of_image
+from pageferry.workers.guests.states import DEMO, IMAGE, state_into
 from pageferry.workers.guests.uri import GuestUri
 
 
@@ -75,15 +78,15 @@ _HELLO = Hello(1, "0", "id", "image", [Block("ram", _SIZE)], 1, 256, image_size=
 
 def image_state(data: bytes) -> None:
     """What of an image is no memory, as it is and with the right sum: never outside of the file."""
-    states = [data]
-    with contextlib.suppress(msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        pieces = msgspec.msgpack.decode(data, type=ImageState).pieces
-        states.append(msgspec.msgpack.encode(ImageState(pieces, sum_of(pieces))))
+    states = [data, sealed(IMAGE, data)]
+    with contextlib.suppress(RemoteProtocolError, PeerRefused):
+        state_into(IMAGE, states[1], found := SimpleNamespace())
+        states.append(state_of_image([(piece.offset, piece.data) for piece in found.pieces]))
     for state in states:
         guest = ImageDestination(GuestUri("image", os.path.join(tempfile.gettempdir(), "fuzz")))
         try:
             guest.lay_out(_HELLO)
-            with contextlib.suppress(RemoteProtocolError, VerificationFailed):
+            with contextlib.suppress(RemoteProtocolError, PeerRefused, VerificationFailed):
                 guest.load_state("image", state, False)
             assert guest.blocks[0].file.mapping().size() == _SIZE
         finally:
@@ -92,8 +95,8 @@ def image_state(data: bytes) -> None:
 
 def demo_state(data: bytes) -> None:
     """The demo guest's registers: of a guest of that many pages, or refused."""
-    with contextlib.suppress(RemoteProtocolError):
-        registers = registers_of(data, 100)
+    with contextlib.suppress(RemoteProtocolError, PeerRefused):
+        registers = registers_of(sealed(DEMO, data), 100)
         assert 0 <= registers.position < 100 and registers.vcpus >= 1
 
 

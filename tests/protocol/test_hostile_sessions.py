@@ -229,7 +229,7 @@ class HostileSource(RuleBasedStateMachine):
     def say_what_is_right(self, postcopy):
         """So that it comes far."""
         missing = [messages.Missing(0, [0], [1])] if postcopy else []
-        state = messages.DeviceState("demo", b"", True, self.destination.postcopy or postcopy)
+        state = messages.DeviceState("demo", b"", self.destination.postcopy or postcopy)
         talk = [EXAMPLES[0], *map(messages.encode, [*missing, state, messages.Run()])]
         for data in talk:
             self.destination.hear(data)

@@ -28,6 +28,7 @@ SANS_IO = {
     *(f"pipeline/{name}.py" for name in ("planner", "families", "narration", "trace_events")),
     "workers/trace_records.py",
     "pipeline/fleet_attempt.py",
+    "pipeline/device_state.py",
     *(f"pipeline/{name}.py" for name in ("tuning", "tuning_report", "bounds", "goals")),
     *(f"tools/report/{name}.py" for name in ("record", "charts", "style", "sections", "__init__")),
     *(f"tools/report/{name}.py" for name in ("page", "batch_page")),

@@ -4,7 +4,7 @@ from types import SimpleNamespace as Thing
 
 import msgspec
 import pytest
-import xxhash
+from fuzz_states import again, record, stream
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -122,22 +122,6 @@ def known(value):
     return {k: known(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def seal(data, section=0, *, said=None, content=None):
-    """The stream with another layout or content in one of its sections, and the right sums."""
-    found = parse(data)
-    one = found[section]
-    record = bytearray(one.record)
-    sizes = 2 + record[1] + 8
-    body = bytes(one.content) if content is None else content
-    head = record[sizes + 8 : len(record) - 8 - len(one.content)] if said is None else said
-    new = record[:sizes] + len(head).to_bytes(4, "big") + len(body).to_bytes(4, "big")
-    new += head + body
-    new += xxhash.xxh3_64_intdigest(bytes(new)).to_bytes(8, "big")
-    records = [bytes(new) if i == section else bytes(s.record) for i, s in enumerate(found)]
-    out = data[:8] + b"".join(records) + b"\0" + len(records).to_bytes(4, "big")
-    return out + xxhash.xxh3_64_intdigest(out).to_bytes(8, "big")
-
-
 def error_of(look):
     """What it raises, of what a peer can be blamed for; None if nothing."""
     try:
@@ -155,7 +139,7 @@ def test_what_was_saved_is_loaded(both):
     load(data, there)
     assert [known(s.value) for s in there] == [known(s.value) for s in here]
     saved = parse(data)
-    assert join(saved) == data == seal(data)
+    assert join(saved) == data == again(data)
     for section in saved:
         assert values_of(section)["more"] == int(section.name[-1])
 
@@ -198,7 +182,7 @@ def test_contents_that_were_made_up(both, data):
     else:
         extra = data.draw(st.binary(min_size=1, max_size=40))
         content = bytearray(extra) if edit == "random" else content + extra
-    made_up = seal(whole, content=bytes(content))
+    made_up = again(whole, content=bytes(content))
     for look in (lambda: load(made_up, there), lambda: values_of(parse(made_up)[0])):
         error = error_of(look)
         assert error is not None or edit not in ("cut", "more")
@@ -234,7 +218,7 @@ def test_layouts_that_were_made_up(made_up, content):
     there = Section(d, Thing())
     fields = [{"name": "ab"[i % 2], "shape": shape} for i, shape in enumerate(made_up)]
     said = msgspec.json.encode({"name": "made-up", "version": 1, "fields": fields})
-    data = seal(save([Section(d, Thing(a=1, b=[1, 2, 3]))]), said=said, content=content)
+    data = stream(record("made-up", content, said))
     for look in (lambda: load(data, [there]), lambda: values_of(parse(data)[0])):
         error = error_of(look)
         assert error is None or error.message.isprintable()
@@ -264,12 +248,10 @@ def _nested(depth):
     ],
 )  # fmt: skip
 def test_bombs(shape, content, why):
-    d = Description("bomb", fields=(Field("a", U8),))
-    data = save([Section(d, Thing(a=1))])
     said = msgspec.json.encode({"name": "bomb", "version": 1, "fields": []})
     said = said[:-2] + b'{"name":"a","shape":' + _json(shape) + b"}]}"
     with pytest.raises(RemoteProtocolError, match=why) as caught:
-        values_of(parse(seal(data, said=said, content=content))[0])
+        values_of(parse(stream(record("bomb", content, said)))[0])
     assert caught.value.data["section"] == "bomb"
 
 

@@ -156,7 +156,8 @@ class SourceGuest(ABC):
         """The destination was told to run: what was set here for the move can be set back."""
 
     def save_state(self) -> bytes:
-        """Everything of the guest that is not RAM. Called when stopped."""
+        """Everything of the guest that is not RAM, as sections called as its kind (states.py); b""
+        if there is nothing. Called when stopped."""
         return b""
 
     def check(self) -> None:
@@ -192,6 +193,8 @@ class DestinationGuest(ABC):
     fresh: list[bool]  # this block reads as zero everywhere
     have: Sequence[bytes] = ()  # digests of what it holds already (digest.py), a string a block
     compares = False  # `held` finds pages that it has elsewhere
+    # Its `load_state` takes sections that nobody knows here, too: it keeps them, and loads none.
+    keeps_sections = False
     # Its memory, armed before anything can touch it; only if hello.capabilities has POSTCOPY.
     memory: ArmedMemory | None = None
 
@@ -217,7 +220,9 @@ class DestinationGuest(ABC):
         return may_be_huge(self.blocks[block].file.fd)
 
     def load_state(self, kind: str, state: bytes, running: bool) -> None:
-        """Take the device state and make everything durable. All pages have arrived."""
+        """Take the device state (sections of a guest of `kind`, b"" for none) and make everything
+        durable. All pages have arrived, but in a postcopy. `running`: whether `run` is to let it
+        run."""
 
     def check(self) -> None:
         """Raise GuestGone if it has ended. Quick: asked several times a second."""

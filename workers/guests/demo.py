@@ -2,8 +2,8 @@
 
 `demo:?size=512M&rate=20000&content=text`: `rate` in pages a second (0: as fast as it can),
 content zero, text or random. `access=random&vcpus=4`: pages in a pseudo-random order, by four
-processors at once. `hugepages=2M`: its memory, here and there, is on pages of 2 MiB. The
-guest's process is demo_process.py.
+processors at once. `hugepages=2M`: its memory, here and there, is on pages of 2 MiB. `paused=yes`:
+it stands still, and arrives so. The guest's process is demo_process.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -28,7 +29,7 @@ from ...transport.errors import (
     SourceError,
     UsageError,
 )
-from ...transport.messages import POSTCOPY, UNDECODABLE, Block, Hello
+from ...transport.messages import POSTCOPY, Block, Hello
 from ...transport.pages import PAGE_SIZE, Runs
 from ...transport.quantities import parse_size
 from ..forking import start_process
@@ -58,6 +59,7 @@ from .demo_process import (
 )
 from .demo_process import main as guest_main
 from .handover import HandoverSocket
+from .states import DEMO, state_into, state_of
 from .uri import GuestUri
 
 _DEFAULT_SIZE = "256M"
@@ -214,6 +216,7 @@ class DemoSource(SourceGuest):
     def __init__(self, uri: GuestUri) -> None:
         registers = _registers(uri)
         size, page_size = _memory_size(uri)
+        self.running = uri.choice("paused", ("yes", "no")) != "yes"
         with contextlib.closing(HandoverSocket()) as handover:
             self._own(GuestProcess(size, page_size, registers, handover.path), handover, size)
 
@@ -231,7 +234,7 @@ class DemoSource(SourceGuest):
             raise
         self.blocks = [RamBlock(Block("demo.ram", size, guest.page_size), guest.file, 0)]
         self._stopped = False
-        guest.ask("run")
+        self._let_run()
 
     def _attach(self, base: int, descriptors: list[int]) -> None:
         self._base = base
@@ -255,6 +258,10 @@ class DemoSource(SourceGuest):
             return None
         return self._scanner.count(self._base, self.image_size)
 
+    def _let_run(self) -> None:
+        if self.running:
+            self._guest.ask("run")
+
     def stop(self) -> None:
         if not self._stopped:
             self._stopped = True  # first: if the answer is lost, resume must not be a no-op
@@ -262,11 +269,11 @@ class DemoSource(SourceGuest):
 
     def resume(self) -> None:
         if self._stopped:
-            self._guest.ask("run")
+            self._let_run()
             self._stopped = False
 
     def save_state(self) -> bytes:
-        return msgspec.msgpack.encode(self._registers)
+        return state_of(DEMO, self._registers)
 
     def check(self) -> None:
         if self._guest.has_ended():
@@ -294,7 +301,8 @@ class DemoSource(SourceGuest):
 class MovingOn(DemoSource):
     """A demo guest that has arrived here, on its way again."""
 
-    def __init__(self, guest: GuestProcess, size: int) -> None:
+    def __init__(self, guest: GuestProcess, size: int, *, running: bool = True) -> None:
+        self.running = running
         with contextlib.closing(HandoverSocket()) as handover:
             try:
                 guest.ask("hand-over", path=handover.path)
@@ -316,6 +324,7 @@ class DemoDestination(DestinationGuest):
     def __init__(self, uri: GuestUri) -> None:
         self._guest: GuestProcess | None = None
         self._hurried = False
+        self._running = True
 
     def lay_out(self, hello: Hello) -> None:
         if hello.kind != "demo" or len(hello.blocks) != 1:
@@ -356,12 +365,15 @@ class DemoDestination(DestinationGuest):
 
     def load_state(self, kind: str, state: bytes, running: bool) -> None:
         assert self._guest is not None
+        self._running = running
         self._guest.ask("load", registers_of(state, self.blocks[0].pages))
 
     def run(self) -> str:
         assert self._guest is not None
-        self._guest.ask("run")
-        return f"demo: (process {self._guest.process.pid})"
+        if self._running:
+            self._guest.ask("run")
+        paused = "" if self._running else ", paused"
+        return f"demo: (process {self._guest.process.pid}{paused})"
 
     def check(self) -> None:
         if self._guest is not None and self._guest.has_ended():
@@ -374,13 +386,14 @@ class DemoDestination(DestinationGuest):
         guest, self._guest = self._guest, None
         if self.memory is not None:  # all of it is there: nothing more is caught
             self.memory.close()
-        return MovingOn(guest, self.blocks[0].size)
+        return MovingOn(guest, self.blocks[0].size, running=self._running)
 
     def conclude(self) -> dict[str, Any]:
         """How long it waited for its memory; let it run on, stop it, ask the oracle."""
         assert self._guest is not None
         latency = self._guest.ask("latency").latency
-        time.sleep(RUN_ON_SECONDS)
+        if self._running:
+            time.sleep(RUN_ON_SECONDS)
         self._guest.ask("stop")
         found = {"oracle": msgspec.to_builtins(self._guest.ask("check").verdict)}
         if latency is not None:
@@ -411,9 +424,10 @@ class DemoDestination(DestinationGuest):
 def registers_of(state: bytes, pages: int) -> Registers:
     """A device state as registers; RemoteProtocolError for what no demo guest of `pages` pages
     has."""
+    state_into(DEMO, state, found := SimpleNamespace())
     try:
-        registers = msgspec.msgpack.decode(state, type=Registers)
-    except UNDECODABLE as e:
+        registers = msgspec.convert(vars(found), Registers)
+    except msgspec.ValidationError as e:
         raise RemoteProtocolError(f"demo registers that make no sense: {e}") from e
     if registers.content not in CONTENTS:
         raise RemoteProtocolError(f"demo registers with content {registers.content!r}")

@@ -8,8 +8,8 @@ arrives byte for byte. Holes cost nothing on either side.
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
-import msgspec
 import xxhash
 
 from ...transport.errors import (
@@ -18,24 +18,34 @@ from ...transport.errors import (
     SourceError,
     VerificationFailed,
 )
-from ...transport.messages import MAX_BLOCKS, UNDECODABLE, Block, Hello
+from ...transport.messages import MAX_BLOCKS, Block, Hello
 from ..ram import RamBlock, RamFile
 from .base import DestinationGuest, SourceGuest, layout_size
 from .files import NewFile, open_to_read
+from .states import IMAGE, MAX_PIECE, state_into, state_of
 from .uri import GuestUri
 
-# What an ELF core holds beside memory: notes of some KiB a thread.
-_MAX_SKELETON = 64 << 20
 # Of memory and of anything else.
 _MAX_SEGMENTS = 2 * MAX_BLOCKS
 _ELF_MAGIC, _ET_CORE = b"\x7fELF", 4
 
 
-class ImageState(msgspec.Struct, frozen=True):
-    """The parts of an image that are no RAM: (offset, bytes). `sum`: of these (xxh3-64)."""
+def image_state(pieces: list[tuple[int, bytes]], total: int | None = None) -> bytes:
+    """The parts of an image that are no RAM, (offset, bytes), as a device state. `total`: their
+    sum, if it is another than theirs."""
+    parts = [SimpleNamespace(offset=offset, data=data) for offset, data in pieces]
+    total = sum_of(pieces) if total is None else total
+    return state_of(IMAGE, SimpleNamespace(pieces=parts, sum=total))
 
-    pieces: list[tuple[int, bytes]]
-    sum: int
+
+def image_pieces(state: bytes) -> list[tuple[int, bytes]]:
+    """And back. RemoteProtocolError or PeerRefused for what is none; VerificationFailed if it is
+    not what was read at the source."""
+    state_into(IMAGE, state, said := SimpleNamespace())
+    pieces = [(piece.offset, piece.data) for piece in said.pieces]
+    if sum_of(pieces) != said.sum:
+        raise VerificationFailed("what belongs to no memory of the image came damaged")
+    return pieces
 
 
 def sum_of(pieces: list[tuple[int, bytes]]) -> int:
@@ -64,7 +74,7 @@ class ImageSource(SourceGuest):
         self.blocks = [RamBlock(spec, self._file, spec.offset) for spec in specs]
 
     def save_state(self) -> bytes:
-        return msgspec.msgpack.encode(ImageState(self._skeleton, sum_of(self._skeleton)))
+        return image_state(self._skeleton)
 
     def close(self) -> None:
         self._file.close()
@@ -111,7 +121,7 @@ def _skeleton(fd: int, size: int, blocks: list[Block], path: str) -> list[tuple[
     """What lies between and around the blocks, zeros left out."""
     pieces, at = [], 0
     for begin, end in [*((b.offset, b.offset + b.size) for b in blocks), (size, size)]:
-        if begin - at > _MAX_SKELETON:
+        if begin - at > MAX_PIECE:
             raise SourceError(f"{path}: {begin - at} bytes at {at} belong to no memory segment")
         data = os.pread(fd, begin - at, at) if begin > at else b""
         if data.strip(b"\0"):
@@ -149,14 +159,8 @@ class ImageDestination(DestinationGuest):
 
     def _write_pieces(self, state: bytes) -> None:
         assert self._new is not None
-        try:
-            said = msgspec.msgpack.decode(state, type=ImageState)
-        except UNDECODABLE as e:
-            raise RemoteProtocolError(f"image state that makes no sense: {e}") from e
-        if sum_of(said.pieces) != said.sum:
-            raise VerificationFailed("what belongs to no memory of the image came damaged")
-        for offset, data in said.pieces:
-            if offset < 0 or offset + len(data) > self._size:
+        for offset, data in image_pieces(state):
+            if offset + len(data) > self._size:
                 raise RemoteProtocolError(f"image state outside of the image, at {offset}")
             try:
                 os.pwrite(self._new.fd, data, offset)

@@ -108,6 +108,7 @@ class ProcessSource(SourceGuest):
 
     def stop(self) -> None:
         self._process.stop()
+        self.running = self._process.ran
         self.check()
 
     def resume(self) -> None:

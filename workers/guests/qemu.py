@@ -18,6 +18,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from ...transport.errors import (
@@ -29,7 +30,7 @@ from ...transport.errors import (
     PeerRefused,
     SourceError,
 )
-from ...transport.messages import MAX_MESSAGE, POSTCOPY, Hello
+from ...transport.messages import POSTCOPY, Hello
 from ...transport.pages import PAGE_SIZE, Runs
 from ..kernel import remote
 from ..kernel.huge import may_be_huge
@@ -55,12 +56,11 @@ from .qemu_memory import (
     specs_of,
 )
 from .qmp import Monitor, Pending
+from .states import MAX_QEMU, QEMU, state_into, state_of
 from .tracking import windows
 from .uri import GuestUri
 
 _FD_NAME = "pageferry-state"
-# Devices and small memories: a 4K screen has 32 MiB.
-_MAX_STATE = MAX_MESSAGE // 2
 _STATE_SECONDS = 60.0
 # A QEMU that must not run any more may take so long to end.
 _QUIT_SECONDS = 5.0
@@ -318,14 +318,14 @@ class QemuSource(SourceGuest):
         return dict(found)
 
     def save_state(self) -> bytes:
-        """All but RAM, as QEMU's migration stream."""
+        """All but RAM: QEMU's migration stream, in a section."""
         try:
-            state = self._migrate()
+            stream = self._migrate()
         finally:
             if self._migrating:
                 self._end_migration()
         self.check()
-        return state
+        return state_of(QEMU, SimpleNamespace(stream=stream))
 
     def _migrate(self) -> bytes:
         assert self._pipe is not None and self._settings is not None
@@ -406,9 +406,9 @@ def _read_all(fd: int, patience: Patience) -> bytes:
             break
         parts.append(part)
         size += len(part)
-        if size > _MAX_STATE:
+        if size > MAX_QEMU:
             raise SourceError(
-                f"the VM's state without its RAM is above {_MAX_STATE >> 20} MiB: QEMU sends RAM "
+                f"the VM's state without its RAM is above {MAX_QEMU >> 20} MiB: QEMU sends RAM "
                 f"in it (since 8.1 it takes memory-backend-file; memfd is not left out)"
             )
     return b"".join(parts)
@@ -544,12 +544,13 @@ class QemuDestination(DestinationGuest):
         assert self._monitor is not None
         assert self._settings is not None and self._pipe is not None
         self._running = running
+        state_into(QEMU, state, found := SimpleNamespace())
         self._loading = True
         try:
             self._settings.apply()
             self._monitor("migrate-incoming", uri=_StatePipe.URI)
             fd = self._pipe.take()
-            threading.Thread(target=_feed, args=(fd, state), daemon=True).start()
+            threading.Thread(target=_feed, args=(fd, found.stream), daemon=True).start()
             self._wait_until_loaded()
         except SourceError as e:
             raise DestinationError(

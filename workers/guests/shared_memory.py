@@ -62,6 +62,7 @@ class RamSource(SourceGuest):
     def stop(self) -> None:
         if self._writer is not None:
             self._writer.stop()
+            self.running = self._writer.ran
 
     def resume(self) -> None:
         if self._writer is not None:

@@ -158,6 +158,11 @@ class WriterProcess:
         """Since `stop`, as far as we know."""
         return self._still
 
+    @property
+    def ran(self) -> bool:
+        """Whether it was `stop` that made it stand still."""
+        return self._freezer is not None or self._signalled
+
     def describe(self) -> str:
         """What was done to it, and what must not be done now."""
         if not self._still:

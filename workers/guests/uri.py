@@ -8,7 +8,7 @@ pid:PID[?mapping=PATH&tracking=HOW]
                           its writes are found: pagemap-scan, content-hash
 qemu:QMP_SOCKET[?tracking=HOW]
                           a VM of a running QEMU, by its monitor's socket; HOW as above
-demo:[?size=&rate=&content=&access=&vcpus=&hugepages=]   the bundled guest
+demo:[?size=&rate=&content=&access=&vcpus=&hugepages=&paused=]   the bundled guest
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OPTIONS: dict[str, set[str]] = {
     "shm": {"pid"},
     "pid": {"mapping", "tracking"},
     "qemu": {"tracking"},
-    "demo": {"size", "rate", "content", "seed", "access", "vcpus", "hugepages"},
+    "demo": {"size", "rate", "content", "seed", "access", "vcpus", "hugepages", "paused"},
 }
 _MAX_PID = 1 << 22  # PID_MAX_LIMIT of 64-bit Linux
 
