@@ -358,7 +358,7 @@ async def migrate_async(
 ) -> dict[str, Any]:
     """Migrate `source` to `destination`; returns the report (query-migrate's names). `profile`: a
     name or a path (profiles.py); what `parameters` say comes before what it says. `trace`: the file
-    that trace events are written to. `state`, and if both ends are here `state_there`: as in `copy`.
+    that trace events are written to. `state`, and if both ends are here `state_there`: see `copy`.
 
     `on_progress(report)` is called four times a second. Raises PageferryError's subclasses;
     an error's `data["report"]`, where it is there, has the figures up to then.

@@ -191,6 +191,7 @@ MAKERS = {
     "batch": _manifests, "address": _addresses, "zap": _zap, "profile": _profiles,
     "key-file": _keys, "demo-state": _registers,
     "device-state": lambda: iter(fuzz_states.states()),
+    "qemu-stream": lambda: iter(fuzz_states.qemu_streams()),
     **{name: lambda name=name: _talks(name) for name in _TALKS},
 }  # fmt: skip
 

@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
+from io import BytesIO
 from types import SimpleNamespace
 
 import xxhash
 
 from pageferry.pipeline.device_state import GLOBAL_STATE, RunState, take
-from pageferry.transport.errors import PeerRefused, RemoteProtocolError
+from pageferry.pipeline.qemu_stream import read_stream
+from pageferry.transport.errors import PeerRefused, RemoteProtocolError, SourceError
 from pageferry.transport.vmstate import (
     BOOL,
     U8,
@@ -114,4 +117,83 @@ def device_state(data: bytes) -> None:
                 values_of(section)
 
 
-TARGETS = {"device-state": device_state}
+# ---- QEMU's migration stream ---------------------------------------------------------------
+
+
+def _u(size: int, *numbers: int) -> bytes:
+    return b"".join(number.to_bytes(size, "big") for number in numbers)
+
+
+def _text(text: str) -> bytes:
+    return bytes([len(text)]) + text.encode()
+
+
+PAGE = 4096
+_BLOCKS = {"pc.ram": 16 * PAGE, "vga.vram": 4 * PAGE}
+# An array that is described once, one element by element, a structure with a subsection, one of
+# which nothing but the number of bytes is known.
+_DEVICE = {
+    "name": "0000:00:02.0/dev", "instance_id": 0, "vmsd_name": "dev", "version": 2,
+    "fields": [
+        {"name": "on", "type": "bool", "size": 1}, {"name": "irq", "type": "int32", "size": 4},
+        {"name": "regs", "array_len": 3, "type": "uint16", "size": 2},
+        *({"name": "mixed", "index": i, "type": "uint8", "size": 1} for i in range(2)),
+        {"name": "bus", "type": "struct", "size": 6, "struct": {
+            "vmsd_name": "bus", "version": 1, "fields": [
+                {"name": "timer", "type": "timer", "size": 8}],
+            "subsections": [{"vmsd_name": "bus/extra", "version": 1, "fields": [
+                {"name": "le", "type": "int32 le", "size": 4}]}],
+        }},
+        {"name": "tmp", "type": "tmp", "vmsd_name": "x", "version": 0, "fields": [], "size": 3},
+    ],
+}  # fmt: skip
+_DEVICE_BYTES = (
+    b"\1" + _u(4, 0xFFFFFFFE) + _u(2, 1, 2, 0xFFFF) + b"\7\x08" + _u(8, 1 << 40)
+    + b"\5" + _text("bus/extra") + _u(4, 1) + b"\xff\xff\xff\x7f" + b"tmp"
+)  # fmt: skip
+
+
+def _section(kind: int, number: int, content: bytes, start: bytes = b"") -> bytes:
+    return bytes([kind]) + _u(4, number) + start + content + b"\x7e" + _u(4, number)
+
+
+def qemu_stream(*, shared: bool = False, more: bytes = b"", device: object = _DEVICE) -> bytes:
+    """A small one, as QEMU saves it. `shared`: with x-ignore-shared; `more`: RAM records."""
+    configuration = b"\7" + _u(4, 3) + b"q35"
+    if shared:
+        configuration += b"\5" + _text("configuration/capabilities") + _u(4, 1, 1)
+        configuration += _text("x-ignore-shared")
+    blocks = _u(8, sum(_BLOCKS.values()) | 4)
+    for name, size in _BLOCKS.items():
+        blocks += _text(name) + _u(8, size) + (_u(8, 0xC0000) if shared else b"")
+    blocks += _u(8, 0x10)
+    pages = _u(8, 0 | 0x08) + _text("pc.ram") + bytes(range(256)) * 16
+    pages += _u(8, PAGE | 0x28) + b"x" * PAGE + _u(8, 2 * PAGE | 0x22) + b"\0"
+    pages += _u(8, 0x02) + _text("vga.vram") + b"\0" + more
+    started = _text("ram") + _u(4, 0, 4)
+    said = json.dumps({"page_size": PAGE, "devices": [device]}).encode()
+    return b"".join((
+        b"QEVM", _u(4, 3), configuration, b"\x08" + _u(2, 1, 0),
+        _section(1, 2, blocks, started), _section(2, 2, pages + _u(8, 0x10)),
+        _section(3, 2, _u(8, 0x10)),
+        _section(4, 9, _DEVICE_BYTES, _text("0000:00:02.0/dev") + _u(4, 0, 2)),
+        b"\0\6", _u(4, len(said)), said,
+    ))  # fmt: skip
+
+
+def qemu_streams() -> list[bytes]:
+    """Inputs of `qemu-stream`."""
+    packed = _u(8, 5 * PAGE | 0x40) + _text("pc.ram") + b"\1" + _u(2, 3) + b"abc"
+    packed += _u(8, 6 * PAGE | 0x120) + _u(4, 5) + b"abcde"
+    return [qemu_stream(), qemu_stream(shared=True), qemu_stream(more=packed)]
+
+
+def qemu(data: bytes) -> None:
+    """Shown, with numbers that add up, or SourceError."""
+    with contextlib.suppress(SourceError):
+        found = read_stream(BytesIO(data))
+        json.dumps(found, default=bytes.hex)
+        assert all(block["size"] > 0 for block in found["blocks"])
+
+
+TARGETS = {"device-state": device_state, "qemu-stream": qemu}

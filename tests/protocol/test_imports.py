@@ -29,6 +29,7 @@ SANS_IO = {
     "workers/trace_records.py",
     "pipeline/fleet_attempt.py",
     "pipeline/device_state.py",
+    "pipeline/qemu_stream.py",
     *(f"pipeline/{name}.py" for name in ("tuning", "tuning_report", "bounds", "goals")),
     *(f"tools/report/{name}.py" for name in ("record", "charts", "style", "sections", "__init__")),
     *(f"tools/report/{name}.py" for name in ("page", "batch_page")),

@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "recover": ("control", False, "Connect a paused postcopy again."),
     "serve": ("serve", True, "Serve a snapshot's memory to those who restore it."),
     "restore": ("restore", True, "Serve a monitor's page faults from a snapshot."),
+    "inspect": ("inspect", False, "Show what is in a saved migration."),
     "clean": ("clean", False, "Remove what killed runs have left."),
     "keys": ("keys", False, "Make, show, allow and revoke keys."),
     "check": ("check", False, "Show what this host can do."),
