@@ -67,7 +67,7 @@ def test_a_destination_that_says_it_cannot_run_gives_the_guest_back(guest):
 
 def test_state_that_does_not_load_gives_the_guest_back(guest):
     bad = unsure_guest.BreaksTheState(parse_guest("demo:"))
-    with pytest.raises(RemoteProtocolError, match="registers"):
+    with pytest.raises(RemoteProtocolError, match="behind section 'demo' it ends"):
         asyncio.run(_migrate(guest, bad))
     assert not guest._stopped
     assert _runs(guest)

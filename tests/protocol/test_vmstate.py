@@ -230,12 +230,6 @@ def test_queue():
     assert move(QUEUE, Thing(i16=0, q=[], i32=0), Thing(q=[Element()])).q == []
 
 
-@dataclass(frozen=True)
-class Interval:
-    low: int
-    high: int
-
-
 @dataclass
 class Mapping:
     phys_addr: int = 0

@@ -111,4 +111,8 @@ class _Values:
         self._count(n)
         if (number := NUMBERS.get(of.type)) is not None:
             return number.load_all(self.source, n)
-        return [self._value(of) for _ in range(n)]
+        found = []
+        for i in range(n):
+            with self.source.at(f"[{i}]"):
+                found.append(self._value(of))
+        return found

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import xxhash
 
 from ..errors import PeerRefused, RemoteProtocolError, SourceError, UsageError
+from ..wire import Buffer
 from . import layout
 from .coding import Reader, Writer
 from .description import Section, twice
@@ -59,14 +60,15 @@ def save(sections: Iterable[Section]) -> bytes:
     sections = list(sections)
     if (key := twice(sections)) is not None:
         raise UsageError(f"two sections are called {key[0]!r} ({key[1]})")
-    return _stream([record for s in sections if (record := _record(s)) is not None])
+    return _stream([record for s in sections if (record := _record(s))])
 
 
-def _record(section: Section) -> bytes | None:
+def _record(section: Section) -> list[Buffer]:
+    """A section in parts, so that what is large is copied once; none if it is not needed."""
     description = section.description
     out = Writer(*section.key)
     if description.needed is not None and not out.hook("needed", description.needed, section.value):
-        return None
+        return []
     description.save(out, section.value, section.version)
     said = layout.encode(description.layout(section.version))
     if len(out.data) > MAX_CONTENT or len(said) > layout.MAX_LAYOUT:
@@ -74,24 +76,27 @@ def _record(section: Section) -> bytes | None:
     name = description.name.encode()
     version = description.version if section.version is None else section.version
     head = bytes([_FULL, len(name)]) + name
-    head += _SIZES.pack(section.instance, version, len(said), len(out.data))
-    body = b"".join((head, said, out.data))
-    return body + _SUM.pack(xxhash.xxh3_64_intdigest(body))
+    head += _SIZES.pack(section.instance, version, len(said), len(out.data)) + said
+    total = xxhash.xxh3_64(head)
+    total.update(out.data)
+    return [head, out.data, _SUM.pack(total.intdigest())]
 
 
-def _stream(records: Sequence[bytes | memoryview]) -> bytes:
+def _stream(records: Sequence[Sequence[Buffer]]) -> bytes:
     if len(records) > MAX_SECTIONS:
         raise SourceError(f"a device state of {len(records)} sections, {MAX_SECTIONS} at the most")
-    body = b"".join((_HEAD.pack(MAGIC, VERSION), *records))
-    end = bytes([_END]) + len(records).to_bytes(4, "big")
-    total = xxhash.xxh3_64(body)
-    total.update(end)
-    return b"".join((body, end, _SUM.pack(total.intdigest())))
+    parts: list[Buffer] = [_HEAD.pack(MAGIC, VERSION)]
+    parts += (part for record in records for part in record)
+    parts.append(bytes([_END]) + len(records).to_bytes(4, "big"))
+    total = xxhash.xxh3_64()
+    for part in parts:
+        total.update(part)
+    return b"".join((*parts, _SUM.pack(total.intdigest())))
 
 
 def join(saved: Iterable[Saved]) -> bytes:
     """A stream of these sections."""
-    return _stream([section.record for section in saved])
+    return _stream([[section.record] for section in saved])
 
 
 def parse(data: bytes | memoryview) -> list[Saved]:
