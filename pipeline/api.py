@@ -234,6 +234,8 @@ async def copy(
     could connect to one, so the destination listens to nobody but our own source.
     """
     parameters = parameters.checked().on_this_host()
+    check_sections(state)
+    check_sections(state_there)
     _not_the_same(source, destination)
     warm_up()
     endpoint = Endpoint("ipc", path=f"@pageferry-{os.getpid()}-{secrets.token_hex(8)}")

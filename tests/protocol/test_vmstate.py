@@ -1,6 +1,8 @@
 """Device state by description: what travels, across versions, and what is refused by its name."""
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace as Thing
 
 import pytest
@@ -605,3 +607,14 @@ def test_a_stream_of_another_kind_or_version():
         parse(data[:4] + b"\0\0\0\2" + data[8:])
     with pytest.raises(RemoteProtocolError, match="'all' and its end 4 more bytes follow"):
         parse(data + b"more")
+
+
+def test_the_example_of_the_manual():
+    """It is Python, and its description is one."""
+    text = (Path(__file__).resolve().parents[2] / "docs/device-state.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    compile(example, "example", "exec")
+    found = {"__name__": "example"}
+    exec(example.partition("# at the source")[0], found)
+    here = found["Filter"]([found["Rule"](22), found["Rule"](80)], 7)
+    assert move(found["FILTER"], here, found["Filter"]()) == here
