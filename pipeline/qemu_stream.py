@@ -260,6 +260,7 @@ class _Stream:
         self._file = _File(file)
         self._names: dict[int, tuple[str, int]] = {}
         self._ram: _Ram | None = None
+        self._footers: bool | None = None  # whether sections have them
         self._devices = _Devices(self._file)
         self.sections: dict[str, Any] = {}
         self.commands: list[dict[str, Any]] = []
@@ -274,9 +275,8 @@ class _Stream:
         if self._page_size & (self._page_size - 1) or not 1024 <= self._page_size <= 1 << 16:
             file.fail(f"pages of {self._page_size} bytes")
         self._known = {(device.name, device.instance_id): device for device in said.devices}
-        last = -1
         while (kind := file.number(1)) != _EOF:
-            last = self._part(kind, last)
+            self._part(kind)
         if file.number(1) != _VMDESCRIPTION or file.number(4) != file.left:
             file.fail("something else follows its end")
         return self._result(version)
@@ -302,8 +302,7 @@ class _Stream:
         except UNDECODABLE as e:
             self._file.fail(f"the description of its devices makes no sense ({e})")
 
-    def _part(self, kind: int, last: int) -> int:
-        """One part; the section that it is of."""
+    def _part(self, kind: int) -> None:
         file = self._file
         if kind == _CONFIGURATION:
             with file.at("the configuration"):
@@ -311,27 +310,36 @@ class _Stream:
         elif kind == _COMMAND:
             self._command()
         elif kind in (_START, _FULL):
-            last = file.number(4)
+            section = file.number(4)
             name, instance = file.text(), file.number(4)
             version = file.number(4)
-            if last in self._names:
-                file.fail(f"a second section {last}")
-            self._names[last] = name, instance
-            with file.at(f"section {name!r} ({last})"):
-                self._section(last, version)
+            if section in self._names:
+                file.fail(f"a second section {section}")
+            self._names[section] = name, instance
+            with file.at(f"section {name!r} ({section})"):
+                self._section(section, version)
+                self._footer(section)
         elif kind in (_PART, _END):
-            last = file.number(4)
-            name, instance = self._names.get(last, ("", 0))
-            with file.at(f"section {name!r} ({last})"):
+            section = file.number(4)
+            name, instance = self._names.get(section, ("", 0))
+            with file.at(f"section {name!r} ({section})"):
                 if name != "ram" or self._ram is None:
                     file.fail("a part of a section that has none")
                 self._ram.read(file)
-        elif kind == _FOOTER:
-            if (found := file.number(4)) != last:
-                file.fail(f"section {last} ends as {found}")
+                self._footer(section)
         else:
             file.fail(f"a section of type {kind}")
-        return last
+
+    def _footer(self, section: int) -> None:
+        """Old machines have none: behind all sections, or behind none."""
+        there = self._file.peek() == _FOOTER
+        if self._footers not in (None, there):
+            self._file.fail("its end is missing")
+        self._footers = there
+        if there:
+            self._file.take(1)
+            if (found := self._file.number(4)) != section:
+                self._file.fail(f"it ends as section {found}")
 
     def _section(self, section: int, version: int) -> None:
         name, instance = self._names[section]

@@ -210,6 +210,7 @@ def test_one_that_was_stopped_by_somebody_else(memory, target, writer):
     until(lambda: writer.state() == "T", "it stops")
     report = pageferry.migrate(f"pid:{writer.pid}", f"ram:{target}")
     assert report["source-process"].startswith("stood still before")
+    assert report["run-state"] == "paused"
     assert content(memory) == content(target)
     assert writer.state() == "T"
 

@@ -121,8 +121,8 @@ def test_memory_without_a_name(machine):
 def test_a_paused_vm_arrives_paused(machine):
     source, destination = machine("src"), machine("dst", incoming="defer")
     source.qmp("stop")
-    pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
-    assert destination.status() == "paused"
+    report = pageferry.migrate(f"qemu:{source.qmp_path}", f"qemu:{destination.qmp_path}")
+    assert report["run-state"] == destination.status() == "paused"
     destination.qmp("cont")
     runs_on(destination)
 

@@ -83,7 +83,7 @@ def device(**changes):
          "is truncated: .* in section '0000:00:02.0/dev'"),
         (device(fields=[{"name": "x", "type": "buffer", "size": -1}]), "is truncated"),
         (device(fields=[{"name": "x", "size": 0, "array_len": 1 << 60}]), "more than .* values"),
-        (device(fields=[{"name": "x", "size": 3}]), "of type"),
+        (device(fields=[{"name": "x", "size": 3}]), "its end is missing in section"),
         (device(name="other"), "section '0000:00:02.0/dev' .9.*is not described|not described"),
         (device(subsections=[{"vmsd_name": "dev/s"}]), "another one is there.*subsection 'dev/s'"),
         (device(fields="x"), "makes no sense"),
@@ -92,7 +92,7 @@ def device(**changes):
         (qemu_stream(more=(0x02).to_bytes(8, "big") + b"\4nope\0"), "'nope', which there is not"),
         (qemu_stream(more=(0x2A).to_bytes(8, "big")), "two ways"),
         (qemu_stream().replace(b'"page_size": 4096', b'"page_size": 4095'), "pages of 4095 bytes"),
-        (qemu_stream().replace(b"\x7e\0\0\0\x09", b"\x7e\0\0\0\x08"), "section 9 ends as 8"),
+        (qemu_stream().replace(b"\x7e\0\0\0\x09", b"\x7e\0\0\0\x08"), "it ends as section 8"),
         (qemu_stream().replace(b"QEVM\0\0\0\3", b"QEVM\0\0\0\2"), "none of version 3"),
     ],
 )  # fmt: skip
