@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from types import SimpleNamespace as Thing
 
 import pytest
@@ -130,6 +131,35 @@ def test_what_fails_names_its_section_and_leaves_the_guest_where_it_was():
         assert sent["run-state"] == arrived["run-state"] == "running"
         assert arrived["oracle"]["ok"] and loaded == HERE
     finally:
+        guest.close()
+
+
+@pytest.mark.parametrize("end", ["source", "destination"])
+def test_a_hook_that_hangs_ends_its_own_migration_only(monkeypatch, end):
+    """Its thread is left behind; the guest goes on meanwhile."""
+    monkeypatch.setattr(f"pageferry.pipeline.{end}.HOOK_SECONDS", 0.2)
+    released, threads = threading.Event(), []
+
+    def hang(*_):
+        threads.append(threading.current_thread())
+        released.wait(60)
+
+    sent = described(pre_save=hang) if end == "source" else described()
+    awaited = described(post_load=hang) if end == "destination" else described()
+    guest = open_source(parse_guest("demo:?size=4M&rate=1000"))
+    try:
+        ends = asyncio.run(migrate(
+            guest, NeverRuns(parse_guest("demo:")), [Section(sent, HERE)],
+            [Section(awaited, Thing())],
+        ))  # fmt: skip
+        error = SourceError if end == "source" else DestinationError
+        assert all(isinstance(found, error) for found in ends), ends
+        assert "hooks of device state took more than" in ends[0].message
+        assert not guest._stopped and threads[0].is_alive()
+    finally:
+        released.set()
+        for thread in threads:
+            thread.join(60)
         guest.close()
 
 
