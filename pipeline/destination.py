@@ -476,7 +476,9 @@ class Arrival:
         state, keeps_all = bytes(self._state) + message.state, self.guest.keeps_sections
         self._state.clear()
         try:
-            came = await self._hooks(take, state, message.kind, self.sections, keeps_all)
+            came = await self._hooks(
+                take, state, message.kind, self.sections, keeps_all, self.finished.done
+            )
         except TimeoutError as e:
             raise DestinationError(
                 f"hooks of device state took more than {HOOK_SECONDS:.0f} s"

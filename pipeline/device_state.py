@@ -11,7 +11,7 @@ error leaves the guest there not running, and has the section's name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..transport.errors import PeerRefused, RemoteProtocolError, UsageError
@@ -72,9 +72,16 @@ def compose(guest_state: bytes, runstate: str, sections: Sequence[Section]) -> b
     return join([*ours, *guests, *(parse(save(sections)) if sections else [])])
 
 
-def take(data: bytes, kind: str, sections: Sequence[Section], keeps_all: bool = False) -> Arrived:
-    """What came from a guest of `kind`; tools' `sections` are loaded. `keeps_all`: the guest here
-    takes whatever nobody knows, too. Errors as those of vmstate.load."""
+def take(
+    data: bytes,
+    kind: str,
+    sections: Sequence[Section],
+    keeps_all: bool = False,
+    is_given_up: Callable[[], bool] = lambda: False,
+) -> Arrived:
+    """What came from a guest of `kind`; tools' `sections` are loaded, unless it `is_given_up`
+    before. `keeps_all`: the guest here takes whatever nobody knows, too. Errors as those of
+    vmstate.load."""
     known = {section.key: section for section in sections}
     found, ours, guests = RunState(""), [], []
     for saved in parse(data):
@@ -96,5 +103,5 @@ def take(data: bytes, kind: str, sections: Sequence[Section], keeps_all: bool = 
             f"none: {found.runstate!r}",
             section=GLOBAL_STATE.name,
         )
-    load(ours, sections)
+    load(ours, sections, is_given_up)
     return Arrived(found.runstate, join(guests) if guests else b"")

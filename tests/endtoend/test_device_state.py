@@ -136,7 +136,7 @@ def test_what_fails_names_its_section_and_leaves_the_guest_where_it_was():
 
 @pytest.mark.parametrize("end", ["source", "destination"])
 def test_a_hook_that_hangs_ends_its_own_migration_only(monkeypatch, end):
-    """Its thread is left behind; the guest goes on meanwhile."""
+    """Its thread is left behind, and calls no other hook; the guest goes on meanwhile."""
     monkeypatch.setattr(f"pageferry.pipeline.{end}.HOOK_SECONDS", 0.2)
     released, threads = threading.Event(), []
 
@@ -146,11 +146,12 @@ def test_a_hook_that_hangs_ends_its_own_migration_only(monkeypatch, end):
 
     sent = described(pre_save=hang) if end == "source" else described()
     awaited = described(post_load=hang) if end == "destination" else described()
+    second = Description("second", pre_load=threads.append)
     guest = open_source(parse_guest("demo:?size=4M&rate=1000"))
     try:
         ends = asyncio.run(migrate(
-            guest, NeverRuns(parse_guest("demo:")), [Section(sent, HERE)],
-            [Section(awaited, Thing())],
+            guest, NeverRuns(parse_guest("demo:")), [Section(sent, HERE), Section(second, None)],
+            [Section(awaited, Thing()), Section(second, None)],
         ))  # fmt: skip
         error = SourceError if end == "source" else DestinationError
         assert all(isinstance(found, error) for found in ends), ends
@@ -161,6 +162,7 @@ def test_a_hook_that_hangs_ends_its_own_migration_only(monkeypatch, end):
         for thread in threads:
             thread.join(60)
         guest.close()
+    assert len(threads) == 1
 
 
 def test_a_guests_name_is_no_tools(tmp_path):

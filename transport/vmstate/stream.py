@@ -13,12 +13,18 @@ who may write the stream may write its sums.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import xxhash
 
-from ..errors import PeerRefused, RemoteProtocolError, SourceError, UsageError
+from ..errors import (
+    DestinationError,
+    PeerRefused,
+    RemoteProtocolError,
+    SourceError,
+    UsageError,
+)
 from ..wire import Buffer
 from . import layout
 from .coding import Reader, Writer
@@ -178,12 +184,17 @@ def _check_end(view: memoryview, at: int, found: list[Saved]) -> None:
         raise _broken(found, f"and its end {rest} more bytes follow")
 
 
-def load(data: bytes | memoryview | Iterable[Saved], sections: Iterable[Section]) -> None:
+def load(
+    data: bytes | memoryview | Iterable[Saved],
+    sections: Iterable[Section],
+    is_given_up: Callable[[], bool] = lambda: False,
+) -> None:
     """All that came, into the objects of `sections`, in the order in which it came.
 
     Nothing is loaded, and no hook called, unless the stream is whole and each section of it is
     known here and each that must be there is there. PeerRefused says what does not fit,
-    RemoteProtocolError what makes no sense, DestinationError which hook failed.
+    RemoteProtocolError what makes no sense, DestinationError which hook failed, or that it
+    `is_given_up`: asked before each section.
     """
     came = parse(data) if isinstance(data, bytes | bytearray | memoryview) else list(data)
     known = {section.key: section for section in sections}
@@ -195,6 +206,8 @@ def load(data: bytes | memoryview | Iterable[Saved], sections: Iterable[Section]
         if key not in there and not section.may_be_absent:
             raise _refused(*key, "is missing in what came")
     for saved in came:
+        if is_given_up():
+            raise DestinationError(f"device state: given up before section {saved.name!r}")
         load_one(saved, known[saved.key])
 
 
