@@ -4,23 +4,26 @@
     report = pageferry.migrate("image:vm.mem", "image:copy.mem", codec="zstd", verify=True)
 
 SOURCE and DESTINATION are the URIs of the command line; a destination may also be the address
-(tcp://, ipc://) of a `pageferry receive` elsewhere. Keyword arguments are the fields of
-`Parameters`. Errors are the tree in pageferry.transport.errors.
+(tcp://, ipc://) of a `pageferry receive` elsewhere, or a stream to one (exec:COMMAND, fd:N).
+Keyword arguments are the fields of `Parameters`. Errors are the tree in pageferry.transport.errors.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
+from ..transport.carrier import claim
 from ..transport.errors import PageferryError, PeerLost, PeerRefused, UsageError
-from ..transport.links import Endpoint, parse_endpoint
+from ..transport.links import Endpoint, parse_endpoint, probe
 from ..transport.messages import Hello
+from ..transport.stream_addresses import Stream, is_stream, parse_stream
 from ..workers.content import ContentIndex
 from ..workers.forking import warm_up
 from ..workers.guests import (
@@ -36,6 +39,7 @@ from ..workers.guests.shared_memory import path_of
 from ..workers.reserve import Reserve
 from .blocking import Blocking, to_its_end
 from .callbacks import tell
+from .carriage import Carriage, dialled
 from .destination import Destination
 from .monitor import Monitor, serve_monitor
 from .parameters import Parameters
@@ -47,6 +51,7 @@ from .state import IN_POSTCOPY, Status
 from .tracing import recording
 
 Progress = Callable[[dict[str, Any]], None]
+_log = logging.getLogger("pageferry")
 
 
 class Started(Protocol):
@@ -55,9 +60,14 @@ class Started(Protocol):
     def __call__(self, migration: Source | Destination) -> None: ...
 
 
+def parse_target(text: str) -> Endpoint | Stream:
+    """Where a receiver is to be found, or UsageError."""
+    return parse_stream(text) if is_stream(text) else parse_endpoint(text)
+
+
 async def send(
     source: GuestUri,
-    endpoint: Endpoint,
+    endpoint: Endpoint | Stream,
     parameters: Parameters,
     *,
     on_progress: Progress | None = None,
@@ -69,12 +79,14 @@ async def send(
     receiver_cpu: Callable[[], float | None] = lambda: None,
     on_attached: Callable[[SourceGuest], None] | None = None,
 ) -> dict[str, Any]:
-    """Migrate `source` to the receiver at `endpoint`. Returns the report, raises the error. `name`:
-    what it is to be called in a receiver's directory; by default as its file here. `reserve`: where
-    worker processes come from, if they are not to be its own. `receiver_cpu`: processor seconds of
-    the receivers, where that is known. `on_attached`: called when the guest is open, and before
-    anything is started for it: here root can be given up."""
+    """Migrate `source` to the receiver at `endpoint`, or at the other end of it. Returns the
+    report, raises the error. `name`: what it is to be called in a receiver's directory; by default
+    as its file here. `reserve`: where worker processes come from, if they are not to be its own.
+    `receiver_cpu`: processor seconds of the receivers, where that is known. `on_attached`: called
+    when the guest is open, and before anything is started for it: here root can be given up."""
     parameters = parameters.checked()
+    if isinstance(endpoint, Stream):
+        endpoint = claim(endpoint)
     if on_attached is None:
         warm_up()
     opening = Blocking()
@@ -88,16 +100,20 @@ async def send(
         if on_attached is not None:
             on_attached(guest)
             warm_up()
-        migration = Source(
-            guest, endpoint, parameters, on_progress, identity=identity,
-            name=name or _name_of(source), reserve=reserve,
-        )  # fmt: skip
-        migration.receiver_cpu = receiver_cpu
-        async with AsyncExitStack() as stack:
+        async with dialled(endpoint) as (there, carriage), AsyncExitStack() as stack:
+            migration = Source(
+                guest, there, parameters, on_progress, identity=identity,
+                name=name or _name_of(source), reserve=reserve,
+            )  # fmt: skip
+            migration.receiver_cpu = receiver_cpu
+            migration.carriage = carriage
+            carriage.on_failure = migration.link_broke
             await _attach_monitor(stack, monitor, migration)
             if on_started is not None:
                 on_started(migration)
-            return await migration.run()
+            report = await migration.run()
+            report["processes"] = [*report["processes"], *carriage.processes()]
+            return report
     finally:
         await to_its_end(opening(guest.close))
 
@@ -145,6 +161,82 @@ async def receive(
                 raise error
             if once:
                 return
+
+
+async def receive_stream(
+    stream: Stream,
+    destination: Destination,
+    on_report: Callable[[dict[str, Any] | None, PageferryError | None], None],
+    *,
+    monitor: str | None = None,
+) -> None:
+    """The one migration that comes over `stream` to `destination`, which listens at ipc://. Its
+    error is raised, or that of the stream if nothing came. A postcopy whose stream ends waits for
+    its source to come back, by `join`."""
+    stream = claim(stream)
+    receiving: asyncio.Future[None] | None = None
+    broke: list[PageferryError] = []
+
+    def failed(error: PageferryError) -> None:
+        arrival = destination.arrival
+        if arrival is not None:
+            arrival.fail(error)
+            if arrival.status in IN_POSTCOPY:
+                _log.warning(
+                    "the guest runs here, and its memory can still come: this receiver listens at "
+                    "%s (`pageferry relay`)", destination.endpoint,
+                )  # fmt: skip
+        elif receiving is not None:
+            broke.append(error)
+            receiving.cancel()
+
+    carriage = Carriage(failed)
+    hurry = True
+    try:
+        receiving = asyncio.ensure_future(
+            receive(destination, on_report, once=True, monitor=monitor)
+        )
+        await carriage.answer(stream, destination.endpoint)
+        await _result_of(receiving, broke)
+        hurry = False
+    finally:
+        if receiving is not None and not receiving.done():
+            receiving.cancel()
+            await asyncio.gather(receiving, return_exceptions=True)
+        destination.close()  # what it has said is on its way then
+        await to_its_end(carriage.close(hurry=hurry))
+
+
+async def _result_of(receiving: asyncio.Future[None], broke: list[PageferryError]) -> None:
+    try:
+        await receiving
+    except asyncio.CancelledError:
+        if broke:
+            raise broke[0] from None
+        raise
+
+
+async def join(stream: Stream, endpoint: Endpoint) -> None:
+    """Connect the source at the other end of `stream` to the receiver that listens at `endpoint`,
+    until the stream ends. PeerLost, ConnectError."""
+    stream = claim(stream)
+    over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def failed(error: PageferryError) -> None:
+        if over.done():
+            return
+        if carriage.closed:  # as it is meant to end
+            over.set_result(None)
+        else:
+            over.set_exception(error)
+
+    probe(endpoint)
+    carriage = Carriage(failed)
+    try:
+        await carriage.answer(stream, endpoint)
+        await over
+    finally:
+        await to_its_end(carriage.close(hurry=True))
 
 
 async def receive_many(destination: Reception, *, monitor: str | None = None) -> None:
@@ -356,8 +448,8 @@ async def migrate_async(
     checked = Parameters(**parameters).checked()
     where = parse_guest(source)
     how = {"on_progress": on_progress, "on_started": on_started, "monitor": monitor}
-    if destination.startswith(("tcp://", "ipc://")):
-        there = parse_endpoint(destination)
+    if destination.startswith(("tcp://", "ipc://")) or is_stream(destination):
+        there = parse_target(destination)
         with recording(trace, where):
             return await send(where, there, checked, **how)  # type: ignore[arg-type]
     into = parse_guest(destination)

@@ -38,6 +38,7 @@ from ..transport.handshake import refusal
 from ..transport.links import TOKEN_BYTES, Endpoint, connect, parse_endpoint
 from ..transport.pages import PAGE_SIZE, Bytes8, Pages, Runs, complement, runs_of, total_pages
 from ..transport.session import Phase, Role
+from ..transport.stream_addresses import is_stream, parse_stream
 from ..workers import jobs, sender
 from ..workers.bandwidth import Bandwidth
 from ..workers.checks import pack_chunks
@@ -57,6 +58,7 @@ from . import narration
 from .background import Background
 from .blocking import Blocking, to_its_end
 from .callbacks import tell
+from .carriage import Carriage
 from .control import Control, find
 from .convergence import Convergence
 from .crew import Crew, extents
@@ -137,6 +139,8 @@ class Source:
         # Awaited once before the guest is stopped, which may be some rounds later if that takes
         # long; if it raises, the guest goes on here. Set before run().
         self.before_stop: Callable[[], Awaitable[None]] | None = None
+        # What makes connections over byte streams, and carries the one there is. Set before run().
+        self.carriage: Carriage | None = None
         self._events: asyncio.Queue[core.Event] = asyncio.Queue()
         self._tasks: list[asyncio.Task[Any]] = []
         self._table: PageTable | None = None
@@ -262,6 +266,11 @@ class Source:
             if pool is not None:
                 pool.hurry()
 
+    def link_broke(self, error: PageferryError) -> None:
+        """What the connection is made over has ended."""
+        if self._driving and self.core.status not in (Status.POSTCOPY_PAUSED, *FINAL):
+            self._failed(error, link=True)
+
     def start_postcopy(self) -> None:
         """migrate-start-postcopy: the guest starts there as soon as it can."""
         if self.parameters.postcopy == NEVER:
@@ -282,7 +291,9 @@ class Source:
             raise UsageError(
                 f"there is nothing to recover: the migration is {self.core.status.value}"
             )
-        if where:
+        if where and is_stream(where):
+            parse_stream(where)
+        elif where:
             there = parse_endpoint(where)
             if self._dialling is None:
                 check_open(there, insecure=self.parameters.insecure, listens=False)
@@ -498,6 +509,9 @@ class Source:
         if any(len(token) != TOKEN_BYTES for token in [*tokens, *([urgent[1]] if urgent else [])]):
             raise RemoteProtocolError("a channel's token is of another length than it can be")
         curve = self._channel_keys.dials(key)
+        if self.carriage is not None:  # it listens where workers will dial
+            offered = [*endpoints, *([urgent[0]] if urgent is not None else [])]
+            await self.carriage.listen([self.endpoint.sibling(where) for where in offered])
         await self._crew.gather(jobs.Ready)
         self._opened = True
         workers = self._crew.pool.workers
@@ -982,7 +996,9 @@ class Source:
     async def _reconnect(self, where: str) -> core.Event:
         """A new connection and new workers for the old page table."""
         assert self._table is not None and self._background is not None
-        if where:
+        if self.carriage is not None:
+            self.endpoint = await self.carriage.locate(where, self.endpoint)
+        elif where:
             self.endpoint = parse_endpoint(where)
         await find(self.endpoint)
         # a worker that was killed may have taken a lock along

@@ -61,13 +61,15 @@ _SUN_PATH, _MAX_IPC_PATH = 107, 100
 @dataclass(frozen=True)
 class Endpoint:
     """Where a peer listens: tcp://HOST:PORT or ipc://PATH. `fd`: a socket that listens there
-    already, for `bind` to take over; -1 if there is none."""
+    already, for `bind` to take over; -1 if there is none. `stands_for`: of one that carries a
+    stream, the path at the peer's host that it is in place of."""
 
     scheme: str
     host: str = ""
     port: int = 0
     path: str = ""
     fd: int = field(default=-1, compare=False, repr=False)
+    stands_for: str = field(default="", compare=False, repr=False)
 
     def __str__(self) -> str:
         if self.scheme == "ipc":
@@ -90,6 +92,8 @@ class Endpoint:
         port = re.fullmatch(r"\d{1,5}", rest)
         if scheme == "tcp" and self.scheme == "tcp" and port and 0 < int(rest) < 65536:
             return Endpoint("tcp", self.host, int(rest))
+        if scheme == "ipc" and self.stands_for and rest.startswith(f"{self.stands_for}."):
+            return Endpoint("ipc", path=self.path + rest[len(self.stands_for) :])
         if scheme == "ipc" and self.scheme == "ipc" and _beside(self.path, rest):
             return Endpoint("ipc", path=rest)
         raise ConnectError(f"the peer offers a channel at {where!r}, which is not beside {self}")

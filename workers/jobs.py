@@ -106,7 +106,8 @@ class Hold(Job, frozen=True, tag="hold"):
 
 class Finish(Job, frozen=True, tag="finish"):
     """Coordinator to fault process: all pages are here, catch nothing any more. Answered with
-    Ready; to the postcopy process: say Ready when all you sent is placed."""
+    Ready; to the postcopy process: say Ready when all you sent is placed. To a carrier: end the
+    stream when all is delivered. Answered with StreamEnded."""
 
     token: bytes = b""
 
@@ -121,6 +122,26 @@ class Ready(Job, frozen=True, tag="ready"):
 
     endpoint: str = ""
     token: bytes = b""
+
+
+class Names(Job, frozen=True, tag="names"):
+    """Coordinator to carrier: listen at these names beside yours as well. Answered with Ready."""
+
+    suffixes: list[str]
+
+
+class Said(Job, frozen=True, tag="said"):
+    """Carrier: a line that the stream's command has written to stderr."""
+
+    line: str
+
+
+class StreamEnded(Job, frozen=True, tag="stream-ended"):
+    """Carrier: it ended as it was told to. `status`: of the command, None if there is none or it
+    did not end by itself."""
+
+    status: int | None
+    said: str
 
 
 class ExtentDone(Job, frozen=True, tag="extent-done"):
@@ -165,6 +186,7 @@ class Failed(Job, frozen=True, tag="failed"):
 AnyJob = (
     Open | Listen | Extent | Barrier | Scan | Digest | Check | Stop | Postcopy | Unlink | Relink
     | Hold | Finish | Ready | ExtentDone | BarrierDone | ScanDone | DigestDone | CheckDone | Failed
+    | Names | Said | StreamEnded
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

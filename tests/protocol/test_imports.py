@@ -20,6 +20,7 @@ SANS_IO = {
     "transport/codecs/__init__.py",
     "transport/curve.py",
     "transport/strangers.py",
+    *(f"transport/{name}.py" for name in ("streams", "stream_addresses")),
     "transport/codecs/choice.py",
     *(f"pipeline/{name}.py" for name in ("migration", "state", "convergence", "partition")),
     *(f"pipeline/{name}.py" for name in ("agreement", "pacing", "parameters", "__init__")),
@@ -38,10 +39,11 @@ IO_MODULES = {
 }  # fmt: skip
 
 # Who may import the socket module: links and the direct one, who looks at connections, the handover
-# of descriptors over a unix socket, and what the service manager is told.
+# of descriptors over a unix socket, what the service manager is told, and what a stream carries.
 SOCKET_MODULES = {
     "transport/links.py", "workers/guests/handover.py", "workers/guests/qmp.py",
     "workers/leash.py", "transport/doorkeeper.py", "transport/direct.py", "tools/cli/service.py",
+    "transport/carrier.py",
 }  # fmt: skip
 OPENING = {"socket", "bind", "connect"}
 # The monitor's unix socket is a stream of asyncio's; the live view is HTTP.

@@ -34,12 +34,18 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "start-postcopy": ("control", False, "Start the guest at its destination now."),
     "pause": ("control", False, "Drop the connection of a postcopy, to recover it later."),
     "recover": ("control", False, "Connect a paused postcopy again."),
+    "relay": ("relay", True, "Connect a stream to a receiver that is here."),
     "serve": ("serve", True, "Serve a snapshot's memory to those who restore it."),
     "restore": ("restore", True, "Serve a monitor's page faults from a snapshot."),
     "clean": ("clean", False, "Remove what killed runs have left."),
     "keys": ("keys", False, "Make, show, allow and revoke keys."),
     "check": ("check", False, "Show what this host can do."),
 }
+
+
+def _is_given(word: str) -> bool:
+    """A stream that we were started with."""
+    return word.rpartition("=")[2] == "-" or word.rpartition("=")[2].startswith("fd:")
 
 
 class _Group(click.Group):
@@ -54,6 +60,8 @@ class _Group(click.Group):
         module, starts_workers, _ = COMMANDS[cmd_name]
         if starts_workers and any(word.split("=")[0] == "--user" for word in sys.argv):
             prepare()  # processes are started when we are that user
+        elif starts_workers and any(_is_given(word) for word in sys.argv):
+            pass  # they are started when stdin and stdout are no stream any more
         elif starts_workers and "--help" not in sys.argv:
             warm_up()
         found: click.Command = getattr(

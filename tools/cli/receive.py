@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -20,12 +21,13 @@ from .main import error_object
 from .options import integer, listening_options, output_options, page_options, user_option
 from .reporting import received
 from .running import Interrupts, as_user, run, show
-from .service import ready, where_to_listen
+from .service import ready, where_to_receive
 from .view import View
 
 
 @click.command("receive")
-@click.option("--listen", required=True, metavar="ENDPOINT", help="tcp://HOST:PORT (port 0: any), "
+@click.argument("stream", required=False)
+@click.option("--listen", metavar="ENDPOINT", help="tcp://HOST:PORT (port 0: any), "
               "ipc://PATH, systemd. Channels listen beside it, on ports of their own.")  # fmt: skip
 @click.option("--into", metavar="DESTINATION", help="Where guests go. Default: a demo: guest as "
               "such, memory into a new segment in /dev/shm.")  # fmt: skip
@@ -40,19 +42,23 @@ from .view import View
 @page_options
 @output_options
 def receive_command(
-    listen: str,
+    stream: str | None,
+    listen: str | None,
     into: str | None,
     qemu_command: str | None,
     at_once: str,
     once: bool,
     **options: Any,
 ) -> None:
-    """Wait for `pageferry send` and receive what it sends.
+    """Wait for `pageferry send` and receive what it sends; or over STREAM (fd:N, -, exec:COMMAND),
+    from the one that is at its other end.
 
     \b
     pageferry receive --listen tcp://192.0.2.7:4444 --into image:/var/lib/vm.mem --once
+    pageferry send image:vm.mem 'exec:ssh HOST pageferry receive --into image:vm.mem -'
     """
-    endpoint = where_to_listen(listen)
+    endpoint, over = where_to_receive(listen, stream)
+    once = once or over is not None
     if options["keys"] and options["insecure"]:
         raise UsageError("--keys and --insecure: leave one of them out")
     if into is not None and qemu_command is not None:
@@ -75,16 +81,15 @@ def receive_command(
                 interrupts.attach(_OneArrival(destination, interrupts))
             async with received(options, destination, guest, view):
                 _say_listening(destination, view, as_json)
-                await api.receive(
-                    destination, lambda report, error: _tell(report, error, view, once),
-                    once=once, monitor=options["monitor"],
-                )  # fmt: skip
+                told = functools.partial(_tell, view=view)
+                if over is not None:
+                    await api.receive_stream(over, destination, told, monitor=options["monitor"])
+                    return
+                await api.receive(destination, told, once=once, monitor=options["monitor"])
         finally:
             destination.close()
 
-    def _tell(
-        report: dict[str, Any] | None, error: PageferryError | None, view: View, once: bool
-    ) -> None:
+    def _tell(report: dict[str, Any] | None, error: PageferryError | None, view: View) -> None:
         if report is not None:
             show(report, as_json=as_json, quiet=quiet)
             if once:

@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from ...pipeline import api
-from ...transport.links import parse_endpoint
+from ...transport.carrier import claim
+from ...transport.stream_addresses import Stream
 from ...workers.guests import parse_guest
 from .options import key_options, migration_options, parameters, user_option
 from .reporting import recorded
@@ -23,13 +24,17 @@ from .view import View
 @user_option
 @migration_options
 def send_command(source: str, endpoint: str, name: str, **options: Any) -> None:
-    """Move the guest SOURCE to the `pageferry receive` at ENDPOINT (tcp://HOST:PORT, ipc://PATH).
+    """Move the guest SOURCE to the `pageferry receive` at ENDPOINT: tcp://HOST:PORT, ipc://PATH, or
+    a byte stream (exec:COMMAND, fd:N, -).
 
     \b
     pageferry send ram:/dev/shm/vm?pid=4711 tcp://192.0.2.7:4444 --downtime-limit 100ms
+    pageferry send image:vm.mem 'exec:ssh HOST pageferry receive --into image:vm.mem -'
     """
     checked = parameters(options)
-    where, there = parse_guest(source), parse_endpoint(endpoint)
+    where, there = parse_guest(source), api.parse_target(endpoint)
+    if isinstance(there, Stream):
+        there = claim(there)
     on_attached = as_user(options["user"], where)
 
     async def start(view: View, interrupts: Interrupts) -> dict[str, Any]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 import socket
 
+from ...pipeline.carriage import local_endpoint
+from ...transport.carrier import claim
 from ...transport.errors import UsageError
 from ...transport.links import Endpoint, parse_endpoint
+from ...transport.stream_addresses import Stream, is_stream, parse_stream
 
 ACTIVATED = "systemd"
 _FIRST = 3  # SD_LISTEN_FDS_START
@@ -26,6 +29,20 @@ def ready() -> None:
             s.send(b"READY=1")
         except OSError:  # it finds out that nobody said so
             return
+
+
+def where_to_receive(listen: str | None, stream: str | None) -> tuple[Endpoint, Stream | None]:
+    """Where to listen, and the stream that the one source comes over, if there is one: then where
+    nobody else needs to know of, if nothing is said. UsageError."""
+    if stream is None and listen is not None and is_stream(listen):
+        listen, stream = None, listen
+    over = claim(parse_stream(stream)) if stream is not None else None
+    if listen is None and over is None:
+        raise UsageError("nothing to listen at: say --listen tcp://HOST:PORT, or a stream: fd:N, -")
+    endpoint = where_to_listen(listen) if listen is not None else local_endpoint()
+    if over is not None and endpoint.scheme != "ipc":
+        raise UsageError(f"beside a stream it can listen at ipc://PATH, not at {endpoint}")
+    return endpoint, over
 
 
 def where_to_listen(text: str) -> Endpoint:

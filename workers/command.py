@@ -1,0 +1,129 @@
+"""The command of an exec: stream: a shell's child in a session of its own, with pipes to its stdin,
+stdout and stderr.
+
+A session of its own: Ctrl-C is for us to act on, and who ends it ends all that it has started. It
+gets SIGKILL when the process that started it ends, however that ends; what it has started in its
+turn sees the end of its pipes. Knows nothing of what goes through them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+
+from ..transport.messages import printable
+from .kernel.libc import die_with_parent
+
+# After SIGTERM; then SIGKILL.
+_TERM_SECONDS = 0.3
+# Lines of its stderr that an error shows, and characters of one.
+_KEPT, _LINE = 6, 400
+# Lines that are shown a second; and bytes without an end of line that count as one.
+_LINES_A_SECOND, _MOST_LINE = 50, 4096
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126
+
+
+class Command:
+    """One that runs. `reads` is its stdout, `writes` its stdin, `errors` its stderr: ours to close,
+    but for the last."""
+
+    def __init__(self, text: str, environment: dict[str, str], directory: str) -> None:
+        parent = os.getpid()
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, bufsize=0, cwd=directory, env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: die_with_parent(parent),  # noqa: PLW1509  no thread is here yet
+        )  # fmt: skip
+        streams = (self._process.stdout, self._process.stdin, self._process.stderr)
+        self.reads, self.writes, self.errors = (
+            os.dup(stream.fileno()) for stream in streams if stream is not None
+        )
+        for stream in streams:
+            if stream is not None:
+                stream.close()
+        os.set_blocking(self.errors, False)
+        self.pidfd = os.pidfd_open(self._process.pid)
+        self._partial = b""
+        self._last: deque[str] = deque(maxlen=_KEPT)
+        self._window = (0, 0)  # a second, and how many lines were shown in it
+        self._hidden = 0
+
+    def __repr__(self) -> str:
+        return f"<Command pid={self._process.pid}>"
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status, negative: a signal; None while it runs."""
+        # not waited for: as long as it is not, nobody else can have its number
+        ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
+            return None
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+    def listen(self) -> tuple[list[str], bool]:
+        """What it has written to stderr since: lines to be shown; and whether it may write more."""
+        try:
+            data = os.read(self.errors, 65536)
+        except BlockingIOError:
+            return [], True
+        *whole, self._partial = (self._partial + data).replace(b"\r", b"\n").split(b"\n")
+        if not data or len(self._partial) > _MOST_LINE:
+            whole, self._partial = [*whole, self._partial], b""
+        lines = [printable(line.decode(errors="replace"))[:_LINE].rstrip() for line in whole]
+        lines = [line for line in lines if line]
+        self._last.extend(lines)
+        return self._shown(lines), bool(data)
+
+    def _shown(self, lines: list[str]) -> list[str]:
+        """So many of `lines` as a person may read; of the others their number, a second later."""
+        second = int(time.monotonic())
+        if self._window[0] != second:
+            self._window = (second, 0)
+            if self._hidden:
+                lines = [f"({self._hidden} lines are not shown)", *lines]
+                self._hidden = 0
+        room = max(0, _LINES_A_SECOND - self._window[1])
+        self._window = (second, self._window[1] + len(lines))
+        self._hidden += max(0, len(lines) - room)
+        return lines[:room]
+
+    def last_words(self) -> str:
+        """The last of its stderr, for an error."""
+        while True:
+            before = len(self._last), self._partial
+            _, more = self.listen()
+            if not more or before == (len(self._last), self._partial):
+                break
+        return "; it said: " + " | ".join(self._last) if self._last else ""
+
+    def end(self) -> None:
+        """End it and all in its session, and wait for it. Idempotent."""
+        if self._process.returncode is None:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, number)
+                until = time.monotonic() + _TERM_SECONDS
+                while self.status is None and time.monotonic() < until:
+                    time.sleep(0.005)
+            self._process.wait()
+        for fd in (self.errors, self.pidfd):
+            if fd >= 0:
+                os.close(fd)
+        self.errors = self.pidfd = -1
+
+
+def how_it_ended(status: int) -> str:
+    """An exit status in words."""
+    if status == _NOT_FOUND:
+        return "ended with status 127: there is no such command"
+    if status == _NOT_EXECUTABLE:
+        return "ended with status 126: it cannot be executed"
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            return f"was killed by {signal.Signals(-status).name}"
+    return f"ended with status {status}"
