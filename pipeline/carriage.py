@@ -170,6 +170,7 @@ class Carriage:
 
     def _failed(self, error: Exception) -> None:
         assert isinstance(error, PageferryError)
+        self._met = False  # and is told nothing any more
         for waiting in (self._answer, self._over):
             if waiting is not None and not waiting.done():
                 waiting.set_exception(error)

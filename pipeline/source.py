@@ -268,6 +268,8 @@ class Source:
 
     def link_broke(self, error: PageferryError) -> None:
         """What the connection is made over has ended."""
+        if self.core.status is Status.POSTCOPY_ACTIVE and self.carriage is not None:
+            _log.warning("the guest runs at the destination: %s", self.carriage.recovery())
         if self._driving and self.core.status not in (Status.POSTCOPY_PAUSED, *FINAL):
             self._failed(error, link=True)
 

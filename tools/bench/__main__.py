@@ -29,6 +29,7 @@ from . import (
     scaling,
     sparse,
     startup,
+    streams,
     throughput,
     trace,
     tune,
@@ -270,6 +271,22 @@ def verify_command(json_file: str | None, pageferry: str, **options: Any) -> Non
 def keys_command(json_file: str | None, pageferry: str, **options: Any) -> None:
     """What --keys costs, without and with: time, processor time, latency of faults."""
     _run(lambda lab: keys.measure(lab, keys.Plan(**options)), json_file, pageferry)
+
+
+@cli.command("streams")
+@_size_option("1G", "Memory that is sent.")
+@click.option("--guest", type=_size, default="128M", show_default=True, metavar="SIZE",
+              help="Of the one that "
+              "waits for its pages.")  # fmt: skip
+@_list_option("--contents", KINDS, ("random",), "What the memory holds.")
+@click.option("--codec", default="none", show_default=True, help="What it is sent with.")
+@click.option("--workers", default="2", show_default=True, help="Channels.")
+@click.option("--through", default="", metavar="COMMAND", help="Also behind a command that runs "
+              "another one: 'ssh -p 2222 localhost'.")  # fmt: skip
+@_common_options(reps=5)
+def streams_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """What a byte stream costs against TCP: time, processor time, latency of faults."""
+    _run(lambda lab: streams.measure(lab, streams.Plan(**options)), json_file, pageferry)
 
 
 @cli.command("startup")

@@ -80,9 +80,11 @@ def receive_command(
             if once:
                 interrupts.attach(_OneArrival(destination, interrupts))
             async with received(options, destination, guest, view):
-                _say_listening(destination, view, as_json)
                 told = functools.partial(_tell, view=view)
-                if over is not None:
+                if over is None:
+                    _say_listening(destination, view, as_json)
+                else:
+                    ready()
                     await api.receive_stream(over, destination, told, monitor=options["monitor"])
                     return
                 await api.receive(destination, told, once=once, monitor=options["monitor"])
