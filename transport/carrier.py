@@ -66,7 +66,7 @@ class Carrier:
         self._writable = True
         for fd in (reads, writes):
             os.set_blocking(fd, False)
-        self._add(reads, _IN | _EDGE, self._on_stream)
+        self._add(reads, _IN | select.EPOLLRDHUP | _EDGE, self._on_stream)
         self._add(writes, _OUT | _EDGE, self._on_room)
 
     def __repr__(self) -> str:
