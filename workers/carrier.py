@@ -33,7 +33,7 @@ _LAST_SECONDS = 1.0
 # After all was said: until connections here have ended, and what is left is sent; then for a
 # command whose stdin has ended, which has a receiver to end. The same in a hurry.
 _FLUSH_SECONDS, _COMMAND_SECONDS = 2.0, 10.0
-_FLUSH_SOON, _COMMAND_SOON = 0.5, 1.0
+_FLUSH_SOON, _COMMAND_SOON = 0.5, 2.0
 FINISH_SECONDS = 2 * _FLUSH_SECONDS + _COMMAND_SECONDS
 HURRY_SECONDS = 2 * _FLUSH_SOON + _COMMAND_SOON
 HURRY = b"hurry"

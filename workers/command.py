@@ -19,7 +19,7 @@ from ..transport.messages import printable
 from .kernel.libc import die_with_parent
 
 # After SIGTERM; then SIGKILL.
-_TERM_SECONDS = 0.3
+_TERM_SECONDS = 0.5
 # Lines of its stderr that an error shows, and characters of one.
 _KEPT, _LINE = 6, 400
 # Lines that are shown a second; and bytes without an end of line that count as one.

@@ -19,10 +19,11 @@ import numpy as np
 from fuzz_draw import INTERESTING
 from fuzz_targets import CORPUS, TARGETS
 
-from pageferry.transport import messages, urgent, wire
+from pageferry.transport import messages, streams, urgent, wire
 from pageferry.transport.codecs import CODECS
 from pageferry.transport.messages import Block, Hello
 from pageferry.transport.pages import PAGE_SIZE, Runs
+from pageferry.transport.streams import Mux
 from pageferry.workers.guests.demo_process import Registers
 from pageferry.workers.guests.image import ImageState, sum_of
 
@@ -171,6 +172,20 @@ def _registers() -> Iterator[bytes]:
     yield msgspec.msgpack.encode(Registers(99, 0, 20000, "mixed", 7, "random", 4))
 
 
+def _streams() -> Iterator[bytes]:
+    def frame(kind: int, number: int, size: int, follows: bytes = b"") -> bytes:
+        return streams.HEADER.pack(kind, number, size) + follows
+
+    kind, source = streams.Kind, Mux(dials=True).output(idle=True).removeprefix(streams.MAGIC)
+    opened = frame(kind.OPEN, 1, 0) + frame(kind.OPEN, 2, 2, b".0") + frame(kind.OPEN, 3, 3, b".64")
+    data = frame(kind.DATA, 1, 5, b"hello") + frame(kind.DATA, 2, 100, bytes(100))
+    end = frame(kind.CLOSE, 2, 0) + frame(kind.BYE, 0, 0)
+    yield b"\x42" + source + opened + data + frame(kind.SEEN, 0, 0) + end
+    yield b"\x06" + source + opened + frame(kind.DATA, 3, 4, b"page") + frame(kind.CREDIT, 1, 0)
+    there = Mux(dials=False, name="@there").output(idle=True)
+    yield b"\x81Last login: today\n" + there + frame(kind.BYE, 0, 4, b"done")
+
+
 def _talks(name: str) -> Iterator[bytes]:
     draw = random.Random(name)
     for size in (8, 40, 200, 1000):
@@ -183,7 +198,7 @@ MAKERS = {
     "frame": _frames, "urgent-message": _urgents, "message": _messages, "codec": _codecs,
     "core": _cores, "image-state": _states, "handover": _handovers, "qmp": _commands,
     "batch": _manifests, "address": _addresses, "zap": _zap, "profile": _profiles,
-    "key-file": _keys, "demo-state": _registers,
+    "key-file": _keys, "demo-state": _registers, "stream": _streams,
     **{name: lambda name=name: _talks(name) for name in _TALKS},
 }  # fmt: skip
 

@@ -14,12 +14,14 @@ import fuzz_channels
 import fuzz_files
 import fuzz_messages
 import fuzz_placing
+import fuzz_streams
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     **fuzz_channels.TARGETS,
     **fuzz_messages.TARGETS,
     **fuzz_files.TARGETS,
     **fuzz_placing.TARGETS,
+    **fuzz_streams.TARGETS,
 }
 CORPUS = Path(__file__).resolve().parent / "corpus"
 
