@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 from .errors import UsageError
 from .stream_addresses import Stream
-from .streams import CHUNK, HEADER, Arrived, Closed, Event, Greeted, Left, Mux, Opened
+from .streams import HEADER, LARGE_CHUNK, Arrived, Closed, Event, Greeted, Left, Mux, Opened
 
 _READ = 256 << 10
 # Frames between two looks whether something more urgent has come.
@@ -60,7 +60,7 @@ class Carrier:
         self._locals: dict[int, _Local] = {}
         self._listening: dict[str, socket.socket] = {}
         self._buffer = memoryview(bytearray(_READ))
-        self._frame = bytearray(HEADER.size + CHUNK)
+        self._frame = bytearray(HEADER.size + LARGE_CHUNK)
         self._pending = memoryview(b"")  # of the frame that is being sent
         self._readable = self._hung_up = False
         self._writable = True

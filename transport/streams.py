@@ -39,8 +39,9 @@ MAGIC = b"\0pageferry-stream\0"
 HEADER = struct.Struct("<B3xIQ")
 # Text before the first frame: what a login prints, and more than anybody configures.
 MOST_NOISE = 64 << 10
-# Of one frame. 64 KiB is half a millisecond at 1 Gbit/s, and what a pipe takes at once.
-CHUNK = 64 << 10
+# Of one frame, which is 64 KiB then: half a millisecond at 1 Gbit/s. And while no urgent pages
+# travel: what a pipe takes at once, if it is as large as we make it.
+CHUNK, LARGE_CHUNK = (64 << 10) - HEADER.size, (256 << 10) - HEADER.size
 # Of a connection, under way or not yet taken by its reader: 100 MB/s at 20 ms.
 WINDOW = 2 << 20
 # Two of them, while a source connects again, with all channels there can be.
@@ -180,7 +181,12 @@ class Flow:
         while len(self._seen) > 2 and now - self._seen[1][1] > _RATE_SECONDS:
             self._seen.popleft()
 
+    def chunk(self, now: float) -> int:
+        """Of a frame."""
+        return CHUNK if now <= self._urgent_until else LARGE_CHUNK
+
     def limit(self, now: float) -> int:
+        """Of bulk that is under way."""
         if now > self._urgent_until:
             return MOST_BULK
         (first, began), (last, ended) = (self._seen[0], self._seen[-1]) if self._seen else (
@@ -425,11 +431,12 @@ class Mux:
         """Which connection is to be read now, and how much of it at most; None: of none."""
         if not self.greeted or self.ended:
             return None
+        chunk = self.flow.chunk(now)
         for rank in (Rank.URGENT, Rank.CONTROL):
             for number in self._ready[rank]:
-                return number, min(CHUNK, self._connections[number].credit)
+                return number, min(chunk, self._connections[number].credit)
         for number in self._ready[Rank.BULK]:
-            most = min(CHUNK, self._connections[number].credit)
+            most = min(chunk, self._connections[number].credit)
             # whole chunks: a limit that is nearly reached makes no crumbs
             return (number, most) if self.flow.under_way + most <= self.flow.limit(now) else None
         return None

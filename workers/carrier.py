@@ -20,10 +20,11 @@ from typing import Any
 
 from ..transport.carrier import Carrier
 from ..transport.errors import ConnectError, LocalProtocolError, PageferryError, PeerLost
-from ..transport.streams import Mux
+from ..transport.streams import HEADER, LARGE_CHUNK, Mux
 from . import jobs
 from .command import Command, how_it_ended
 from .counters import Counters
+from .kernel.libc import grow_pipe
 from .process import Desk, run_worker
 
 # A login over a slow network and the start of pageferry behind it; somebody may type a PIN.
@@ -38,6 +39,8 @@ FINISH_SECONDS = 2 * _FLUSH_SECONDS + _COMMAND_SECONDS
 HURRY_SECONDS = 2 * _FLUSH_SOON + _COMMAND_SOON
 HURRY = b"hurry"
 _LOOK_SECONDS = 0.1
+# As much as a frame has: a pipe of 64 KiB is a change of processes for each.
+PIPE = LARGE_CHUNK + HEADER.size
 
 
 class Descriptors:
@@ -113,6 +116,8 @@ class _Carrying:
         self.mux = Mux(dials=job.dials, name="" if job.dials else job.path)
         given = job.descriptors if command is None else command
         assert given is not None
+        for fd in (given.reads, given.writes):
+            grow_pipe(fd, PIPE)
         self.carrier = Carrier(self.mux, given.reads, given.writes, job.path)
         self.carrier.watch(desk.pipe.fileno(), self._commands)
         if command is not None:

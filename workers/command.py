@@ -24,6 +24,8 @@ _TERM_SECONDS = 0.5
 _KEPT, _LINE = 6, 400
 # Lines that are shown a second; and bytes without an end of line that count as one.
 _LINES_A_SECOND, _MOST_LINE = 50, 4096
+# What is read of its stderr for an error, at the most, in parts of 64 KiB: a pipe holds one.
+_LAST_READS = 16
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 
 
@@ -47,7 +49,6 @@ class Command:
             if stream is not None:
                 stream.close()
         os.set_blocking(self.errors, False)
-        self.pidfd = os.pidfd_open(self._process.pid)
         self._partial = b""
         self._last: deque[str] = deque(maxlen=_KEPT)
         self._window = (0, 0)  # a second, and how many lines were shown in it
@@ -67,17 +68,25 @@ class Command:
 
     def listen(self) -> tuple[list[str], bool]:
         """What it has written to stderr since: lines to be shown; and whether it may write more."""
+        data = self._take()
+        return self._shown(self._lines(data or b"", over=data == b"")), data != b""
+
+    def _take(self) -> bytes | None:
+        """None: nothing now; b"": nothing any more."""
         try:
-            data = os.read(self.errors, 65536)
+            return os.read(self.errors, 65536)
         except BlockingIOError:
-            return [], True
+            return None
+
+    def _lines(self, data: bytes, *, over: bool) -> list[str]:
+        """Those that `data` ends."""
         *whole, self._partial = (self._partial + data).replace(b"\r", b"\n").split(b"\n")
-        if not data or len(self._partial) > _MOST_LINE:
+        if over or len(self._partial) > _MOST_LINE:
             whole, self._partial = [*whole, self._partial], b""
         lines = [printable(line.decode(errors="replace"))[:_LINE].rstrip() for line in whole]
         lines = [line for line in lines if line]
         self._last.extend(lines)
-        return self._shown(lines), bool(data)
+        return lines
 
     def _shown(self, lines: list[str]) -> list[str]:
         """So many of `lines` as a person may read; of the others their number, a second later."""
@@ -94,11 +103,12 @@ class Command:
 
     def last_words(self) -> str:
         """The last of its stderr, for an error."""
-        while True:
-            before = len(self._last), self._partial
-            _, more = self.listen()
-            if not more or before == (len(self._last), self._partial):
+        for _ in range(_LAST_READS):
+            if not (data := self._take()):
                 break
+            self._lines(data, over=False)
+        if self._partial:
+            self._lines(b"", over=True)
         return "; it said: " + " | ".join(self._last) if self._last else ""
 
     def end(self) -> None:
@@ -111,10 +121,9 @@ class Command:
                 while self.status is None and time.monotonic() < until:
                     time.sleep(0.005)
             self._process.wait()
-        for fd in (self.errors, self.pidfd):
-            if fd >= 0:
-                os.close(fd)
-        self.errors = self.pidfd = -1
+        if self.errors >= 0:
+            os.close(self.errors)
+        self.errors = -1
 
 
 def how_it_ended(status: int) -> str:

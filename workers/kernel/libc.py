@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -38,6 +39,13 @@ def _check(result: int, what: str) -> int:
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """Make `length` bytes of a file from `offset` read as zero and cost nothing (fallocate(2))."""
     _check(_libc.fallocate(fd, _FALLOC_PUNCH_HOLE, offset, length), "fallocate")
+
+
+def grow_pipe(fd: int, size: int) -> None:
+    """Let a pipe hold `size` bytes, if that may be (F_SETPIPE_SZ). Others are left alone."""
+    with contextlib.suppress(OSError):
+        if fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) < size:
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, size)
 
 
 def lock_file(fd: int) -> bool:
