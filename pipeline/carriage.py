@@ -65,10 +65,6 @@ class Carriage:
     def __repr__(self) -> str:
         return f"<Carriage {self._stream}>"
 
-    @property
-    def open(self) -> bool:
-        return self._pool is not None
-
     async def dial(self, stream: Stream) -> Endpoint:
         """Where the receiver at the other end of `stream` is to be dialled. ConnectError,
         UsageError."""
@@ -128,7 +124,8 @@ class Carriage:
 
     async def locate(self, where: str, before: Endpoint) -> Endpoint:
         """For a connection that is made anew: what `where` is, "" for as `before`."""
-        if not where and (self._stream is None or (self._pool is not None and self._pool.alive)):
+        whole = self._pool is not None and self._pool.alive and not self.closed
+        if not where and (self._stream is None or whole):
             return before  # a stream that is whole has the new connections as it had the old
         if where and not is_stream(where):
             await self.close(hurry=True)
@@ -155,7 +152,9 @@ class Carriage:
         match job:
             case jobs.Said(line):
                 _log.warning("%s: %s", str(self._stream).partition(" ")[0], line)
-            case jobs.StreamEnded():
+            case jobs.StreamEnded(status, said):
+                if status:
+                    _log.warning("%s %s%s", self._stream, how_it_ended(status), said)
                 if self._over is not None and not self._over.done():
                     self._over.set_result(job)
                 if not self._asked:
@@ -221,10 +220,7 @@ class Carriage:
         pool.say_all(jobs.Finish(carrier.HURRY if hurry else b""))
         seconds = carrier.HURRY_SECONDS if hurry else carrier.FINISH_SECONDS
         with contextlib.suppress(PageferryError, TimeoutError):
-            ended = await asyncio.wait_for(asyncio.shield(self._over), seconds + 1.0)
-            if ended.status:
-                how = how_it_ended(ended.status)
-                _log.warning("%s %s%s", self._stream, how, ended.said)
+            await asyncio.wait_for(asyncio.shield(self._over), seconds + 1.0)
 
 
 @contextlib.asynccontextmanager
