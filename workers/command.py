@@ -19,7 +19,7 @@ from ..transport.messages import printable
 from .kernel.libc import die_with_parent
 
 # After SIGTERM; then SIGKILL.
-_TERM_SECONDS = 0.5
+_TERM_SECONDS = 1.0
 # Lines of its stderr that an error shows, and characters of one.
 _KEPT, _LINE = 6, 400
 # Lines that are shown a second; and bytes without an end of line that count as one.
@@ -114,16 +114,28 @@ class Command:
     def end(self) -> None:
         """End it and all in its session, and wait for it. Idempotent."""
         if self._process.returncode is None:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, number)
-                until = time.monotonic() + _TERM_SECONDS
-                while self.status is None and time.monotonic() < until:
-                    time.sleep(0.005)
+            self._signal(signal.SIGTERM)
+            until = time.monotonic() + _TERM_SECONDS
+            # a pageferry that was killed has helpers, which tidy up and end
+            while (self.status is None or self._others()) and time.monotonic() < until:
+                time.sleep(0.01)
+            self._signal(signal.SIGKILL)
             self._process.wait()
         if self.errors >= 0:
             os.close(self.errors)
         self.errors = -1
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def _others(self) -> bool:
+        """Whether something that it has started is there still."""
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(ProcessLookupError):
+                if int(name) != self._process.pid and os.getpgid(int(name)) == self._process.pid:
+                    return True
+        return False
 
 
 def how_it_ended(status: int) -> str:
