@@ -196,8 +196,7 @@ class Carrier:
 
     def _next_data(self) -> bool:
         """Read a frame's worth of whose turn it is."""
-        now = time.monotonic()
-        while (chosen := self.mux.choose(now)) is not None:
+        while (chosen := self.mux.choose()) is not None:
             number, most = chosen
             local = self._locals[number]
             view = memoryview(self._frame)
@@ -211,7 +210,7 @@ class Carrier:
             if not size:
                 self._drop(number)
                 return True  # and that is to be said
-            self._frame[: HEADER.size] = self.mux.data(number, size, now)
+            self._frame[: HEADER.size] = self.mux.data(number, size, time.monotonic())
             if size < most and not local.hung_up:
                 self.mux.drained(number)
             self._pending = view[: HEADER.size + size]

@@ -10,7 +10,7 @@ opens connections, each to a name beside the other end's, by which its rank is k
 A frame is a header and what belongs to it. What goes first is decided frame by frame: what keeps
 the stream going, then urgent, control and bulk, within a rank in turn. So an urgent page waits
 behind one frame of bulk, and behind what lies in the stream already: therefore bulk that the other
-end has not yet taken off the stream (SEEN) is bounded, tightly while urgent pages travel. Each
+end has not yet taken off the stream (SEEN) is bounded, tightly if a guest may wait for pages. Each
 connection has a window (CREDIT) as well: one whose reader is slow holds up nobody, and fills no
 memory. What is read off a stream is never trusted further than these bounds.
 
@@ -39,18 +39,17 @@ MAGIC = b"\0pageferry-stream\0"
 HEADER = struct.Struct("<B3xIQ")
 # Text before the first frame: what a login prints, and more than anybody configures.
 MOST_NOISE = 64 << 10
-# Of one frame, which is 64 KiB then: half a millisecond at 1 Gbit/s. And while no urgent pages
-# travel: what a pipe takes at once, if it is as large as we make it.
+# Of one frame, which is 64 KiB then: half a millisecond at 1 Gbit/s. And where nobody waits for
+# pages: what a pipe takes at once, if it is as large as we make it.
 CHUNK, LARGE_CHUNK = (64 << 10) - HEADER.size, (256 << 10) - HEADER.size
 # Of a connection, under way or not yet taken by its reader: 100 MB/s at 20 ms.
 WINDOW = 2 << 20
 # Two of them, while a source connects again, with all channels there can be.
 MAX_CONNECTIONS = 2 * (MAX_WORKERS + 2)
-# Bulk that the other end has not taken off the stream: any amount that windows allow, but while
-# urgent pages travel, and so long afterwards, as much as the round trip needs, and no less than
-# this (it is 2 ms at 1 Gbit/s, 0.2 at 10).
+# Bulk that the other end has not taken off the stream: any amount that windows allow; but if
+# there is a connection for urgent pages as much as the round trip needs, and no less than the first
+# (it is 2 ms at 1 Gbit/s, 0.2 at 10).
 LEAST_BULK, MOST_BULK = 256 << 10, 32 << 20
-URGENT_SECONDS = 2.0
 # How often what was taken off the stream is said, if the stream is not idle.
 SEEN_EVERY = 64 << 10
 # Over so long the rate of bulk is measured.
@@ -155,15 +154,11 @@ class Flow:
         self._marks: deque[tuple[int, float]] = deque()  # sent so far, when
         self._seen: deque[tuple[int, float]] = deque()  # the same of what was seen
         self._shortest = 0.0  # round trip, of the whole life: later ones have a queue in them
-        self._urgent_until = float("-inf")
+        self.urgent = 0  # connections for urgent pages
 
     @property
     def under_way(self) -> int:
         return self.sent - self.seen
-
-    def urgent(self, now: float) -> None:
-        """An urgent page travels, or a request for one."""
-        self._urgent_until = now + URGENT_SECONDS
 
     def went(self, size: int, now: float) -> None:
         self.sent += size
@@ -181,16 +176,19 @@ class Flow:
         while len(self._seen) > 2 and now - self._seen[1][1] > _RATE_SECONDS:
             self._seen.popleft()
 
-    def chunk(self, now: float) -> int:
-        """Of a frame."""
-        return CHUNK if now <= self._urgent_until else LARGE_CHUNK
+    @property
+    def chunk(self) -> int:
+        """The most of a frame."""
+        return CHUNK if self.urgent else LARGE_CHUNK
 
-    def limit(self, now: float) -> int:
-        """Of bulk that is under way."""
-        if now > self._urgent_until:
+    @property
+    def limit(self) -> int:
+        """The most of bulk that is under way."""
+        if not self.urgent:
             return MOST_BULK
-        (first, began), (last, ended) = (self._seen[0], self._seen[-1]) if self._seen else (
-            (0, now), (0, now))  # fmt: skip
+        if not self._seen:
+            return LEAST_BULK
+        (first, began), (last, ended) = self._seen[0], self._seen[-1]
         rate = (last - first) / (ended - began) if ended > began else 0.0
         return min(MOST_BULK, max(LEAST_BULK, int(2 * rate * self._shortest)))
 
@@ -269,7 +267,7 @@ class Mux:
         if self._left_of_data:
             piece = view[: self._left_of_data]
             self._left_of_data -= len(piece)
-            self._data(piece, events, now)
+            self._data(piece, events)
             return view[len(piece) :]
         wanted = HEADER.size if self._small is None else self._small[2]
         piece = view[: wanted - len(self._head)]
@@ -323,12 +321,10 @@ class Mux:
         connection.room -= size
         self._left_of_data, self._data_of = size, number
 
-    def _data(self, piece: memoryview, events: list[Event], now: float) -> None:
+    def _data(self, piece: memoryview, events: list[Event]) -> None:
         connection = self._connections[self._data_of]
         if connection.rank is Rank.BULK:
             self._bulk_in += len(piece)
-        elif connection.rank is Rank.URGENT:
-            self.flow.urgent(now)
         if not connection.closed_here:
             events.append(Arrived(self._data_of, piece))
 
@@ -390,7 +386,7 @@ class Mux:
             raise RemoteProtocolError(f"connection {number} is not the other end's to open")
         if len(self._connections) >= MAX_CONNECTIONS:
             raise RemoteProtocolError(f"more than {MAX_CONNECTIONS} connections over one stream")
-        self._connections[number] = _Connection(rank_of(suffix))
+        self._add(number, suffix)
         self._opened = number
         return Opened(number, suffix)
 
@@ -403,9 +399,14 @@ class Mux:
         if len(self._connections) >= MAX_CONNECTIONS or self._opened == 0xFFFFFFFF:
             return 0
         self._opened += 1
-        self._connections[self._opened] = _Connection(rank_of(suffix))
+        self._add(self._opened, suffix)
         self._put(Kind.OPEN, suffix.encode(), self._opened)
         return self._opened
+
+    def _add(self, number: int, suffix: str) -> None:
+        rank = rank_of(suffix)
+        self._connections[number] = _Connection(rank)
+        self.flow.urgent += rank is Rank.URGENT
 
     def readable(self, number: int) -> None:
         """There is something to be read of a connection, as far as anybody knows."""
@@ -427,18 +428,18 @@ class Mux:
         self._ready[connection.rank].pop(number, None)
         self._stalled.discard(number)
 
-    def choose(self, now: float) -> tuple[int, int] | None:
+    def choose(self) -> tuple[int, int] | None:
         """Which connection is to be read now, and how much of it at most; None: of none."""
         if not self.greeted or self.ended:
             return None
-        chunk = self.flow.chunk(now)
+        chunk = self.flow.chunk
         for rank in (Rank.URGENT, Rank.CONTROL):
             for number in self._ready[rank]:
                 return number, min(chunk, self._connections[number].credit)
         for number in self._ready[Rank.BULK]:
             most = min(chunk, self._connections[number].credit)
             # whole chunks: a limit that is nearly reached makes no crumbs
-            return (number, most) if self.flow.under_way + most <= self.flow.limit(now) else None
+            return (number, most) if self.flow.under_way + most <= self.flow.limit else None
         return None
 
     def data(self, number: int, size: int, now: float) -> bytes:
@@ -456,8 +457,6 @@ class Mux:
             self._stalled.add(number)
         if connection.rank is Rank.BULK:
             self.flow.went(size, now)
-        elif connection.rank is Rank.URGENT:
-            self.flow.urgent(now)
         return HEADER.pack(Kind.DATA, number, size)
 
     def taken(self, number: int, size: int) -> None:
@@ -485,6 +484,7 @@ class Mux:
         if connection.closed_here and connection.closed_there:
             self._unready(number, connection)
             del self._connections[number]
+            self.flow.urgent -= connection.rank is Rank.URGENT
             self._owing.discard(number)
 
     def end(self, reason: str = "") -> None:

@@ -25,6 +25,7 @@ from . import jobs
 from .command import Command, how_it_ended
 from .counters import Counters
 from .kernel.libc import grow_pipe
+from .priority import CARRIER_PRIORITY, become_urgent, collect_seldom
 from .process import Desk, run_worker
 
 # A login over a slow network and the start of pageferry behind it; somebody may type a PIN.
@@ -122,6 +123,7 @@ class _Carrying:
         self.carrier.watch(desk.pipe.fileno(), self._commands)
         if command is not None:
             self.carrier.watch(command.errors, self._hear)
+        self._raised = False
         self._finishing = self._hurry = self._stopped = self._told = False
         self._deadline = time.monotonic() + job.patience if job.patience is not None else None
 
@@ -162,6 +164,10 @@ class _Carrying:
 
     def _look(self) -> None:
         """At what has become of the stream."""
+        if self.mux.flow.urgent and not self._raised:
+            self._raised = True
+            become_urgent(CARRIER_PRIORITY)
+            collect_seldom()
         if self.mux.greeted and not self._told:
             self._told = True
             if self.job.dials:

@@ -10,6 +10,8 @@ from .kernel.libc import set_nice_and_slice
 
 # Above everything ordinary, below what the kernel and audio set for themselves.
 FIFO_PRIORITY = 50
+# Of who carries their pages, and bulk as well: below them, so that it is never in their way.
+CARRIER_PRIORITY = FIFO_PRIORITY - 1
 _NICE = -15
 # Background of a postcopy: whoever else wants the processor goes first.
 BACKGROUND_NICE = 10
@@ -21,11 +23,11 @@ NORMAL, NICE, FIFO = 0, 1, 2
 NAMES = {NORMAL: "normal", NICE: f"nice {_NICE}", FIFO: f"SCHED_FIFO {FIFO_PRIORITY}"}
 
 
-def become_urgent() -> int:
+def become_urgent(priority: int = FIFO_PRIORITY) -> int:
     """Raise this thread's priority as far as it goes: FIFO, NICE or NORMAL. Threads that it starts
     afterwards inherit it."""
     try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(FIFO_PRIORITY))
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
         return FIFO
     except (OSError, AttributeError):
         pass
