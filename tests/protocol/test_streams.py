@@ -36,7 +36,7 @@ from pageferry.transport.streams import (
     rank_of,
 )
 
-examples = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 URGENT, CONTROL, BULK = ".64", "", ".0"
 
 
