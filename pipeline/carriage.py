@@ -59,7 +59,7 @@ class Carriage:
         self._ended: Pool | None = None  # the last one, for what it has cost
         self._here = ""  # the path at which it is dialled
         self._met = False  # the other end has answered
-        self._asked = False  # the carrier was told to finish
+        self._asked = self._hurry = False  # the carrier was told to finish, in a hurry
         self.closed = False  # the other end has closed the stream, and said so
 
     def __repr__(self) -> str:
@@ -89,7 +89,7 @@ class Carriage:
             waits = not dials and bool(stream.command)
             patience = None if waits else carrier.GREETING_SECONDS
             self._stream = stream
-            self._met = self._asked = self.closed = False
+            self._met = self._asked = self._hurry = self.closed = False
             self._counters = Counters(1)
             self._pool = Pool("carrier", self._counters, self._on_job, self._failed)
             self._answer = asyncio.get_running_loop().create_future()
@@ -153,8 +153,9 @@ class Carriage:
             case jobs.Said(line):
                 _log.warning("%s: %s", str(self._stream).partition(" ")[0], line)
             case jobs.StreamEnded(status, said):
-                if status:
-                    _log.warning("%s %s%s", self._stream, how_it_ended(status), said)
+                if status:  # of a migration that failed, more was said already
+                    level = logging.INFO if self._hurry else logging.WARNING
+                    _log.log(level, "%s %s%s", self._stream, how_it_ended(status), said)
                 if self._over is not None and not self._over.done():
                     self._over.set_result(job)
                 if not self._asked:
@@ -216,7 +217,7 @@ class Carriage:
 
     async def _finish(self, pool: Pool, hurry: bool) -> None:
         assert self._over is not None
-        self._asked = True
+        self._asked, self._hurry = True, hurry
         pool.say_all(jobs.Finish(carrier.HURRY if hurry else b""))
         seconds = carrier.HURRY_SECONDS if hurry else carrier.FINISH_SECONDS
         with contextlib.suppress(PageferryError, TimeoutError):

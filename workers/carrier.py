@@ -36,8 +36,8 @@ _LAST_SECONDS = 1.0
 # command whose stdin has ended, which has a receiver to end. The same in a hurry.
 _FLUSH_SECONDS, _COMMAND_SECONDS = 2.0, 10.0
 _FLUSH_SOON, _COMMAND_SOON = 0.5, 2.0
-FINISH_SECONDS = 2 * _FLUSH_SECONDS + _COMMAND_SECONDS
-HURRY_SECONDS = 2 * _FLUSH_SOON + _COMMAND_SOON
+FINISH_SECONDS = 3 * _FLUSH_SECONDS + _COMMAND_SECONDS
+HURRY_SECONDS = 3 * _FLUSH_SOON + _COMMAND_SOON
 HURRY = b"hurry"
 _LOOK_SECONDS = 0.1
 # As much as a frame has: a pipe of 64 KiB is a change of processes for each.
@@ -177,9 +177,11 @@ class _Carrying:
             self._broke()
         late = self._deadline is not None and time.monotonic() > self._deadline
         if late and not self.mux.greeted:
+            whom = "receive" if self.job.dials else "send"
             raise ConnectError(
-                f"nothing of pageferry came over {self.job.shown} within {self.job.patience:.0f} s"
-                f"{self._noise()}{self._last_words()}"
+                f"nothing of pageferry came over {self.job.shown} within {self.job.patience:.0f} "
+                f"s: at its other end must be a `pageferry {whom}` that answers (into a file goes "
+                f"image:PATH){self._noise()}{self._last_words()}"
             )
 
     def _steps(self, seconds: float, enough: Any) -> None:
@@ -244,6 +246,9 @@ class _Carrying:
                 carrier.end()
                 self._steps(flush, lambda: carrier.flushed or carrier.broken)
         carrier.shut()
+        # the other end has something to say yet, and no use for a broken pipe
+        with contextlib.suppress(PageferryError):
+            self._steps(flush, lambda: carrier.eof or carrier.broken)
         status, command = None, self.command
         if command is not None:
             with contextlib.suppress(PageferryError):
