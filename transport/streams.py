@@ -46,10 +46,12 @@ CHUNK, LARGE_CHUNK = (64 << 10) - HEADER.size, (256 << 10) - HEADER.size
 WINDOW = 2 << 20
 # Two of them, while a source connects again, with all channels there can be.
 MAX_CONNECTIONS = 2 * (MAX_WORKERS + 2)
-# Bulk that the other end has not taken off the stream: any amount that windows allow; but if
-# there is a connection for urgent pages as much as the round trip needs, and no less than the first
-# (it is 2 ms at 1 Gbit/s, 0.2 at 10).
+# Bulk that the other end has not taken off the stream: as much as the round trip needs, and no less
+# than the first (it is 2 ms at 1 Gbit/s, 0.2 at 10); where there is no connection for urgent pages
+# what the link takes in half a second besides: the control link, which is behind it, may not be
+# silent for four.
 LEAST_BULK, MOST_BULK = 256 << 10, 32 << 20
+QUEUE_SECONDS = 0.5
 # How often what was taken off the stream is said, if the stream is not idle.
 SEEN_EVERY = 64 << 10
 # Over so long the rate of bulk is measured.
@@ -179,18 +181,17 @@ class Flow:
     @property
     def chunk(self) -> int:
         """The most of a frame."""
-        return CHUNK if self.urgent else LARGE_CHUNK
+        return LARGE_CHUNK if not self.urgent and self.limit >= 4 * LARGE_CHUNK else CHUNK
 
     @property
     def limit(self) -> int:
         """The most of bulk that is under way."""
-        if not self.urgent:
-            return MOST_BULK
         if not self._seen:
             return LEAST_BULK
         (first, began), (last, ended) = self._seen[0], self._seen[-1]
         rate = (last - first) / (ended - began) if ended > began else 0.0
-        return min(MOST_BULK, max(LEAST_BULK, int(2 * rate * self._shortest)))
+        seconds = 2 * self._shortest + (0.0 if self.urgent else QUEUE_SECONDS)
+        return min(MOST_BULK, max(LEAST_BULK, int(rate * seconds)))
 
 
 class Mux:
@@ -432,14 +433,14 @@ class Mux:
         """Which connection is to be read now, and how much of it at most; None: of none."""
         if not self.greeted or self.ended:
             return None
-        chunk = self.flow.chunk
+        chunk, limit = self.flow.chunk, self.flow.limit
         for rank in (Rank.URGENT, Rank.CONTROL):
             for number in self._ready[rank]:
                 return number, min(chunk, self._connections[number].credit)
         for number in self._ready[Rank.BULK]:
             most = min(chunk, self._connections[number].credit)
             # whole chunks: a limit that is nearly reached makes no crumbs
-            return (number, most) if self.flow.under_way + most <= self.flow.limit else None
+            return (number, most) if self.flow.under_way + most <= limit else None
         return None
 
     def data(self, number: int, size: int, now: float) -> bytes:

@@ -261,7 +261,7 @@ def test_what_keeps_it_going_comes_before_everything():
     source.say(number, bytes(WINDOW))
     there.say(number, bytes(CHUNK))
     there.hear(source.frame(0.0), 0.0)
-    assert frames(there.frame(0.0)) == [(Kind.SEEN, 0, LARGE_CHUNK)]
+    assert frames(there.frame(0.0)) == [(Kind.SEEN, 0, CHUNK)]
     assert frames(there.frame(0.0)) == [(Kind.DATA, number, CHUNK)]
 
 
@@ -280,8 +280,8 @@ def test_a_reader_that_takes_nothing_holds_up_nobody():
     assert len(there.got[slow]) == 2 * WINDOW
 
 
-def test_bulk_under_way_while_urgent_pages_travel():
-    """256 KiB that nobody has seen; without a channel for them as much as windows allow."""
+def test_bulk_under_way():
+    """256 KiB that nobody has seen, as long as nothing is known of the link."""
     source, there = pair()
     bulk, other, urgent = connect(source, there, ".0", ".1", URGENT)
     for number in (bulk, other):
@@ -294,41 +294,43 @@ def test_bulk_under_way_while_urgent_pages_travel():
     for frame in sent[:2]:
         there.hear(frame, 0.0)
     source.hear(there.frame(0.0), 0.0)  # one chunk was seen: room for another
-    sent.append(source.frame(0.0))
-    assert frames(sent[-1])[0][0] is Kind.DATA
+    assert frames(source.frame(0.0))[0][0] is Kind.DATA
     assert not source.frame(0.0)
-    for frame in sent[2:]:
-        there.hear(frame, 0.0)
-    source.mux.close(urgent)
-    settle(source, there)
-    for number in (bulk, other):
-        source.say(number, bytes(WINDOW))
-    while source.frame(0.0):
-        pass
-    assert source.mux.flow.under_way > 4 * LEAST_BULK
+
+
+def link(*, urgent, rate, trip):
+    """A Flow after three seconds of a link that is full: bytes a second, seconds."""
+    flow, now, queue = streams.Flow(), 0.0, []
+    flow.urgent = urgent
+    seen = 0
+    while now < 3.0:
+        while flow.under_way + flow.chunk <= flow.limit:
+            flow.went(flow.chunk, now)
+        now += 0.001
+        queue.append((now + trip, min(flow.sent, seen + round(rate * 0.001))))
+        seen = queue[-1][1]
+        while queue and queue[0][0] <= now:
+            flow.was_seen(queue.pop(0)[1], now)
+    return flow
 
 
 def test_a_long_link_gets_what_its_round_trip_needs():
-    """100 MB/s at 20 ms are 2 MB; a queue makes trips longer, and counts for nothing."""
-    flow = streams.Flow()
-    flow.urgent = 1
-    now = 0.0
-    for step in range(200):
-        assert flow.limit >= LEAST_BULK
-        flow.went(1_000_000, now)
-        now += 0.010
-        if step:
-            flow.was_seen(1_000_000 * step, now + 0.010)
-    assert 3_000_000 < flow.limit < 6_000_000
+    """100 MB/s at 20 ms are 2 MB, under way twice; half a second's worth where nobody waits."""
+    assert 3_000_000 < link(urgent=1, rate=1e8, trip=0.02).limit < 6_000_000
+    assert streams.MOST_BULK >= link(urgent=0, rate=1e8, trip=0.02).limit > 30_000_000
 
 
-def test_a_slow_link_gets_the_least():
-    flow = streams.Flow()
-    flow.urgent = 1
-    for step in range(100):
-        flow.went(10_000, step)
-        flow.was_seen(10_000 * (step + 1), step + 0.5)
-    assert flow.limit == LEAST_BULK
+def test_a_slow_link_has_no_more_in_it_than_half_a_second():
+    """Or 256 KiB: the control link is behind it."""
+    assert link(urgent=0, rate=1e6, trip=0.001).limit < 700_000
+    for urgent in (0, 1):
+        flow = link(urgent=urgent, rate=1e5, trip=0.001)
+        assert (flow.limit, flow.chunk) == (LEAST_BULK, CHUNK)
+
+
+def test_large_frames_where_the_link_is_fast_and_nobody_waits():
+    assert link(urgent=0, rate=1e9, trip=0.0).chunk == LARGE_CHUNK
+    assert link(urgent=1, rate=1e9, trip=0.0).chunk == CHUNK
 
 
 # ---- the end -------------------------------------------------------------------------------
