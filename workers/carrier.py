@@ -24,7 +24,8 @@ from ..transport.streams import HEADER, LARGE_CHUNK, Mux
 from . import jobs
 from .command import Command, how_it_ended
 from .counters import Counters
-from .kernel.libc import grow_pipe
+from .forking import let_the_server_end
+from .kernel.libc import die_with_parent, grow_pipe
 from .priority import CARRIER_PRIORITY, become_urgent, collect_seldom
 from .process import Desk, run_worker
 
@@ -86,6 +87,8 @@ class CarrierJob:
 
 def main(pipe: Connection, index: int, job: CarrierJob) -> None:
     """The process."""
+    die_with_parent(os.getppid())  # whatever comes of what is started now
+    let_the_server_end()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # what the command finds
     command, error = None, None
     try:
