@@ -27,7 +27,8 @@ _MOST_UNREAD = 1 << 20
 _COMMANDS = (
     "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
     "migrate-set-parameters", "migrate_cancel", "query-version", "migrate-start-postcopy",
-    "migrate-pause", "migrate-recover", "yank", "query-yank",
+    "migrate-pause", "migrate-recover", "yank", "query-yank", "calc-dirty-rate",
+    "query-dirty-rate",
 )  # fmt: skip
 
 
@@ -84,6 +85,13 @@ class Migrating(Protocol):
     def start_postcopy(self) -> None: ...
     def pause(self) -> None: ...
     def recover(self, where: str | None) -> None: ...
+
+
+class DirtyRates(Protocol):
+    """What measures the dirty rate of a guest that is being migrated (measuring.py)."""
+
+    def start(self, arguments: dict[str, Any]) -> None: ...
+    def query(self) -> dict[str, Any]: ...
 
 
 def _version() -> dict[str, Any]:
@@ -155,6 +163,10 @@ class Conversation:
                 self._migration.set_parameters(arguments)
             case "migrate_cancel":
                 self._migration.cancel()
+            case "calc-dirty-rate":
+                self._dirty_rates().start(arguments)
+            case "query-dirty-rate":
+                return self._dirty_rates().query()
             case _:
                 self._execute_postcopy(name, arguments)
         return {}
@@ -174,6 +186,15 @@ class Conversation:
                 self._yank(arguments)
             case _:
                 raise QmpError("CommandNotFound", f"there is no command {name}")
+
+    def _dirty_rates(self) -> DirtyRates:
+        """Only a source has any: it is where the guest runs."""
+        found: DirtyRates | None = getattr(self._migration, "dirty_rates", None)
+        if found is None:
+            raise QmpError(
+                "GenericError", "the dirty rate is measured where the guest runs: ask its source"
+            )
+        return found
 
     def _instances(self) -> list[dict[str, str]]:
         """What can be yanked: QEMU's YankInstance (qapi/yank.json)."""

@@ -62,8 +62,10 @@ from .convergence import Convergence
 from .crew import Crew, extents
 from .goals import Seeker
 from .journal import Journal
+from .measuring import RunningDirtyRate
 from .parameters import NEVER, Parameters, changed
 from .security import LOOK_SECONDS, ChannelKeys, check_open, dialling
+from .stalls import Stalls
 from .state import FINAL, IN_POSTCOPY, Status
 from .statistics import RoundCost, Statistics
 from .steering import Steering
@@ -164,6 +166,8 @@ class Source:
         self._written_due = 0.0
         self._status_told = Status.NONE
         self._driving = False
+        self.dirty_rates = RunningDirtyRate(guest, lambda: not self.core.stopped)
+        self._stalls = Stalls(throttles=getattr(parameters, "auto_converge", False))
 
     def __repr__(self) -> str:
         return f"<Source {self.guest.kind} to {self.endpoint} {self.core.status.value}>"
@@ -177,6 +181,7 @@ class Source:
             report["downtime-limit"] = round(self.parameters.downtime_limit * 1000)
         if self._steering is not None:
             report |= self._steering.report()
+        report |= self._stalls.report()
         guest_rate, wire_rate = self.statistics.rates()
         report["progress"] = {
             "rate": round(guest_rate),
@@ -328,6 +333,9 @@ class Source:
             instructions = self.core.handle(event)
             for text in narration.narrate(self.core, event, instructions):
                 self.journal.info(text)
+            if (notice := self._stalls.after(event, self.core)) is not None:
+                self.journal.info(notice.text)
+                self._emit("MIGRATION_STALL", notice.data)
             self._tell_status(narration.why(instructions))
             for instruction in instructions:
                 match instruction:
@@ -1110,6 +1118,7 @@ class Source:
         await self._drop_connection()
 
     async def _last_words(self, finish: core.Finish) -> None:
+        await self.dirty_rates.close()
         self.statistics.extra |= self.guest.describe()
         self._progress()
 

@@ -81,6 +81,7 @@ class TrialRuns:
         self.endpoint = endpoint
         self.local = self._listening is not None
         self.seconds = 0.0  # of all trials, their set-up included
+        self.set_up = 0.0  # seconds of the last one before its first round
 
     def __repr__(self) -> str:
         return f"<TrialRuns {self._sample!r} to {self.endpoint}>"
@@ -111,6 +112,8 @@ class TrialRuns:
                 identity=self._identity,
             )  # fmt: skip
             await source.run()
+            if source.statistics.set_up is not None:
+                self.set_up = source.statistics.set_up - source.statistics.started
             if arriving is not None:
                 await arriving
         except BaseException:

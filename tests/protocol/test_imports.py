@@ -27,6 +27,7 @@ SANS_IO = {
     "workers/trace_records.py",
     "pipeline/fleet_attempt.py",
     *(f"pipeline/{name}.py" for name in ("tuning", "tuning_report", "bounds", "goals")),
+    *(f"pipeline/{name}.py" for name in ("dirty_rate", "plan", "plan_report", "stalls")),
     *(f"tools/report/{name}.py" for name in ("record", "charts", "style", "sections", "__init__")),
     *(f"tools/report/{name}.py" for name in ("page", "batch_page")),
     *(f"tools/web/{name}.py" for name in ("address", "board", "views", "__init__")),

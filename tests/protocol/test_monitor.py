@@ -7,11 +7,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pageferry._version import __version__
+from pageferry.pipeline.dirty_rate import asked
 from pageferry.pipeline.monitor import Conversation, Splitter, monitor_path
 from pageferry.pipeline.parameters import Parameters, changed
 from pageferry.transport.errors import PeerRefused, UsageError
 
 examples = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+
+
+class DirtyRates:
+    """Measures nothing; remembers what is asked."""
+
+    def __init__(self, told):
+        self.told = told
+
+    def start(self, arguments):
+        self.told.append(("calc-dirty-rate", asked(arguments)))
+
+    def query(self):
+        return {"status": "measuring"}
 
 
 class Guest:
@@ -51,6 +65,10 @@ class Guest:
 
     def recover(self, where):
         self._ask("recover", where)
+
+    @property
+    def dirty_rates(self):
+        return None if self.frozen else DirtyRates(self.asked)
 
     def _ask(self, *what):
         if self.frozen:
@@ -108,10 +126,12 @@ def test_every_command_that_is_listed_is_there():
     assert listed == {
         "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
         "migrate-set-parameters", "migrate_cancel", "query-version", "migrate-start-postcopy",
-        "migrate-pause", "migrate-recover", "yank", "query-yank",
+        "migrate-pause", "migrate-recover", "yank", "query-yank", "calc-dirty-rate",
+        "query-dirty-rate",
     }  # fmt: skip
+    some = {"yank": {"instances": []}, "calc-dirty-rate": {"calc-time": 1}}
     for command in listed:
-        arguments = {"instances": []} if command == "yank" else {}
+        arguments = some.get(command, {})
         assert "return" in say(talk, execute=command, arguments=arguments)
     for command in ("migrate", "quit", "", "QUERY-MIGRATE"):
         answer = say(talk, execute=command)
@@ -125,6 +145,21 @@ def test_queries_return_what_the_migration_says():
     parameters = say(talk, execute="query-migrate-parameters")["return"]
     assert parameters == talk._migration.parameters.qmp()
     assert say(talk, execute="query-version")["return"]["package"] == "pageferry"
+
+
+def test_dirty_rates_are_measured_at_the_source():
+    talk = conversation()
+    ask = {"calc-time": 200, "calc-time-unit": "millisecond"}
+    assert say(talk, execute="calc-dirty-rate", arguments=ask) == {"return": {}}
+    assert talk._migration.asked == [("calc-dirty-rate", asked(ask))]
+    assert say(talk, execute="query-dirty-rate")["return"] == {"status": "measuring"}
+    wrong = say(talk, execute="calc-dirty-rate", arguments={"calc-time": 99})
+    assert error_class(wrong) == "GenericError" and "60 s" in wrong["error"]["desc"]
+    talk._migration.frozen = True  # no source
+    for command in ("calc-dirty-rate", "query-dirty-rate"):
+        answer = say(talk, execute=command, arguments=ask)
+        assert error_class(answer) == "GenericError"
+        assert "ask its source" in answer["error"]["desc"]
 
 
 def test_parameters_can_be_set():

@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, bool, str]] = {
     "batch": ("batch", False, "Move many guests, some at a time; resume, status."),
     "fleet-worker": ("fleet", False, "Let batches elsewhere move what is on this host."),
     "tune": ("tune", True, "Find the settings with which a guest moves best."),
+    "dirtyrate": ("dirtyrate", False, "Measure how fast a guest writes."),
+    "plan": ("plan", True, "Say how a guest would best be moved, and what that would be like."),
     "status": ("control", False, "Show a running migration."),
     "set": ("control", False, "Change a running migration's parameters."),
     "cancel": ("control", False, "Cancel a running migration."),

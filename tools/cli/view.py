@@ -66,6 +66,15 @@ class View(Display):
     def __call__(self, report: dict[str, Any]) -> None:
         pass
 
+    _stalls = 0  # of those that were said
+
+    def tell_stall(self, report: dict[str, Any]) -> None:
+        """Say once that it stalls, and what can be done."""
+        stall = report.get("stall")
+        if stall is not None and stall["count"] > self._stalls and not stall["over"]:
+            self._stalls = stall["count"]
+            self.say(str(stall["text"]))
+
 
 class PlainView(PlainLines, View):
     """Lines on stderr, for logs."""
@@ -75,6 +84,7 @@ class PlainView(PlainLines, View):
         self._last = 0.0
 
     def __call__(self, report: dict[str, Any]) -> None:
+        self.tell_stall(report)
         phase, now = phase_of(report), time.monotonic()
         if phase == self._phase and now - self._last < _PLAIN_SECONDS:
             return
@@ -113,6 +123,7 @@ class LiveView(LiveLines, View):
         return bar(f"{self._phase:<12}", _BAR, share, text)
 
     def __call__(self, report: dict[str, Any]) -> None:
+        self.tell_stall(report)
         phase = phase_of(report)
         if phase != self._phase:
             self._finish_phase()
