@@ -203,6 +203,12 @@ def _verdict(choice: Choice, guest: Guest, goal: Goal) -> str:
         rate = min(rate, goal.bandwidth / max(choice.tried.written.wire, 1e-3))
     text = f"{writes}, of which {format_rate(rate)} can be moved: "
     limit = format_seconds(goal.downtime_limit)
+    if not guest.can_stop:
+        ends = "which would be" if found.converges else "which would not be"
+        return (
+            f"{text}nobody can stop it, so it has moved when a look finds nothing written, {ends} "
+            f"so in {goal.max_rounds} rounds."
+        )
     if found.converges:
         downtime = format_seconds(found.downtime or 0.0)
         rounds = f"{len(found.rounds)} round{'s' * (len(found.rounds) != 1)}"

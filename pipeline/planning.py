@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from ..transport.errors import SourceError
@@ -291,17 +292,24 @@ class _Trials:
         return list(dict.fromkeys(c.codec for c in found))
 
     async def _one(self, setting: Setting) -> Tried:
-        runs = [await self._memory.run(Trial(setting, 1.0)) for _ in range(_REPEATS)]
-        memory = _speed(runs, self._known.memory)
-        setup = self._memory.set_up
-        written = memory
+        runs, setups = await self._repeated(self._memory, setting)
+        memory = written = _speed(runs, self._known.memory)
         if self._written is not None and self._known.written is not None:
-            again = [await self._written.run(Trial(setting, 1.0)) for _ in range(_REPEATS)]
+            again, more = await self._repeated(self._written, setting)
             written = _speed(again, self._known.written)
-            runs += again
-        switchovers = [run.switchover for run in runs if run.switchover is not None]
-        switchover = min(switchovers, default=0.0)
-        return Tried(setting, memory, written, setup, switchover)
+            runs, setups = runs + again, setups + more
+        stood = [run.switchover for run in runs if run.switchover is not None]
+        return Tried(setting, memory, written, median(setups), median(stood) if stood else 0.0)
+
+    async def _repeated(
+        self, trials: TrialRuns, setting: Setting
+    ) -> tuple[list[Measured], list[float]]:
+        """And the seconds before anything moved."""
+        runs, setups = [], []
+        for _ in range(_REPEATS):
+            runs.append(await trials.run(Trial(setting, 1.0)))
+            setups.append(trials.set_up)
+        return runs, setups
 
 
 def _speed(runs: list[Measured], sample: Sample) -> Speed:

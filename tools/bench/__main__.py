@@ -25,6 +25,7 @@ from . import (
     kills,
     links,
     many,
+    plan,
     postcopy,
     scaling,
     sparse,
@@ -203,6 +204,16 @@ def eta_command(json_file: str | None, pageferry: str, **options: Any) -> None:
     """What the ETA says on the way, against the time that it takes."""
     plan = eta.Plan(**options)
     _run(lambda lab: eta.measure(lab, plan), json_file, pageferry)
+
+
+@cli.command("plan")
+@_size_option("512M", "Guest memory.")
+@_list_option("--parts", plan.PARTS, plan.PARTS, "What is measured.")
+@_common_options(reps=3)
+def plan_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """What `pageferry plan` says, against the migration that it recommends; dirty rates."""
+    wanted = plan.Plan(**options)
+    _run(lambda lab: plan.measure(lab, wanted), json_file, pageferry)
 
 
 @cli.command("postcopy")
