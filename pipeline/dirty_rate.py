@@ -244,13 +244,13 @@ def unfinished(request: Asked | None, began: float, pages: int, error: str = "")
 
 
 def _frame(request: Asked, mode: str, status: str, began: float, pages: int) -> dict[str, Any]:
-    per_gib = 0
+    per_gib, time = 0, round(request.seconds / _UNITS[request.unit], 3)
     if mode == PAGE_SAMPLING and request.seconds and pages:
         per_gib = round(sampled(pages, request.sample_pages) * (1 << 30) / PAGE_SIZE / pages)
     return {
         "status": status,
         "start-time": int(began),
-        "calc-time": round(request.seconds / _UNITS[request.unit], 3),
+        "calc-time": int(time) if time.is_integer() else time,
         "calc-time-unit": request.unit,
         "sample-pages": per_gib,
         "mode": mode or "none",

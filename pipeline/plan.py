@@ -66,8 +66,9 @@ class Tried:
 
 @dataclass(frozen=True)
 class Guest:
-    """What is to be moved. `pages`: those that hold something; `take`: seconds that a look for
-    written pages takes; `curve`: what it writes."""
+    """What is to be moved. `pages`: those that hold something; `curve`: what it writes; `take`:
+    seconds that a look for written pages takes; `scan`: seconds of a look at all memory, the first
+    time and when it stands still, where that is not every look."""
 
     live: bool
     can_stop: bool
@@ -75,6 +76,7 @@ class Guest:
     pages: int
     curve: WorkingSet
     take: float = 0.0
+    scan: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -211,18 +213,25 @@ class _Run:
         # what is left of a round that was not sent may be written again
         self.pages = min(float(self.guest.curve.total), self.pages + written)
         self.now += self.guest.take
+        if self.core.stopped or len(self.told.rounds) == 1:
+            self.now += self.guest.scan
         if not self.core.stopped and self.told.rounds:
             last = self.told.rounds[-1]
             self.told.rounds[-1] = replace(last, written=written)
             self._note_needed(since, written)
             if self._throttle is not None:
                 self._throttle.after(written, last.pages)
-        return core.Taken(round(self.pages), round(written), since, self.guest.take)
+        return core.Taken(round(self.pages), round(written), since, self._took)
+
+    @property
+    def _took(self) -> float:
+        """What a look takes, as the source counts it: with what it will take in the end."""
+        return self.guest.take + self.guest.scan
 
     def _note_needed(self, since: float, written: float) -> None:
         """What a switchover would take now, by the rule that decides."""
         found = replace(self.found)
-        found.dirty_taken(round(written), since, self.guest.take)
+        found.dirty_taken(round(written), since, self._took)
         needed = found.expected_downtime(round(self.pages))
         self.told.needed = min(needed, self.told.needed or needed)
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -69,7 +69,8 @@ class _Known:
 
     guest: Guest
     found: Measurement
-    by_content: bool
+    by_content: bool  # every look
+    last_by_content: bool  # the last one
     memory: Sample
     written: Sample | None
     keep: Opened | None  # a guest that ends when it is let go of: trials share its processors
@@ -97,7 +98,7 @@ async def plan(
         say("trying how fast it moves")
         async with _Trials(known, endpoint, wanted, content) as trials:
             tried = await trials.all()
-        guest = await _with_take(known, tried)
+        guest = await _with_scan(known, tried)
     finally:
         await to_its_end(known.close())
     choice = choose(guest, tried, wanted.goal)
@@ -155,12 +156,13 @@ async def _look_at(source: GuestUri, wanted: Wanted, say: Callable[[str], None])
             guest.live, guest.can_stop, guest.can_stop and guest.kind in _CAN_LEAVE,
             sum(total_pages(r) for r in runs), found.curve, found.facts.pop("look-seconds", 0.0),
         )  # fmt: skip
-        by_content = guest.live and (guest.tracking == TRACKING_HASH or guest.last_look_by_content)
+        by_content = guest.live and guest.tracking == TRACKING_HASH
+        last = guest.live and guest.last_look_by_content
         keep = opened if guest.kind == "demo" else None
         if keep is None:
             await opened.close()
         stack.pop_all()
-        return _Known(facts, found, by_content, memory, written, keep)
+        return _Known(facts, found, by_content, last, memory, written, keep)
 
 
 async def _writes(guest: SourceGuest, wanted: Wanted) -> tuple[Measurement, Sample | None]:
@@ -205,16 +207,17 @@ async def _content(known: _Known) -> dict[str, list[Compressed]]:
     return found
 
 
-async def _with_take(known: _Known, tried: list[Tried]) -> Guest:
+async def _with_scan(known: _Known, tried: list[Tried]) -> Guest:
     """Where writes are found by content, a look reads all memory, by all senders together."""
-    if not known.by_content:
+    if not (known.by_content or known.last_by_content):
         return known.guest
     with contextlib.closing(known.memory.guest()) as guest:
         rate = await asyncio.to_thread(_hash_rate, guest)
     workers = max(one.setting.workers for one in tried)
-    take = known.guest.pages * PAGE_SIZE / (rate * workers)
-    g = known.guest
-    return Guest(g.live, g.can_stop, g.can_leave, g.pages, g.curve, max(g.take, take))
+    scan = known.guest.pages * PAGE_SIZE / (rate * workers)
+    if known.by_content:
+        return replace(known.guest, take=scan)
+    return replace(known.guest, scan=scan)
 
 
 def _hash_rate(guest: SourceGuest) -> float:

@@ -117,6 +117,14 @@ def test_what_compresses_is_bound_by_the_link_until_these_hosts_are():
     assert not speed.bound_by_link(1_000_000_000) and not speed.bound_by_link(0)
 
 
+def test_a_last_look_at_all_memory_is_part_of_the_downtime_and_not_of_each_round():
+    without, with_it = (predict(guest(20_000, scan=x), tried(), Goal(LINK, 0.4)) for x in (0, 0.1))
+    assert with_it.downtime == pytest.approx(without.downtime + 0.1, rel=0.2)
+    assert with_it.downtime <= 0.4
+    each = predict(guest(20_000, take=0.1), tried(), Goal(LINK, 0.4))
+    assert each.total > with_it.total
+
+
 def test_first_round_and_later_ones_have_their_own_content():
     """Memory is zero, and what is written is random: the rule counts it so, as in reality."""
     case = tried(written=Speed(1e9, 1.0), memory=Speed(1e10, 0.01, 0.99))

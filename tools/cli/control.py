@@ -49,6 +49,8 @@ def status_command(monitor: str, as_json: bool) -> None:
         print(summary(report))
     else:
         print(f"{phase_of(report)}: {phase_line(report)}")
+        if report.get("stall") and not report["stall"]["over"]:
+            print(report["stall"]["text"])
 
 
 @click.command("cancel")
