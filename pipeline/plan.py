@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from ..transport.errors import PageferryError
 from ..transport.pages import PAGE_SIZE
 from . import migration as core
+from . import pacing
 from .convergence import Convergence
 from .dirty_rate import WorkingSet
 from .parameters import AUTO, NEVER
@@ -27,6 +28,8 @@ MODES = (PRECOPY, THROTTLED, POSTCOPY)
 _INITIAL, _INCREMENT, _MOST, _THRESHOLD, _HIGH = 20, 10, 99, 0.5, 2
 # Between two rounds: a barrier on every channel, and the workers' last extents and first ones.
 _BETWEEN_SECONDS = 0.004
+# The background of a postcopy leaves some of a link that is the bottleneck to faults.
+_BACKGROUND = (pacing.LEAST + pacing.SHARE) / 2
 # A bandwidth that would do is looked for so often, each time in half of what is left.
 _HALVINGS = 24
 LEAST_BANDWIDTH = 100_000  # parameters.py
@@ -68,7 +71,8 @@ class Tried:
 class Guest:
     """What is to be moved. `pages`: those that hold something; `curve`: what it writes; `take`:
     seconds that a look for written pages takes; `scan`: seconds of a look at all memory, the first
-    time and when it stands still, where that is not every look."""
+    time and when it stands still, where that is not every look; `discard`: seconds that the other
+    end needs to forget a page, in a postcopy."""
 
     live: bool
     can_stop: bool
@@ -77,6 +81,7 @@ class Guest:
     curve: WorkingSet
     take: float = 0.0
     scan: float = 0.0
+    discard: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -196,9 +201,10 @@ class _Run:
     def _carry_out_postcopy(self, instruction: core.Instruction) -> core.Event | None:
         match instruction:
             case core.TellMissing():
+                self.now += self.pages * self.guest.discard
                 return core.MissingTold()
             case core.SendBackground():
-                self._move(self.tried.written)
+                self._move(self.tried.written, _BACKGROUND)
                 self.pages = 0.0
                 return core.BackgroundDone()
             case core.EndPostcopy():
@@ -257,9 +263,10 @@ class _Run:
             round(pages), 0, seconds, zero=round(pages * speed.zero), wire=round(size * speed.wire)
         )
 
-    def _move(self, speed: Speed) -> float:
+    def _move(self, speed: Speed, share: float = 1.0) -> float:
+        """All that is to be sent, over `share` of the link."""
         size = self.pages * PAGE_SIZE
-        seconds = speed.seconds(size, self.goal.bandwidth)
+        seconds = speed.seconds(size, round(self.goal.bandwidth * share))
         self.now += seconds
         self.told.wire += size * speed.wire
         return seconds

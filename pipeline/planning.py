@@ -25,6 +25,7 @@ from ..workers.forking import warm_up
 from ..workers.guests import GuestUri
 from ..workers.guests.base import TRACKING_HASH, SourceGuest
 from ..workers.guests.sample import Sample
+from ..workers.kernel.tracking_cost import hole_seconds
 from .blocking import Blocking, to_its_end
 from .dirty_rate import Asked, Measurement, information, together
 from .measuring import Measuring, Opened, measure, mode_of
@@ -155,6 +156,7 @@ async def _look_at(source: GuestUri, wanted: Wanted, say: Callable[[str], None])
         facts = Guest(
             guest.live, guest.can_stop, guest.can_stop and guest.kind in _CAN_LEAVE,
             sum(total_pages(r) for r in runs), found.curve, found.facts.pop("look-seconds", 0.0),
+            discard=hole_seconds(),
         )  # fmt: skip
         by_content = guest.live and guest.tracking == TRACKING_HASH
         last = guest.live and guest.last_look_by_content

@@ -169,8 +169,7 @@ def _link(report: dict[str, Any]) -> str:
 
 def _mode(found: dict[str, Any]) -> str:
     if not found["converges"]:
-        writes, moved = format_rate(found["dirty-rate"]), format_rate(found["rate"])
-        return f"does not converge: {writes} are written, {moved} are moved"
+        return f"does not converge: {format_bytes(found['remaining'])} stay to be sent"
     text = f"{format_seconds(found['total-time'] / 1000)}, {found['rounds']} rounds"
     if "downtime" in found:
         text += f", downtime {format_seconds(found['downtime'] / 1000)}"

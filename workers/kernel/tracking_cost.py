@@ -1,5 +1,5 @@
-"""What the first write to a page that is tracked costs whoever writes it: measured, on memory of
-our own. Facts only.
+"""What the first write to a page that is tracked costs whoever writes it, and what making a hole of
+it does: measured, on memory of our own. Facts only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ...transport.errors import HostLacks, SourceError
 from ...transport.pages import PAGE_SIZE
+from .libc import punch_hole
 from .pagemap import PagemapScanner
 from .userfaultfd import create_tracking, register_write_protect
 
@@ -58,4 +59,21 @@ def _measured() -> float:
 def _write(pages: npt.NDArray[np.uint8]) -> float:
     begin = time.perf_counter()
     pages[:, 1] += 1
+    return time.perf_counter() - begin
+
+
+@functools.cache
+def hole_seconds() -> float:
+    """Seconds a page that is in memory and becomes a hole, once a process."""
+    fd = os.memfd_create("pageferry-holes", os.MFD_CLOEXEC)
+    try:
+        return min(_punch(fd) for _ in range(_TIMES)) / _PAGES
+    finally:
+        os.close(fd)
+
+
+def _punch(fd: int) -> float:
+    os.pwrite(fd, bytes(_PAGES * PAGE_SIZE), 0)
+    begin = time.perf_counter()
+    punch_hole(fd, 0, _PAGES * PAGE_SIZE)
     return time.perf_counter() - begin
