@@ -95,11 +95,13 @@ class Goal:
 
 @dataclass(frozen=True)
 class Round:
-    """One round: pages sent, seconds, and pages that were written meanwhile."""
+    """One round: pages sent, seconds, and pages that were written meanwhile. `live`: the guest ran
+    here; in the last one it stands still, or runs at the other end."""
 
     pages: float
     seconds: float
     written: float = 0.0
+    live: bool = True
 
 
 @dataclass
@@ -126,6 +128,11 @@ class Prediction:
     @property
     def converges(self) -> bool:
         return not self.why
+
+    @property
+    def live_rounds(self) -> list[Round]:
+        """Those in which the guest ran here."""
+        return [one for one in self.rounds if one.live]
 
 
 def predict(guest: Guest, tried: Tried, goal: Goal, mode: str = PRECOPY) -> Prediction:
@@ -204,7 +211,8 @@ class _Run:
                 self.now += self.pages * self.guest.discard
                 return core.MissingTold()
             case core.SendBackground():
-                self._move(self.tried.written, _BACKGROUND)
+                seconds = self._move(self.tried.written, _BACKGROUND)
+                self.told.rounds.append(Round(self.pages, seconds, live=False))
                 self.pages = 0.0
                 return core.BackgroundDone()
             case core.EndPostcopy():
@@ -250,13 +258,11 @@ class _Run:
         speed = self.tried.memory if instruction.number == 1 else self.tried.written
         pages = self.pages
         seconds = self._move(speed)
+        self.told.rounds.append(Round(pages, seconds, live=instruction.live))
         if instruction.live:
             self.now += _BETWEEN_SECONDS
-            self.told.rounds.append(Round(pages, seconds))
             if self._throttle is not None:
                 self.lost_time += seconds * self._throttle.percent / 100
-        elif not self.guest.live:
-            self.told.rounds.append(Round(pages, seconds))
         self.pages = 0.0
         size = pages * PAGE_SIZE
         return core.RoundDone(

@@ -29,9 +29,11 @@ from .plan import (
 # A setting that costs more is worth it from this gain on.
 _WORTH = 0.07
 # A guest may be held back for so much of the time before postcopy is the better way.
-_MOST_SLOW_DOWN = 0.25
+_MOST_SLOW_DOWN = 0.2
 # What is advised is this much more than what would just do.
 _MARGIN = 1.15
+# From so many processes for each processor on, speeds are what others leave.
+_BUSY = 1.5
 # What options are called on the command line.
 _OPTIONS = {PRECOPY: "", THROTTLED: "--auto-converge", POSTCOPY: "--postcopy auto"}
 
@@ -113,9 +115,10 @@ def options_of(choice: Choice, goal: Goal, bandwidth: str = "") -> list[str]:
 
 
 def report_of(
-    choice: Choice, guest: Guest, goal: Goal, *, bandwidth: str = ""
-) -> dict[str, Any]:  # fmt: skip
-    """Times: milliseconds; sizes and rates: bytes (a second)."""
+    choice: Choice, guest: Guest, goal: Goal, *, bandwidth: str = "", load: float = 0.0
+) -> dict[str, Any]:
+    """Times: milliseconds; sizes and rates: bytes (a second). `load`: processes that wanted each
+    processor of this host before it was begun."""
     needs = _needs(choice, guest, goal)
     return {
         **_told(choice.found),
@@ -125,7 +128,8 @@ def report_of(
         "modes": {mode: _told(found) for mode, found in choice.modes.items()},
         "others": [_told(found) for found in choice.others],
         "needed": needs,
-        "why": why(choice, guest, goal, needs),
+        "load": round(load, 2),
+        "why": why(choice, guest, goal, needs) + _busy(load),
     }
 
 
@@ -211,7 +215,7 @@ def _verdict(choice: Choice, guest: Guest, goal: Goal) -> str:
         )
     if found.converges:
         downtime = format_seconds(found.downtime or 0.0)
-        rounds = f"{len(found.rounds)} round{'s' * (len(found.rounds) != 1)}"
+        rounds = f"{len(found.rounds)} rounds"
         return f"{text}precopy converges in {rounds}, downtime {downtime} of {limit}."
     return (
         f"{text}precopy does not converge: {format_bytes(_least_left(found) * PAGE_SIZE)} stay to "
@@ -220,7 +224,7 @@ def _verdict(choice: Choice, guest: Guest, goal: Goal) -> str:
 
 
 def _least_left(found: Prediction) -> float:
-    return min((r.written for r in found.rounds), default=found.left)
+    return min((r.written for r in found.live_rounds), default=found.left)
 
 
 def _ways_out(choice: Choice, goal: Goal, needs: dict[str, int]) -> list[str]:
@@ -235,8 +239,9 @@ def _ways_out(choice: Choice, goal: Goal, needs: dict[str, int]) -> list[str]:
     elif throttled is not None:
         said.append("--auto-converge would not slow it down enough.")
     if postcopy is not None and postcopy.converges:
+        before = len(postcopy.live_rounds)
         said.append(
-            f"--postcopy auto would start it there after {len(postcopy.rounds)} rounds and need "
+            f"--postcopy auto would start it there after {before} rounds and need "
             f"{format_seconds(postcopy.total)}; until its end the guest waits for pages that it "
             f"touches, and needs both hosts."
         )
@@ -247,6 +252,15 @@ def _ways_out(choice: Choice, goal: Goal, needs: dict[str, int]) -> list[str]:
     elif goal.bandwidth:
         said.append("No faster link would: these hosts are the bound.")
     return said
+
+
+def _busy(load: float) -> list[str]:
+    if load < _BUSY:
+        return []
+    return [
+        f"This host is busy ({load:.1f} processes for each processor): what its workers and the "
+        f"guest would do with less beside them may be another thing."
+    ]
 
 
 def _too_short(choice: Choice, guest: Guest) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -92,6 +93,7 @@ async def plan(
 ) -> dict[str, Any]:
     """The plan for `source`, to the receiver at `endpoint`, or as if both ends were here."""
     begin = time.monotonic()
+    load = os.getloadavg()[0] / len(os.sched_getaffinity(0))
     warm_up()
     known = await _look_at(source, wanted, say)
     try:
@@ -117,7 +119,7 @@ async def plan(
         "dirty-rate": information(known.found),
         "content": {name: [_told(c) for c in found] for name, found in content.items()},
         "speeds": [_speeds(one) for one in tried],
-        **report_of(choice, guest, wanted.goal, bandwidth=wanted.bandwidth),
+        **report_of(choice, guest, wanted.goal, bandwidth=wanted.bandwidth, load=load),
     }
 
 
