@@ -70,9 +70,9 @@ class Tried:
 @dataclass(frozen=True)
 class Guest:
     """What is to be moved. `pages`: those that hold something; `curve`: what it writes; `take`:
-    seconds that a look for written pages takes; `scan`: seconds of a look at all memory, the first
-    time and when it stands still, where that is not every look; `discard`: seconds that the other
-    end needs to forget a page, in a postcopy."""
+    seconds that a look for written pages takes; `scan`: seconds more that one worker needs to
+    compare all memory, the first time and when it stands still, or each time (`scan_always`);
+    `discard`: seconds that the other end needs to forget a page, in a postcopy."""
 
     live: bool
     can_stop: bool
@@ -81,6 +81,7 @@ class Guest:
     curve: WorkingSet
     take: float = 0.0
     scan: float = 0.0
+    scan_always: bool = False
     discard: float = 0.0
 
 
@@ -227,8 +228,8 @@ class _Run:
         # what is left of a round that was not sent may be written again
         self.pages = min(float(self.guest.curve.total), self.pages + written)
         self.now += self.guest.take
-        if self.core.stopped or len(self.told.rounds) == 1:
-            self.now += self.guest.scan
+        if self.core.stopped or len(self.told.rounds) == 1 or self.guest.scan_always:
+            self.now += self._scan
         if not self.core.stopped and self.told.rounds:
             last = self.told.rounds[-1]
             self.told.rounds[-1] = replace(last, written=written)
@@ -240,7 +241,11 @@ class _Run:
     @property
     def _took(self) -> float:
         """What a look takes, as the source counts it: with what it will take in the end."""
-        return self.guest.take + self.guest.scan
+        return self.guest.take + self._scan
+
+    @property
+    def _scan(self) -> float:
+        return self.guest.scan / self.tried.setting.workers
 
     def _note_needed(self, since: float, written: float) -> None:
         """What a switchover would take now, by the rule that decides."""

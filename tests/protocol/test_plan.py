@@ -120,11 +120,15 @@ def test_what_compresses_is_bound_by_the_link_until_these_hosts_are():
 
 
 def test_a_last_look_at_all_memory_is_part_of_the_downtime_and_not_of_each_round():
-    without, with_it = (predict(guest(20_000, scan=x), tried(), Goal(LINK, 0.4)) for x in (0, 0.1))
+    without, with_it = (predict(guest(20_000, scan=x), tried(), Goal(LINK, 0.4)) for x in (0, 0.2))
     assert with_it.downtime == pytest.approx(without.downtime + 0.1, rel=0.2)
     assert with_it.downtime <= 0.4
-    each = predict(guest(20_000, take=0.1), tried(), Goal(LINK, 0.4))
+    each = predict(guest(20_000, scan=0.2, scan_always=True), tried(), Goal(LINK, 0.4))
     assert each.total > with_it.total
+    # one worker needs twice as long for it as two
+    alone = tried(replace(PLAIN, workers=1))
+    slower = predict(guest(20_000, scan=0.2), alone, Goal(LINK, 0.6))
+    assert slower.downtime > predict(guest(20_000, scan=0.2), tried(), Goal(LINK, 0.6)).downtime
 
 
 def test_first_round_and_later_ones_have_their_own_content():
