@@ -25,10 +25,10 @@ _MAX_COMMAND = 1 << 16
 # Bytes of events that a client has not taken: beyond that it is dropped.
 _MOST_UNREAD = 1 << 20
 _COMMANDS = (
+    "calc-dirty-rate", "query-dirty-rate",
     "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
     "migrate-set-parameters", "migrate_cancel", "query-version", "migrate-start-postcopy",
-    "migrate-pause", "migrate-recover", "yank", "query-yank", "calc-dirty-rate",
-    "query-dirty-rate",
+    "migrate-pause", "migrate-recover", "yank", "query-yank",
 )  # fmt: skip
 
 

@@ -177,11 +177,11 @@ class Source:
     def query(self) -> dict[str, Any]:
         """query-migrate."""
         report = self.statistics.report(self.core.status, self.convergence)
+        report |= self._stalls.report()
         if self.guest.can_stop:
             report["downtime-limit"] = round(self.parameters.downtime_limit * 1000)
         if self._steering is not None:
             report |= self._steering.report()
-        report |= self._stalls.report()
         guest_rate, wire_rate = self.statistics.rates()
         report["progress"] = {
             "rate": round(guest_rate),
