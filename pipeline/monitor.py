@@ -163,16 +163,16 @@ class Conversation:
                 self._migration.set_parameters(arguments)
             case "migrate_cancel":
                 self._migration.cancel()
-            case "calc-dirty-rate":
-                self._dirty_rates().start(arguments)
-            case "query-dirty-rate":
-                return self._dirty_rates().query()
             case _:
-                self._execute_postcopy(name, arguments)
+                return self._execute_postcopy(name, arguments)
         return {}
 
-    def _execute_postcopy(self, name: str, arguments: dict[str, Any]) -> None:
+    def _execute_postcopy(self, name: str, arguments: dict[str, Any]) -> Any:
         match name:
+            case "query-dirty-rate":
+                return self._dirty_rates().query()
+            case "calc-dirty-rate":
+                self._dirty_rates().start(arguments)
             case "migrate-start-postcopy":
                 self._migration.start_postcopy()
             case "migrate-pause":
@@ -186,6 +186,7 @@ class Conversation:
                 self._yank(arguments)
             case _:
                 raise QmpError("CommandNotFound", f"there is no command {name}")
+        return {}
 
     def _dirty_rates(self) -> DirtyRates:
         """Only a source has any: it is where the guest runs."""

@@ -166,8 +166,7 @@ class Source:
         self._written_due = 0.0
         self._status_told = Status.NONE
         self._driving = False
-        self.dirty_rates = RunningDirtyRate(guest, lambda: not self.core.stopped)
-        self._stalls = Stalls(throttles=getattr(parameters, "auto_converge", False))
+        self.dirty_rates, self._stalls = RunningDirtyRate(guest, self._runs_here), Stalls()
 
     def __repr__(self) -> str:
         return f"<Source {self.guest.kind} to {self.endpoint} {self.core.status.value}>"
@@ -191,6 +190,9 @@ class Source:
             "eta": self._eta(),
         }
         return report
+
+    def _runs_here(self) -> bool:
+        return not self.core.stopped
 
     def _eta(self) -> float | None:
         """Seconds, to the end: when the guest runs there, or all of its memory has come."""
