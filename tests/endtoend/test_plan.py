@@ -5,10 +5,12 @@ import asyncio
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 from helpers import PAGE, Running, pageferry, pattern, until, until_async
 from qemu.qmp import ExecuteError, QMPClient
+from qemu_vm import Vm, require_qemu
 from shared_writer import SharedWriter
 
 from pageferry.pipeline.dirty_rate import Asked
@@ -264,3 +266,19 @@ def test_a_plan_of_a_process_leaves_it_as_it_was(writer):
     assert "precopy, " in done.stdout and "--workers 1 --codec none" in done.stdout
     assert "The guest writes next to nothing" in " ".join(done.stdout.split())
     assert not is_tracked(writer.pid) and writer.state() == "S"
+
+
+@pytest.mark.qemu
+def test_a_vm_does_not_notice():
+    """It is measured and planned for; it runs on, and its monitor is free again."""
+    require_qemu()
+    with Vm("plan", memory=64 << 20) as vm:
+        before = vm.qmp("query-migrate-capabilities"), vm.qmp("query-migrate-parameters")
+        source = f"qemu:{vm.qmp_path}"
+        rate = asyncio.run(dirty_rate(parse_guest(source), Asked(0.1)))
+        assert rate["status"] == "measured" and rate["mode"] in ("dirty-bitmap", SAMPLING)
+        found = planned(source, replace(WANTED, codec="none"))
+        assert "postcopy" in found["modes"] and found["converges"]
+        assert vm.qmp("query-status")["running"] and not is_tracked(vm.pid)
+        after = vm.qmp("query-migrate-capabilities"), vm.qmp("query-migrate-parameters")
+        assert after == before
