@@ -91,8 +91,7 @@ def _stalls(event: core.Taken, state: core.Migration) -> bool:
 def _figures(state: core.Migration) -> str:
     found = state.convergence
     return (
-        f"the guest writes {format_rate(found.dirty_rate)}, {format_rate(found.rate)} of it are "
-        f"moved"
+        f"the guest writes {format_rate(found.dirty_rate)} and {format_rate(found.rate)} are moved"
     )
 
 
@@ -133,8 +132,8 @@ def options_of(state: core.Migration, needed: float, throttles: bool) -> list[Op
     found = state.convergence
     limit = math.ceil(needed * _MARGIN * 100) * 10
     options = [Option("downtime-limit", f"`pageferry set MONITOR downtime-limit={limit}ms`", limit)]
-    if found.max_bandwidth:
-        wire = math.ceil(found.dirty_rate * found.wire_share * _MARGIN / 1e6)
+    wire = math.ceil(found.dirty_rate * found.wire_share * _MARGIN / 1e6)
+    if 0 < found.max_bandwidth < wire * 1e6:  # else it is not the bound
         how = f"`pageferry set MONITOR max-bandwidth={wire}MB`, if the link carries it"
         options.append(Option("max-bandwidth", how, wire * 1_000_000))
     if state.postcopy == MANUAL:
