@@ -109,6 +109,8 @@ def options_of(choice: Choice, goal: Goal, bandwidth: str = "") -> list[str]:
         words += ["--level", str(setting.level)]
     if goal.bandwidth:
         words += ["--max-bandwidth", bandwidth or f"{goal.bandwidth}"]
+        if choice.mode == POSTCOPY:
+            words += ["--max-postcopy-bandwidth", bandwidth or f"{goal.bandwidth}"]
     if choice.found.downtime is not None or choice.found.why:
         words += ["--downtime-limit", f"{round(goal.downtime_limit * 1000)}ms"]
     return words + _OPTIONS[choice.mode].split()

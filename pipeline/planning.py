@@ -40,11 +40,15 @@ from .tuning import Measured, Setting, Trial
 _CAN_LEAVE = ("demo", "qemu")
 # A sample of what is written says how that compresses: so much of it is enough.
 _WRITTEN_SAMPLE = 64 << 20
+# Less moves in no time, and says nothing of how fast.
+_SAYS_SOMETHING = 4 << 20
 # Codecs that leave more than this do not pay.
 _PAYS = 0.9
 # Trials of a setting that count.
 _REPEATS = 2
 _HASHED_PAGES = 1024
+# The share of a sample that is one piece of it; and what a later round may gain by.
+_LEAST, _MOST_GAIN = 1e-9, 2.0
 
 
 @dataclass(frozen=True)
@@ -248,9 +252,9 @@ class _Trials:
         self._known, self._wanted, self._content = known, wanted, content
         self._endpoint = endpoint
         self._memory = TrialRuns(known.memory, endpoint, wanted.common)
-        self._written = (
-            TrialRuns(known.written, endpoint, wanted.common) if known.written is not None else None
-        )
+        self._written: TrialRuns | None = None
+        if known.written is not None and known.written.data >= _SAYS_SOMETHING:
+            self._written = TrialRuns(known.written, endpoint, wanted.common)
 
     async def __aenter__(self) -> _Trials:
         return self
@@ -303,8 +307,11 @@ class _Trials:
         memory = written = _speed(runs, self._known.memory)
         if self._written is not None and self._known.written is not None:
             again, more = await self._repeated(self._written, setting)
-            written = _speed(again, self._known.written)
-            runs, setups = runs + again, setups + more
+            least = await self._written.run(Trial(setting, _LEAST))
+            # mostly short, as the last round is: what is done at once is done at the best rate
+            quick = min(again, key=lambda run: run.seconds)
+            written = _later(_speed([quick], self._known.written), quick, least)
+            runs, setups = [*runs, *again, least], setups + more
         # some milliseconds, to which whatever else runs only adds
         stood = min((run.switchover for run in runs if run.switchover is not None), default=0.0)
         return Tried(setting, memory, written, median(setups), stood)
@@ -326,3 +333,14 @@ def _speed(runs: list[Measured], sample: Sample) -> Speed:
     if not size or not seconds:
         raise SourceError("nothing was moved by a trial: there is nothing to plan with")
     return Speed(size / seconds, sum(run.wire for run in runs) / size, sample.zero_share)
+
+
+def _later(speed: Speed, run: Measured, least: Measured) -> Speed:
+    """How fast that would be in a later round: what a round costs however little is in it is not
+    counted with each byte, and memory that is there already need not be made."""
+    if run.size <= 2 * least.size or run.seconds <= least.seconds:
+        return speed
+    each = (run.seconds - least.seconds) / (run.size - least.size) - least.touch
+    most = _MOST_GAIN * speed.rate
+    rate = min(1 / each, most) if each > 0 else most
+    return replace(speed, rate=max(rate, speed.rate))
