@@ -210,6 +210,8 @@ def test_why_and_what_else_would_do():
     json.dumps(report)
     assert not report["converges"] and report["mode"] == POSTCOPY
     assert report["settings"][-2:] == ["--postcopy", "auto"]
+    # the link is not wider for those pages that come after the guest
+    assert "--max-postcopy-bandwidth 200MB" in " ".join(report["settings"])
     why = " ".join(report["why"])
     for part in (
         "512.0 MiB hold something", "bound by the link", "The guest writes 410 MB/s",
