@@ -18,14 +18,12 @@ from . import pacing
 from .convergence import Convergence
 from .dirty_rate import WorkingSet
 from .parameters import AUTO, NEVER
+from .throttling import Rules, Throttling
 from .tuning import Setting
 
 PRECOPY, THROTTLED, POSTCOPY = "precopy", "auto-converge", "postcopy"
 MODES = (PRECOPY, THROTTLED, POSTCOPY)
 
-# QEMU's defaults: cpu-throttle-initial, -increment, max-cpu-throttle, throttle-trigger-threshold;
-# and how often in a row it takes that (dirty_rate_high_cnt in migration/ram.c).
-_INITIAL, _INCREMENT, _MOST, _THRESHOLD, _HIGH = 20, 10, 99, 0.5, 2
 # Between two rounds: a barrier on every channel, and the workers' last extents and first ones.
 _BETWEEN_SECONDS = 0.004
 # The background of a postcopy leaves some of a link that is the bottleneck to faults.
@@ -76,6 +74,7 @@ class Guest:
 
     live: bool
     can_stop: bool
+    can_throttle: bool
     can_leave: bool  # by postcopy
     pages: int
     curve: WorkingSet
@@ -150,12 +149,13 @@ class _Run:
         self.core = core.Migration(
             guest.live, guest.can_stop, False, self.found,
             postcopy=AUTO if mode == POSTCOPY else NEVER,
+            throttling=Throttling(Rules(auto_converge=mode == THROTTLED)),
         )  # fmt: skip
         self.told = Prediction(mode, tried.setting)
         self.now = self.taken_at = self.stopped_at = 0.0
         self.pages = 0.0  # to be sent
         self.lost_time = 0.0  # of the guest's, by the throttle
-        self._throttle = _Throttle() if mode == THROTTLED else None
+        self.percent = 0  # that the guest loses of its time
 
     def to_its_end(self) -> Prediction:
         todo = deque(self.core.handle(core.Started()))
@@ -175,9 +175,8 @@ class _Run:
         told.dirty_rate, told.rate = self.found.dirty_rate, self.found.rate
         if error is not None:
             told.why = error.message
-        if self._throttle is not None:
-            told.throttle = self._throttle.percent
-            told.slow_down = self.lost_time / max(self.now, 1e-9)
+        told.throttle = self.percent
+        told.slow_down = self.lost_time / max(self.now, 1e-9)
 
     def _carry_out(self, instruction: core.Instruction) -> core.Event | None:
         """What comes of it; None if nothing does by itself."""
@@ -208,6 +207,9 @@ class _Run:
 
     def _carry_out_postcopy(self, instruction: core.Instruction) -> core.Event | None:
         match instruction:
+            case core.Throttle():
+                self.percent = instruction.percentage
+                return None
             case core.TellMissing():
                 self.now += self.pages * self.guest.discard
                 return core.MissingTold()
@@ -234,8 +236,6 @@ class _Run:
             last = self.told.rounds[-1]
             self.told.rounds[-1] = replace(last, written=written)
             self._note_needed(since, written)
-            if self._throttle is not None:
-                self._throttle.after(written, last.pages)
         return core.Taken(round(self.pages), round(written), since, self._took)
 
     @property
@@ -255,9 +255,7 @@ class _Run:
         self.told.needed = min(needed, self.told.needed or needed)
 
     def _curve(self) -> WorkingSet:
-        if self._throttle is None or not self._throttle.percent:
-            return self.guest.curve
-        return self.guest.curve.slowed(1 - self._throttle.percent / 100)
+        return self.guest.curve.slowed(1 - self.percent / 100) if self.percent else self.guest.curve
 
     def _send(self, instruction: core.SendRound) -> core.Event:
         speed = self.tried.memory if instruction.number == 1 else self.tried.written
@@ -266,8 +264,7 @@ class _Run:
         self.told.rounds.append(Round(pages, seconds, live=instruction.live))
         if instruction.live:
             self.now += _BETWEEN_SECONDS
-            if self._throttle is not None:
-                self.lost_time += seconds * self._throttle.percent / 100
+            self.lost_time += seconds * self.percent / 100
         self.pages = 0.0
         size = pages * PAGE_SIZE
         return core.RoundDone(
@@ -287,24 +284,6 @@ class _Run:
         if self.guest.live and self.guest.can_stop:
             self.told.downtime = self.now - self.stopped_at
         return core.Confirmed()
-
-
-@dataclass
-class _Throttle:
-    """QEMU's auto-converge with its defaults: what throttling a migration that is under way does,
-    round by round."""
-
-    percent: int = 0
-    _high: int = 0
-
-    def after(self, written: float, sent: float) -> None:
-        """In a round `sent` pages were sent and `written` written."""
-        if written <= _THRESHOLD * sent:
-            return
-        self._high += 1
-        if self._high >= _HIGH:
-            self._high = 0
-            self.percent = min(_MOST, self.percent + _INCREMENT) if self.percent else _INITIAL
 
 
 # ---- what would be needed ----------------------------------------------------------------------

@@ -72,7 +72,8 @@ def _choice(guest: Guest, tried: Tried, goal: Goal) -> Choice:
 def _can(guest: Guest, mode: str) -> bool:
     if mode == PRECOPY:
         return True
-    return guest.live and guest.can_stop and (mode != POSTCOPY or guest.can_leave)
+    can = guest.can_throttle if mode == THROTTLED else guest.can_leave
+    return guest.live and guest.can_stop and can
 
 
 def _mode(modes: dict[str, Prediction]) -> str:

@@ -160,7 +160,8 @@ async def _look_at(source: GuestUri, wanted: Wanted, say: Callable[[str], None])
         stack.callback(memory.close)
         runs = [await opened.call(guest.initial_pages, i) for i in range(len(guest.blocks))]
         facts = Guest(
-            guest.live, guest.can_stop, guest.can_stop and guest.kind in _CAN_LEAVE,
+            guest.live, guest.can_stop, guest.can_throttle,
+            guest.can_stop and guest.kind in _CAN_LEAVE,
             sum(total_pages(r) for r in runs), found.curve, found.facts.pop("look-seconds", 0.0),
             discard=hole_seconds(),
         )  # fmt: skip

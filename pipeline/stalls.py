@@ -43,10 +43,9 @@ class Notice:
 
 
 class Stalls:
-    """Of one migration. `throttles`: the guest is slowed down when this happens."""
+    """Of one migration."""
 
-    def __init__(self, *, throttles: bool = False) -> None:
-        self.throttles = throttles
+    def __init__(self) -> None:
         self.count = 0
         self._last: dict[str, Any] = {}
 
@@ -67,7 +66,7 @@ class Stalls:
             return None
         stalls = _stalls(event, state)
         if stalls:
-            notice = _notice(event, state, self.throttles)
+            notice = _notice(event, state)
             first, self._last = not self.stalled, notice.data
             self.count += first
             return notice if first else None
@@ -95,14 +94,14 @@ def _figures(state: core.Migration) -> str:
     )
 
 
-def _notice(event: core.Taken, state: core.Migration, throttles: bool) -> Notice:
+def _notice(event: core.Taken, state: core.Migration) -> Notice:
     found = state.convergence
     needed = found.expected_downtime(event.pages)
-    options = options_of(state, needed, throttles)
+    options = options_of(state, needed)
     text = (
         f"stalled: {_figures(state)}, so {format_bytes(event.pages * PAGE_SIZE)} stay to be sent, "
         f"a downtime of {format_seconds(needed)} where {format_seconds(found.downtime_limit)} are "
-        f"allowed. {_by_itself(state, throttles)} Options: {'; '.join(o.how for o in options)}"
+        f"allowed. {_by_itself(state)} Options: {'; '.join(o.how for o in options)}"
     )
     data = {
         "over": False,
@@ -118,16 +117,20 @@ def _notice(event: core.Taken, state: core.Migration, throttles: bool) -> Notice
     return Notice(text, data)
 
 
-def _by_itself(state: core.Migration, throttles: bool) -> str:
+def _throttles(state: core.Migration) -> bool:
+    return state.throttling is not None and state.throttling.on
+
+
+def _by_itself(state: core.Migration) -> str:
     """What happens if nobody does anything."""
-    if throttles:
-        return "The guest is being slowed down (--auto-converge)."
+    if _throttles(state):
+        return "The guest is slowed down, as was asked for."
     if state.after is not None:
         return f"Postcopy is started after round {state.after}."
     return f"It is given up after round {state.convergence.max_rounds}, and the guest goes on here."
 
 
-def options_of(state: core.Migration, needed: float, throttles: bool) -> list[Option]:
+def options_of(state: core.Migration, needed: float) -> list[Option]:
     """What would get it on, where a switchover now would take `needed` seconds."""
     found = state.convergence
     limit = math.ceil(needed * _MARGIN * 100) * 10
@@ -140,6 +143,7 @@ def options_of(state: core.Migration, needed: float, throttles: bool) -> list[Op
         options.append(Option("postcopy", "`pageferry start-postcopy MONITOR`"))
     elif state.postcopy == NEVER:
         options.append(Option("postcopy", "start it anew with --postcopy auto"))
-    if not throttles:
-        options.append(Option("auto-converge", "or with --auto-converge, which slows the guest"))
+    if not _throttles(state):
+        how = "`pageferry set MONITOR auto-converge=on`, which slows the guest down"
+        options.append(Option("auto-converge", how))
     return options

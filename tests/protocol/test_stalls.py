@@ -6,6 +6,7 @@ import pytest
 from pageferry.pipeline import migration as core
 from pageferry.pipeline.convergence import Convergence, Decision
 from pageferry.pipeline.stalls import Stalls
+from pageferry.pipeline.throttling import Rules, Throttling
 
 ROUND = core.RoundDone(50_000, 0, 1.0, wire=204_800_000)
 # twice as much as was moved
@@ -16,8 +17,9 @@ FIRST = core.Taken(131_072, 131_072, 0, 0)
 def said(*events, limit=0.1, bandwidth=0, throttles=False, rounds=30, **options):
     """The watch, and all notices, of a migration that these events happened to."""
     found = Convergence(limit, rounds, bandwidth)
-    state = core.Migration(True, True, False, found, **options)
-    stalls, notices = Stalls(throttles=throttles), []
+    throttling = Throttling(Rules(auto_converge=throttles))
+    state = core.Migration(True, True, False, found, throttling=throttling, **options)
+    stalls, notices = Stalls(), []
     for event in (core.Started(), core.ChannelsReady(), FIRST, *events):
         state.handle(event)
         if (notice := stalls.after(event, state)) is not None:
@@ -63,7 +65,7 @@ def test_what_fits_is_no_stall():
         ({"bandwidth": 10**9}, ["downtime-limit", "postcopy", "auto-converge"], "given up"),
         ({"bandwidth": 2 * 10**8}, ["downtime-limit", "max-bandwidth", "postcopy", "auto-converge"],
          "given up"),
-        ({"throttles": True}, ["downtime-limit", "postcopy"], "being slowed down"),
+        ({"throttles": True}, ["downtime-limit", "postcopy"], "is slowed down"),
         ({"postcopy": "manual"}, ["downtime-limit", "postcopy", "auto-converge"], "given up"),
         ({"postcopy": "after=9", "after": 9}, ["downtime-limit", "auto-converge"],
          "after round 9"),
