@@ -1022,8 +1022,6 @@ class Source:
         return core.PostcopyEnded()
 
     async def _take_end(self, ended: messages.Ended) -> None:
-        if self._releasing is not None:
-            await self._call(self._releasing.everything)
         self.statistics.finish_round()
         self.statistics.extra |= latency_report(ended.latency)
         # what only that end knows; it may not say anything else of this migration
@@ -1167,7 +1165,7 @@ class Source:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         steps = (
             self._abort, self._lift, self._resume, self._quit_source, self._stop_workers,
-            self._hang_up, self._last_words,
+            self._hang_up, self._give_back, self._last_words,
         )  # fmt: skip
         for step in steps:
             try:
@@ -1210,6 +1208,13 @@ class Source:
         if self._socket is not None and self._opened and self._control.lost:
             self._socket.linger = 0  # there is nobody whom the last word could reach
         await self._drop_connection()
+
+    async def _give_back(self, finish: core.Finish) -> None:
+        """All memory, once the destination has all of it. That takes a while, in which it may
+        leave: so not before it is over here, or that would be a postcopy that broke."""
+        done = self.core.leaving and self.core.status is Status.COMPLETED
+        if self._releasing is not None and done:
+            await self._call(self._releasing.everything)
 
     async def _last_words(self, finish: core.Finish) -> None:
         await self.dirty_rates.close()

@@ -4,6 +4,7 @@ becomes ready. Until then the guest can go on at the source, whatever happens.""
 import asyncio
 import json
 import os
+import threading
 
 import pytest
 from both_ends import BothEnds
@@ -311,6 +312,34 @@ def test_memory_is_given_back_as_it_arrives(cut):
         asyncio.run(main())
     finally:
         guest.close()
+
+
+def test_a_destination_that_has_all_of_it_may_leave_while_the_rest_is_given_back(guest):
+    """Tens of GiB take many seconds: a stream that ends meanwhile is no postcopy that broke."""
+    giving, go_on = threading.Event(), threading.Event()
+
+    async def main():
+        async with Ends(guest, postcopy="now", release_ram=True) as ends:
+            await until_async(lambda: ends.source._releasing is not None, "it will give back")
+            release = ends.source._releasing._release
+            everything = release.everything
+
+            def slowly():
+                giving.set()
+                assert go_on.wait(30)
+                everything()
+
+            release.everything = slowly
+            assert (await ends.arriving)["oracle"]["ok"]
+            await until_async(lambda: giving.is_set() or ends.sending.done(), "the rest goes")
+            ends.source.link_broke(PeerLost("the other end has closed the stream"))
+            ends.source._failed(WorkerDied("the urgent channel broke"))
+            go_on.set()
+            report = await asyncio.wait_for(ends.sending, 30)
+            assert report["status"] == "completed" and report["released-bytes"] == 8 << 20
+            assert blocks_on_disk(f"/proc/self/fd/{guest.blocks[0].file.fd}") == 0
+
+    asyncio.run(main())
 
 
 def test_what_is_left_when_it_is_given_up():
