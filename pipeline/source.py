@@ -245,14 +245,15 @@ class Source:
 
     def set_parameters(self, arguments: dict[str, Any]) -> None:
         """migrate-set-parameters; takes effect with the next frame or decision."""
-        p = changed(self.parameters, arguments)
-        if self._deltas is not None:
+        before, p = self.parameters, changed(self.parameters, arguments)
+        if self._deltas is not None and "xbzrle-cache-size" in arguments:
             self._deltas.resize(p.xbzrle_cache_size)  # first: it may not be possible
         self._slow_down(self._pressure.configure(p.throttle))
         if self._bandwidth is not None and self.core.status not in IN_POSTCOPY:
             self._bandwidth.set_rate(p.max_bandwidth)
         self.convergence.downtime_limit = p.downtime_limit
-        self.convergence.max_rounds = p.max_rounds
+        # beside those that a wait has granted
+        self.convergence.max_rounds += p.max_rounds - before.max_rounds
         self.convergence.max_bandwidth = p.max_bandwidth
         if self._background is not None:
             self._background.pacer.limit = p.max_postcopy_bandwidth

@@ -12,6 +12,7 @@ from helpers import Running, ask, blocks_on_disk, receiver, until_async
 from helpers import pageferry as run
 
 from pageferry.pipeline import api
+from pageferry.pipeline.deltas import Deltas
 from pageferry.pipeline.destination import Destination
 from pageferry.pipeline.monitor import Conversation
 from pageferry.pipeline.parameters import Parameters
@@ -20,6 +21,7 @@ from pageferry.pipeline.state import Status
 from pageferry.transport.errors import (
     Cancelled,
     DestinationError,
+    HostLacks,
     PageferryError,
     PeerLost,
     RemoteProtocolError,
@@ -221,6 +223,23 @@ def test_a_destination_that_does_not_become_ready(guest, tmp_path):
     finally:
         source.close()
     assert os.listdir(tmp_path) == ["image"]
+
+
+def test_rounds_that_a_wait_granted_stay_when_something_else_is_set(guest):
+    """It would be given up at the next look. Nor is there looked for room that nobody asked for."""
+    p = Parameters(codec="xbzrle", xbzrle_cache_size=1 << 42).checked()
+    source = Source(guest, Endpoint("ipc", path="@nobody"), p)
+    source._deltas = Deltas([1 << 30], 4096)
+    try:
+        source.convergence.max_rounds += 12
+        source.set_parameters({"downtime-limit": 500})
+        assert source.convergence.max_rounds == 42 and source.convergence.downtime_limit == 0.5
+        source.set_parameters({"max-rounds": 10})
+        assert source.convergence.max_rounds == 22 and source.parameters.max_rounds == 10
+        with pytest.raises(HostLacks):
+            source.set_parameters({"xbzrle-cache-size": 1 << 42})
+    finally:
+        source._deltas.close()
 
 
 def test_a_source_that_does_not_wait_is_refused(guest):
