@@ -460,7 +460,7 @@ class Source:
                 if self._ack.awaited:
                     with self._waits.acknowledgement():
                         await self._ack.wait()
-                if self.before_stop is not None:
+                if self.before_stop is not None and self.guest.can_stop:
                     await self.before_stop()
                 event = core.MayStop(time.monotonic() - asked)
             case core.StopGuest():

@@ -225,6 +225,30 @@ def test_a_destination_that_does_not_become_ready(guest, tmp_path):
     assert os.listdir(tmp_path) == ["image"]
 
 
+def test_what_nobody_stops_is_not_asked_for_before_it_is_stopped(tmp_path):
+    """A batch would write down that a guest is handed over, and not try an image again."""
+    image, asked = tmp_path / "image", []
+    image.write_bytes(b"\x11" * 8192)
+
+    async def hook(hello):
+        pass
+
+    async def ask_somebody():
+        asked.append(True)
+
+    async def main(source):
+        async with Ends(source, f"image:{tmp_path}/copy", hook=hook) as ends:
+            ends.source.before_stop = ask_somebody
+            await ends.whole()
+            assert ends.source._ack.heard and not asked
+
+    source = open_source(parse_guest(f"image:{image}"))
+    try:
+        asyncio.run(main(source))
+    finally:
+        source.close()
+
+
 def test_rounds_that_a_wait_granted_stay_when_something_else_is_set(guest):
     """It would be given up at the next look. Nor is there looked for room that nobody asked for."""
     p = Parameters(codec="xbzrle", xbzrle_cache_size=1 << 42).checked()
