@@ -245,14 +245,15 @@ class Source:
 
     def set_parameters(self, arguments: dict[str, Any]) -> None:
         """migrate-set-parameters; takes effect with the next frame or decision."""
-        p = changed(self.parameters, arguments)
-        if self._deltas is not None:
+        before, p = self.parameters, changed(self.parameters, arguments)
+        if self._deltas is not None and "xbzrle-cache-size" in arguments:
             self._deltas.resize(p.xbzrle_cache_size)  # first: it may not be possible
         self._slow_down(self._pressure.configure(p.throttle))
         if self._bandwidth is not None and self.core.status not in IN_POSTCOPY:
             self._bandwidth.set_rate(p.max_bandwidth)
         self.convergence.downtime_limit = p.downtime_limit
-        self.convergence.max_rounds = p.max_rounds
+        # beside those that a wait has granted
+        self.convergence.max_rounds += p.max_rounds - before.max_rounds
         self.convergence.max_bandwidth = p.max_bandwidth
         if self._background is not None:
             self._background.pacer.limit = p.max_postcopy_bandwidth
@@ -459,7 +460,7 @@ class Source:
                 if self._ack.awaited:
                     with self._waits.acknowledgement():
                         await self._ack.wait()
-                if self.before_stop is not None:
+                if self.before_stop is not None and self.guest.can_stop:
                     await self.before_stop()
                 event = core.MayStop(time.monotonic() - asked)
             case core.StopGuest():
@@ -1022,8 +1023,6 @@ class Source:
         return core.PostcopyEnded()
 
     async def _take_end(self, ended: messages.Ended) -> None:
-        if self._releasing is not None:
-            await self._call(self._releasing.everything)
         self.statistics.finish_round()
         self.statistics.extra |= latency_report(ended.latency)
         # what only that end knows; it may not say anything else of this migration
@@ -1167,7 +1166,7 @@ class Source:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         steps = (
             self._abort, self._lift, self._resume, self._quit_source, self._stop_workers,
-            self._hang_up, self._last_words,
+            self._hang_up, self._give_back, self._last_words,
         )  # fmt: skip
         for step in steps:
             try:
@@ -1210,6 +1209,13 @@ class Source:
         if self._socket is not None and self._opened and self._control.lost:
             self._socket.linger = 0  # there is nobody whom the last word could reach
         await self._drop_connection()
+
+    async def _give_back(self, finish: core.Finish) -> None:
+        """All memory, once the destination has all of it. That takes a while, in which it may
+        leave: so not before it is over here, or that would be a postcopy that broke."""
+        done = self.core.leaving and self.core.status is Status.COMPLETED
+        if self._releasing is not None and done:
+            await self._call(self._releasing.everything)
 
     async def _last_words(self, finish: core.Finish) -> None:
         await self.dirty_rates.close()

@@ -4,6 +4,7 @@ becomes ready. Until then the guest can go on at the source, whatever happens.""
 import asyncio
 import json
 import os
+import threading
 
 import pytest
 from both_ends import BothEnds
@@ -11,6 +12,7 @@ from helpers import Running, ask, blocks_on_disk, receiver, until_async
 from helpers import pageferry as run
 
 from pageferry.pipeline import api
+from pageferry.pipeline.deltas import Deltas
 from pageferry.pipeline.destination import Destination
 from pageferry.pipeline.monitor import Conversation
 from pageferry.pipeline.parameters import Parameters
@@ -19,6 +21,7 @@ from pageferry.pipeline.state import Status
 from pageferry.transport.errors import (
     Cancelled,
     DestinationError,
+    HostLacks,
     PageferryError,
     PeerLost,
     RemoteProtocolError,
@@ -222,6 +225,47 @@ def test_a_destination_that_does_not_become_ready(guest, tmp_path):
     assert os.listdir(tmp_path) == ["image"]
 
 
+def test_what_nobody_stops_is_not_asked_for_before_it_is_stopped(tmp_path):
+    """A batch would write down that a guest is handed over, and not try an image again."""
+    image, asked = tmp_path / "image", []
+    image.write_bytes(b"\x11" * 8192)
+
+    async def hook(hello):
+        pass
+
+    async def ask_somebody():
+        asked.append(True)
+
+    async def main(source):
+        async with Ends(source, f"image:{tmp_path}/copy", hook=hook) as ends:
+            ends.source.before_stop = ask_somebody
+            await ends.whole()
+            assert ends.source._ack.heard and not asked
+
+    source = open_source(parse_guest(f"image:{image}"))
+    try:
+        asyncio.run(main(source))
+    finally:
+        source.close()
+
+
+def test_rounds_that_a_wait_granted_stay_when_something_else_is_set(guest):
+    """It would be given up at the next look. Nor is there looked for room that nobody asked for."""
+    p = Parameters(codec="xbzrle", xbzrle_cache_size=1 << 42).checked()
+    source = Source(guest, Endpoint("ipc", path="@nobody"), p)
+    source._deltas = Deltas([1 << 30], 4096)
+    try:
+        source.convergence.max_rounds += 12
+        source.set_parameters({"downtime-limit": 500})
+        assert source.convergence.max_rounds == 42 and source.convergence.downtime_limit == 0.5
+        source.set_parameters({"max-rounds": 10})
+        assert source.convergence.max_rounds == 22 and source.parameters.max_rounds == 10
+        with pytest.raises(HostLacks):
+            source.set_parameters({"xbzrle-cache-size": 1 << 42})
+    finally:
+        source._deltas.close()
+
+
 def test_a_source_that_does_not_wait_is_refused(guest):
     async def hook(hello):
         await asyncio.Event().wait()
@@ -311,6 +355,34 @@ def test_memory_is_given_back_as_it_arrives(cut):
         asyncio.run(main())
     finally:
         guest.close()
+
+
+def test_a_destination_that_has_all_of_it_may_leave_while_the_rest_is_given_back(guest):
+    """Tens of GiB take many seconds: a stream that ends meanwhile is no postcopy that broke."""
+    giving, go_on = threading.Event(), threading.Event()
+
+    async def main():
+        async with Ends(guest, postcopy="now", release_ram=True) as ends:
+            await until_async(lambda: ends.source._releasing is not None, "it will give back")
+            release = ends.source._releasing._release
+            everything = release.everything
+
+            def slowly():
+                giving.set()
+                assert go_on.wait(30)
+                everything()
+
+            release.everything = slowly
+            assert (await ends.arriving)["oracle"]["ok"]
+            await until_async(lambda: giving.is_set() or ends.sending.done(), "the rest goes")
+            ends.source.link_broke(PeerLost("the other end has closed the stream"))
+            ends.source._failed(WorkerDied("the urgent channel broke"))
+            go_on.set()
+            report = await asyncio.wait_for(ends.sending, 30)
+            assert report["status"] == "completed" and report["released-bytes"] == 8 << 20
+            assert blocks_on_disk(f"/proc/self/fd/{guest.blocks[0].file.fd}") == 0
+
+    asyncio.run(main())
 
 
 def test_what_is_left_when_it_is_given_up():

@@ -19,6 +19,7 @@ from pageferry.transport.messages import (
     SharedBlock,
 )
 from pageferry.transport.wire import MAX_BATCH_PAGES
+from pageferry.workers.guests.qemu_memory import check_shared
 
 GOOD = Hello(
     PROTOCOL, "0.1.0", str(uuid.UUID(int=5)), "demo",
@@ -190,3 +191,19 @@ def test_page_sums_and_postcopy_exclude_each_other():
     hello = msgspec.structs.replace(GOOD, blocks=[Block("ram", 8192)])
     both = msgspec.structs.replace(hello, capabilities=[POSTCOPY, PAGE_SUMS])
     assert refusal(both) == "capabilities"
+
+
+def test_memory_that_is_left_out_is_the_same_at_both_ends():
+    """By its names, however these are written; and on one host by its file."""
+    ours = [SharedBlock("a", 4096, "boot", 1, 2), SharedBlock("b", 4096, "boot", 1, 3)]
+    check_shared(ours, ours[::-1])
+    check_shared(ours, [msgspec.structs.replace(b, host="another", inode=9) for b in ours])
+    for theirs in (
+        ours[:1],
+        [*ours, SharedBlock("c", 4096, "boot", 1, 4)],
+        [SharedBlock("a, b", 4096, "boot", 1, 2)],
+        [ours[0], msgspec.structs.replace(ours[1], inode=9)],
+        [ours[0], msgspec.structs.replace(ours[1], host="another", size=8192)],
+    ):
+        with pytest.raises(PeerRefused):
+            check_shared(ours, theirs)

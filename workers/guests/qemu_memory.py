@@ -128,11 +128,12 @@ def shared_blocks(monitor: Monitor, ignored: frozenset[str]) -> list[SharedBlock
 
 def check_shared(ours: list[SharedBlock], theirs: list[SharedBlock]) -> None:
     """PeerRefused unless both ends leave the same memories out; on one host: the same files."""
-    names = [", ".join(sorted(b.name for b in blocks)) or "none" for blocks in (ours, theirs)]
+    names = [sorted(b.name for b in blocks) for blocks in (ours, theirs)]
     if names[0] != names[1]:
+        left_out = [", ".join(some) or "none" for some in names]
         raise PeerRefused(
-            f"the source leaves out memory {names[1]}, and this end {names[0]}: write the same "
-            f"?ignore-shared=… at both ends",
+            f"the source leaves out memory {left_out[1]}, and this end {left_out[0]}: write the "
+            f"same ?ignore-shared=… at both ends",
             field="shared",
         )
     known = {block.name: block for block in ours}
