@@ -72,6 +72,15 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     keys: str | None = None
     peer: str | None = None
     insecure: bool | None = None
+    auto_converge: bool | None = None
+    dirty_limit: bool | None = None
+    cpu_throttle_initial: int | None = None
+    cpu_throttle_increment: int | None = None
+    cpu_throttle_tailslow: bool | None = None
+    max_cpu_throttle: int | None = None
+    throttle_trigger_threshold: int | None = None
+    vcpu_dirty_limit: Rate | None = None
+    vcpu_dirty_limit_period: Duration | None = None
 
 
 class _Defaults(Settings, frozen=True, kw_only=True):
@@ -202,13 +211,12 @@ def _parameters(settings: Settings, max_bandwidth: int) -> Parameters:
         for name in Settings.__struct_fields__
         if (value := getattr(settings, name)) is not None
     }
-    for name in ("downtime_limit", "postcopy_latency_target"):
+    for name in ("downtime_limit", "postcopy_latency_target", "vcpu_dirty_limit_period"):
         if name in said:
             said[name] = _read(name, parse_duration, said[name])
-    if "max_postcopy_bandwidth" in said:
-        said["max_postcopy_bandwidth"] = _read(
-            "max_postcopy_bandwidth", parse_rate, said["max_postcopy_bandwidth"]
-        )
+    for name in ("max_postcopy_bandwidth", "vcpu_dirty_limit"):
+        if name in said:
+            said[name] = _read(name, parse_rate, said[name])
     return Parameters(max_bandwidth=max_bandwidth, **said)
 
 

@@ -4,7 +4,7 @@
 the result as an event. No knowledge of sockets, processes, clocks or guests in here, so
 every path, cancel and failure in every state included, is tested without any of them.
 
-    greet → channels → initial set → rounds … → (ask) → stop → last set → last round
+    greet → channels → initial set → rounds, throttled … → (ask) → stop → last set → last round
           → verify → device state → run → confirmed
     postcopy:                                 … → stop → last set → say what is missing
           → device state → run → confirmed → background → end
@@ -33,6 +33,7 @@ from ..transport.quantities import format_rate, format_seconds
 from .convergence import Convergence, Decision
 from .parameters import AUTO, NEVER, NOW
 from .state import FINAL, IN_POSTCOPY, Status, advance
+from .throttling import Throttling
 
 # A static source whose frames are lost this many rounds in a row has a broken link.
 _RESENDS = 5
@@ -191,6 +192,13 @@ class SendRound:
 
 
 @dataclass(frozen=True)
+class Throttle:
+    """The guest is to lose so much of its time, 0 for nothing. Nothing follows: rounds go on."""
+
+    percentage: int
+
+
+@dataclass(frozen=True)
 class AskToStop:
     """Ask whoever wants to be asked, while the guest runs. Then: MayStop."""
 
@@ -262,6 +270,7 @@ class Finish:
 Instruction = (
     OpenChannels | TakeInitial | TakeDirty | SendRound | AskToStop | StopGuest | Verify | SendState
     | SendRun | Finish | CutRound | TellMissing | SendBackground | EndPostcopy | Pause | Reconnect
+    | Throttle
 )  # fmt: skip
 
 # ---- the core ---------------------------------------------------------------------------
@@ -286,6 +295,8 @@ class Migration:
     remaining: int = 0  # pages in the table
     asked: bool = False  # for postcopy
     leaving: bool = False  # by postcopy: decided
+    throttling: Throttling | None = None
+    _moved: int = field(default=0, repr=False)  # bytes, in the last round
     _resends: int = field(default=0, repr=False)
 
     def handle(self, event: Event) -> list[Instruction]:
@@ -380,11 +391,25 @@ class Migration:
         decision = self.convergence.decide(event.pages)
         if decision is Decision.SWITCH_OVER:
             return self._switch_over()
+        before, decision = self._slow_down(event, decision)
         if self._postcopy_due(decision):
             return self._leave()
         if decision is Decision.GIVE_UP:
             return self._failed(Failed(self._not_converging()))
-        return self._next_round()
+        return [*before, *self._next_round()]
+
+    def _slow_down(self, event: Taken, decision: Decision) -> tuple[list[Instruction], Decision]:
+        """How much the guest is slowed down from now on, if that is another percentage; and what is
+        decided then: who can still be slowed down is not given up."""
+        throttling = self.throttling
+        if throttling is None:
+            return [], decision
+        before = throttling.percentage
+        throttling.round_ended(event.written * PAGE_SIZE, self._moved, event.since, self.round)
+        if decision is Decision.GIVE_UP and throttling.last_resort(self.round):
+            decision = Decision.NEXT_ROUND
+        now = throttling.percentage
+        return [Throttle(now)] if now != before else [], decision
 
     def _complete_last(self) -> list[Instruction]:
         """The guest stands still: the last round, whatever there is in it."""
@@ -399,7 +424,10 @@ class Migration:
             return True
         if self.postcopy != AUTO:
             return False
-        return decision is Decision.GIVE_UP or (self.round >= 2 and self.convergence.hopeless)
+        if decision is Decision.GIVE_UP:
+            return True
+        throttled = self.throttling is not None and self.throttling.may_still_help(self.round)
+        return self.round >= 2 and self.convergence.hopeless and not throttled
 
     def _leave(self) -> list[Instruction]:
         self.leaving = True
@@ -436,6 +464,7 @@ class Migration:
 
     def _round_done(self, event: RoundDone) -> list[Instruction]:
         self.remaining = event.lost
+        self._moved = event.pages * PAGE_SIZE
         self.convergence.round_done(event.pages, event.seconds, event.zero, event.wire)
         if self.live and not self.stopped:
             return [TakeDirty()]
@@ -471,10 +500,17 @@ class Migration:
             f"{format_rate(c.rate)} are moved, {self.remaining * PAGE_SIZE >> 20} MiB are left; "
             f"a switchover now would take {format_seconds(needed)} and the limit is "
             f"{format_seconds(c.downtime_limit)}: raise --downtime-limit or --max-bandwidth, or "
-            f"let the guest write less",
+            f"let the guest write less{self._how_to_slow_it()}",
             rounds=c.rounds, dirty_rate=int(c.dirty_rate), rate=int(c.rate),
             remaining=self.remaining * PAGE_SIZE, expected_downtime_ms=round(needed * 1000),
         )  # fmt: skip
+
+    def _how_to_slow_it(self) -> str:
+        if self.throttling is None or not self.can_stop:
+            return ""
+        if self.throttling.percentage:
+            return f" (it had lost {self.throttling.percentage} % of its time already)"
+        return "" if self.throttling.on else " (--auto-converge or --dirty-limit slow it down)"
 
     def _failed(self, event: Failed) -> list[Instruction]:
         error = event.error

@@ -27,10 +27,13 @@ _MOST_UNREAD = 1 << 20
 _COMMANDS = (
     "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
     "migrate-set-parameters", "migrate_cancel", "query-version", "migrate-start-postcopy",
-    "migrate-pause", "migrate-recover", "yank", "query-yank",
+    "migrate-pause", "migrate-recover", "yank", "query-yank", "migrate-set-capabilities",
+    "query-migrate-capabilities",
 )  # fmt: skip
 
 
+# Of QEMU's capabilities, those that can be set while it runs.
+_CAPABILITIES = ("auto-converge", "dirty-limit")
 # QEMU's YankInstanceType; there are no block devices or character devices here.
 _YANK_TYPES = ("block-node", "chardev", "migration")
 
@@ -153,6 +156,11 @@ class Conversation:
                 return self._migration.query_parameters()
             case "migrate-set-parameters":
                 self._migration.set_parameters(arguments)
+            case "query-migrate-capabilities":
+                known = self._migration.query_parameters()
+                return [{"capability": n, "state": known.get(n, False)} for n in _CAPABILITIES]
+            case "migrate-set-capabilities":
+                self._migration.set_parameters(_capabilities(arguments))
             case "migrate_cancel":
                 self._migration.cancel()
             case _:
@@ -193,6 +201,23 @@ class Conversation:
                 raise QmpError("DeviceNotFound", "Instance not found")
         if asked:
             self._migration.yank()
+
+
+def _capabilities(arguments: dict[str, Any]) -> dict[str, Any]:
+    """migrate-set-capabilities' arguments as parameters."""
+    asked = arguments.get("capabilities")
+    if set(arguments) != {"capabilities"} or not isinstance(asked, list):
+        raise QmpError("GenericError", "it takes 'capabilities', an array")
+    found = {}
+    for row in asked:
+        name = row.get("capability") if isinstance(row, dict) else None
+        if name not in _CAPABILITIES or not isinstance(row.get("state"), bool):
+            known = ", ".join(_CAPABILITIES)
+            raise QmpError(
+                "GenericError", f"a capability has a 'state', true or false, and is one of {known}"
+            )
+        found[name] = row["state"]
+    return found
 
 
 class Monitor:

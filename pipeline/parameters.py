@@ -17,6 +17,8 @@ from ..transport.messages import MAX_WORKERS
 from ..transport.quantities import parse_duration, parse_rate
 from ..transport.wire import MAX_BATCH_PAGES
 from .goals import GOALS
+from .throttling import FIELDS as THROTTLE_FIELDS
+from .throttling import Rules, field_of
 
 # More senders than this have not paid anywhere; each costs a process at both ends.
 _MOST_DEFAULT_WORKERS = 8
@@ -42,7 +44,8 @@ class Parameters:
     codec are chosen while it runs (goals.py), up to so many workers and only this codec, unless
     that is auto; "" for none; `keys`: a directory of keys (keys.py), "" for none; `peer`: the name
     that the other end has in it, "" for the one that fits the address; `insecure`: without keys to
-    another host."""
+    another host; from `auto_converge` on: how a guest is slowed down (throttling.py), percentages,
+    bytes a second, seconds."""
 
     workers: int = 0
     codec: str = "auto"
@@ -62,6 +65,15 @@ class Parameters:
     keys: str = ""
     peer: str = ""
     insecure: bool = False
+    auto_converge: bool = False
+    dirty_limit: bool = False
+    cpu_throttle_initial: int = 20
+    cpu_throttle_increment: int = 10
+    cpu_throttle_tailslow: bool = False
+    max_cpu_throttle: int = 99
+    throttle_trigger_threshold: int = 50
+    vcpu_dirty_limit: int = 0
+    vcpu_dirty_limit_period: float = 1.0
 
     def checked(self) -> Parameters:
         """With defaults filled in, or UsageError that names the parameter."""
@@ -80,6 +92,7 @@ class Parameters:
         if p.postcopy_link not in ("zmq", "direct"):
             raise UsageError(f"postcopy-link is zmq or direct, not {p.postcopy_link!r}")
         p._check_keys()
+        p.throttle.checked()
         if p.postcopy != NEVER and p.verify:
             raise UsageError(
                 "verify compares memory before the guest runs, and postcopy moves it afterwards: "
@@ -102,6 +115,15 @@ class Parameters:
             raise UsageError(
                 "postcopy-link direct is not encrypted: leave it out where there are keys"
             )
+
+    @property
+    def throttle(self) -> Rules:
+        """How a guest that writes too fast is slowed down."""
+        return Rules(
+            self.auto_converge, self.dirty_limit, self.cpu_throttle_initial,
+            self.cpu_throttle_increment, self.cpu_throttle_tailslow, self.max_cpu_throttle,
+            self.throttle_trigger_threshold, self.vcpu_dirty_limit, self.vcpu_dirty_limit_period,
+        )  # fmt: skip
 
     def on_this_host(self) -> Parameters:
         """For a migration that has both its ends here: no keys."""
@@ -133,6 +155,7 @@ class Parameters:
             "max-postcopy-bandwidth": self.max_postcopy_bandwidth,
             "postcopy-latency-target": round(self.postcopy_latency_target * 1e6),
             **({"goal": self.goal} if self.goal else {}),
+            **(self.throttle.qmp() if self.throttle.on else {}),
         }
 
 
@@ -157,9 +180,12 @@ def changed(parameters: Parameters, arguments: dict[str, Any]) -> Parameters:
                 if not (str(value).isdecimal() and len(str(value)) < 10):
                     raise UsageError(f"max-rounds must be a whole number, not {value!r}")
                 fields["max_rounds"] = int(value)
+            case _ if name in THROTTLE_FIELDS:
+                field, fields[field] = field_of(name, value)
             case _:
                 raise UsageError(
                     f"{name!r} cannot be set while a migration runs; max-bandwidth, "
-                    f"max-postcopy-bandwidth, downtime-limit and max-rounds can"
+                    f"max-postcopy-bandwidth, downtime-limit, max-rounds and "
+                    f"{', '.join(list(THROTTLE_FIELDS)[:-1])} can"
                 )
     return replace(parameters, **fields).checked()

@@ -63,6 +63,7 @@ from .crew import Crew, extents
 from .goals import Seeker
 from .journal import Journal
 from .parameters import NEVER, Parameters, changed
+from .pressure import Pressure
 from .security import LOOK_SECONDS, ChannelKeys, check_open, dialling
 from .state import FINAL, IN_POSTCOPY, Status
 from .statistics import RoundCost, Statistics
@@ -132,6 +133,8 @@ class Source:
         self.statistics = Statistics("source")
         self.uuid = str(uuid.uuid4())
         self.journal = Journal("source", self.uuid)
+        self._pressure = Pressure(guest, parameters.throttle, self._call, self.journal)
+        self.core.throttling = self._pressure.throttling
         self.on_progress = on_progress
         self.on_event = on_event or (lambda name, data: None)
         # Awaited once before the guest is stopped, which may be some rounds later if that takes
@@ -177,6 +180,7 @@ class Source:
             report["downtime-limit"] = round(self.parameters.downtime_limit * 1000)
         if self._steering is not None:
             report |= self._steering.report()
+        report |= self._pressure.report()
         guest_rate, wire_rate = self.statistics.rates()
         report["progress"] = {
             "rate": round(guest_rate),
@@ -215,6 +219,7 @@ class Source:
     def set_parameters(self, arguments: dict[str, Any]) -> None:
         """migrate-set-parameters; takes effect with the next frame or decision."""
         p = changed(self.parameters, arguments)
+        self._slow_down(self._pressure.configure(p.throttle))
         if self._bandwidth is not None and self.core.status not in IN_POSTCOPY:
             self._bandwidth.set_rate(p.max_bandwidth)
         self.convergence.downtime_limit = p.downtime_limit
@@ -338,6 +343,8 @@ class Source:
                     case core.CutRound():
                         self.journal.mark("CutRound")
                         self._cut.set()
+                    case core.Throttle():
+                        self._slow_down(instruction.percentage)
                     case core.SendRun():
                         # Said here and now, not in a task that may never begin: the core and
                         # the session must agree on whether it was said.
@@ -409,6 +416,7 @@ class Source:
             case core.StopGuest():
                 begin = time.monotonic()
                 await self._call(self.guest.stop)
+                self._pressure.stopped()
                 self.statistics.stopped = self.guest.stopped_at or begin
                 event = core.GuestStopped()
             case core.Verify():
@@ -509,6 +517,7 @@ class Source:
     def _make_shared_memory(self) -> None:
         p = self.parameters
         blocks = self.guest.blocks
+        self._pressure.check()
         if p.quit_source and not self.guest.can_quit:
             raise UsageError("quit-source is for a VM (qemu:): leave it out")
         self.statistics.total_pages = sum(block.pages for block in blocks)
@@ -677,7 +686,14 @@ class Source:
         with contextlib.suppress(PageferryError):  # whoever takes them says it
             if (pages := self.guest.written_so_far()) is not None:
                 self._written = pages, now - self._taken_at
+                moved = self.statistics.pages_done - self.statistics.round_base
+                self._slow_down(self._pressure.look(pages, moved, now - self._taken_at))
         self._written_due = now + _LOOK_AHEAD_SHARE * (time.monotonic() - now)
+
+    def _slow_down(self, percentage: int | None) -> None:
+        """The guest loses so much of its time, if that is another percentage than before."""
+        if percentage is not None:
+            self._task(self._pressure.set(percentage))
 
     def _progress(self) -> None:
         if self.on_progress is not None:
@@ -1067,8 +1083,8 @@ class Source:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         steps = (
-            self._abort, self._resume, self._quit_source, self._stop_workers, self._hang_up,
-            self._last_words,
+            self._abort, self._lift, self._resume, self._quit_source, self._stop_workers,
+            self._hang_up, self._last_words,
         )  # fmt: skip
         for step in steps:
             try:
@@ -1083,6 +1099,9 @@ class Source:
         if finish.error is not None and self._socket is not None:
             with contextlib.suppress(zmq.ZMQError, TimeoutError):  # nobody may take it
                 await asyncio.wait_for(self._control.abort(finish.error), _LAST_WORD_SECONDS)
+
+    async def _lift(self, finish: core.Finish) -> None:
+        await self._pressure.lift()
 
     async def _resume(self, finish: core.Finish) -> None:
         await self._call.idle()  # a stop that is under way would undo it

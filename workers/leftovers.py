@@ -3,7 +3,8 @@
 Whether an owner is dead: names.py. What belongs to another user is left alone. Of a directory of
 images: hidden files that never got their name go, those that a next attempt would go on with are
 shown, and go only if that is asked for. Processes that one of ours stopped, and nobody let go on
-since, are shown: whether they may go on is not for this to know.
+since, are shown: whether they may go on is not for this to know. Those that one of ours slowed down
+have all their time again: they run here and nowhere else (throttled.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from .kernel.libc import lock_file
+from .kernel.tasks import began_at, pid_namespace
 from .names import SHARED_MEMORY
+from .throttled import THROTTLED, lift_what_was_left
 
 _SHARED = re.compile(r"(pageferry-\d+-[0-9a-f]{16})(?:-[0-9a-f]+-(\w+))?")
 _SEMAPHORE = re.compile(r"sem\.(pageferry-\d+-[0-9a-f]{16})(-\w+)")
@@ -38,9 +41,9 @@ _LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 @dataclass
 class Leftover:
-    """`kind`: marker, segment, semaphore, folder, unnamed, partial or stopped. `size`: bytes on
-    disk or in memory; `age`: seconds since it was last written. `removed`; else `why` it is
-    kept."""
+    """`kind`: marker, segment, semaphore, folder, unnamed, partial, stopped or throttled. `size`:
+    bytes on disk or in memory; `age`: seconds since it was last written. `removed`; else `why` it
+    is kept."""
 
     path: str
     kind: str
@@ -90,6 +93,10 @@ def _one_shared(name: str, what: str, act: bool) -> Leftover | None:
     kind = "semaphore" if name.startswith("sem.") else "segment" if what else "marker"
     found = _look(f"{SHARED_MEMORY}/{name}", kind, what if kind == "segment" else "")
     if found is not None and what == STOPPED and _still_stopped(found):
+        return found
+    if found is not None and what == THROTTLED:
+        found.kind, found.what = THROTTLED, ""
+        found.why, found.removed = lift_what_was_left(found.path, act=act)
         return found
     return _removed(found, act)
 
@@ -149,20 +156,6 @@ def _stands_still(pid: int, folder: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
     except OSError:
         return False
-
-
-def pid_namespace() -> int:
-    """Which one a pid of ours is a number in."""
-    return os.stat("/proc/self/ns/pid").st_ino
-
-
-def began_at(pid: int) -> str:
-    """When a process began, in ticks since boot (proc_pid_stat(5), field 22); "" if there is none.
-    A number that is used again has another."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
 
 
 def stopped_note(pid: int, folder: str) -> str:

@@ -22,6 +22,7 @@ SANS_IO = {
     "transport/strangers.py",
     "transport/codecs/choice.py",
     *(f"pipeline/{name}.py" for name in ("migration", "state", "convergence", "partition")),
+    "pipeline/throttling.py",
     *(f"pipeline/{name}.py" for name in ("agreement", "pacing", "parameters", "__init__")),
     *(f"pipeline/{name}.py" for name in ("planner", "families", "narration", "trace_events")),
     "workers/trace_records.py",

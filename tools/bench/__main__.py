@@ -18,6 +18,7 @@ from ...transport.errors import UsageError
 from ...transport.quantities import parse_rate, parse_size
 from . import (
     clones,
+    converge,
     demo,
     drain,
     eta,
@@ -171,6 +172,20 @@ def scaling_command(json_file: str | None, pageferry: str, **options: Any) -> No
     """Time and processor time against the number of workers."""
     plan = scaling.Plan(**options)
     _run(lambda lab: scaling.measure(lab, plan), json_file, pageferry)
+
+
+@cli.command("converge")
+@_size_option("256M", "Of the guest.")
+@click.option("--link", type=_rate, default="100MB", show_default=True, metavar="RATE")
+@click.option("--times", type=click.FloatRange(0), default=4.0, show_default=True,
+              help="The guest writes so many times what the link carries.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(1), default=300, show_default=True, metavar="MS",
+              help="Downtime limit.")  # fmt: skip
+@_common_options(reps=3)
+def converge_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """A guest that writes faster than the link: auto-converge, dirty-limit, postcopy."""
+    plan = converge.Plan(**options)
+    _run(lambda lab: converge.measure(lab, plan), json_file, pageferry)
 
 
 @cli.command("sparse")

@@ -62,10 +62,12 @@ def cancel_command(monitor: str) -> None:
 @click.argument("monitor")
 @click.argument("parameters", nargs=-1, required=True, metavar="NAME=VALUE...")
 def set_command(monitor: str, parameters: tuple[str, ...]) -> None:
-    """Change max-bandwidth, downtime-limit or max-rounds of the migration at MONITOR.
+    """Change max-bandwidth, downtime-limit, max-rounds, auto-converge, dirty-limit and what belongs
+    to these of the migration at MONITOR.
 
     \b
     pageferry set unix:/run/mig.sock max-bandwidth=2Gbit downtime-limit=500ms
+    pageferry set unix:/run/mig.sock auto-converge=on cpu-throttle-initial=40
     """
     arguments = {}
     for parameter in parameters:

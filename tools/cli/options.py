@@ -15,7 +15,10 @@ from ...transport.codecs import CODECS
 from ...transport.errors import UsageError
 from ...transport.quantities import parse_duration, parse_rate
 
-_NUMBERS = {"workers", "level", "max_rounds", "batch_pages", "parallel", "retries"}
+_NUMBERS = {
+    "workers", "level", "max_rounds", "batch_pages", "parallel", "retries", "cpu_throttle_initial",
+    "cpu_throttle_increment", "max_cpu_throttle", "throttle_trigger_threshold",
+}  # fmt: skip
 F = TypeVar("F", bound=Callable[..., Any])
 trace_option = click.option("--trace", metavar="FILE", help="Write what every process does there, "
                             "for ui.perfetto.dev; compressed if it ends in .gz.")  # fmt: skip
@@ -82,6 +85,7 @@ def memory_options(function: F) -> F:
                          help="How long the guest may stand still."),
             click.option("--max-rounds", metavar="N", default="30", show_default=True,
                          help="Give up after this many rounds that did not converge."),
+            *throttle_options(),
             click.option("--postcopy", metavar="WHEN", default="never", show_default=True,
                          help="Start the guest there before its memory: now, after=ROUNDS, auto "
                          "(when it would not converge), manual (when start-postcopy says so)."),
@@ -107,6 +111,31 @@ def memory_options(function: F) -> F:
     ):  # fmt: skip
         function = option(function)
     return function
+
+
+def throttle_options() -> list[Callable[[Any], Any]]:
+    """How a guest that writes too fast is slowed down."""
+    return [
+        click.option("--auto-converge", is_flag=True,
+                     help="A guest that does not converge is slowed down, step by step."),
+        click.option("--dirty-limit", is_flag=True,
+                     help="It is slowed down to what the link can follow, by what is measured."),
+        click.option("--cpu-throttle-initial", metavar="N", default="20", show_default=True,
+                     help="The first step, in % of its time."),
+        click.option("--cpu-throttle-increment", metavar="N", default="10", show_default=True,
+                     help="Each further step."),
+        click.option("--cpu-throttle-tailslow", is_flag=True,
+                     help="No larger steps than it seems to need."),
+        click.option("--max-cpu-throttle", metavar="N", default="99", show_default=True,
+                     help="It never loses more than this."),
+        click.option("--throttle-trigger-threshold", metavar="N", default="50", show_default=True,
+                     help="Too fast is who writes more than N % of what is moved."),
+        click.option("--vcpu-dirty-limit", metavar="RATE", default="0",
+                     help="With --dirty-limit: what the guest may write. Default: the threshold's "
+                     "share of what the link moves."),
+        click.option("--vcpu-dirty-limit-period", metavar="TIME", default="1s", show_default=True,
+                     help="How often --dirty-limit looks."),
+    ]  # fmt: skip
 
 
 def output_options(function: F) -> F:
@@ -172,7 +201,23 @@ def parameters(options: dict[str, Any]) -> Parameters:
         keys=options.get("keys", ""),
         peer=options.get("peer", ""),
         insecure=options.get("insecure", False),
+        **_throttle(options),
     ).checked()
+
+
+def _throttle(options: dict[str, Any]) -> dict[str, Any]:
+    numbers = (
+        "cpu_throttle_initial", "cpu_throttle_increment", "max_cpu_throttle",
+        "throttle_trigger_threshold",
+    )  # fmt: skip
+    return {
+        "auto_converge": options["auto_converge"],
+        "dirty_limit": options["dirty_limit"],
+        "cpu_throttle_tailslow": options["cpu_throttle_tailslow"],
+        "vcpu_dirty_limit": parse_rate(options["vcpu_dirty_limit"]),
+        "vcpu_dirty_limit_period": parse_duration(options["vcpu_dirty_limit_period"]),
+        **{name: integer(name.replace("_", "-"), options[name]) or 0 for name in numbers},
+    }
 
 
 def _with_profile(options: dict[str, Any]) -> dict[str, Any]:

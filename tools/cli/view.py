@@ -50,6 +50,8 @@ def phase_line(report: dict[str, Any]) -> str:
         parts.append(format_rate(progress.get("rate", 0)))
         if progress.get("dirty-rate"):
             parts.append(f"guest writes {format_rate(progress['dirty-rate'])}")
+        if "cpu-throttle-percentage" in report:
+            parts.append(f"slowed down by {report['cpu-throttle-percentage']} %")
         eta = progress.get("eta")
         if eta is not None:
             parts.append(f"ETA {format_seconds(eta)}")
@@ -147,6 +149,8 @@ def summary(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     if "goal" in report:
         rows.insert(4, ("goal", _goal(report)))
+    if "throttle" in report or "throttle-because" in report:
+        rows.insert(3, ("throttle", _throttle(report)))
     if report.get("dirty-tracking", "none") != "none":
         rows.insert(3, ("tracking", str(report["dirty-tracking"])))
     for name in ("destination", "source-process"):
@@ -162,6 +166,21 @@ def _goal(report: dict[str, Any]) -> str:
         f"{report['goal']}: {report['workers-active']} of {report['workers']} workers, "
         f"{report['codec']}{level}, after {tried} slices with another one"
     )
+
+
+def _throttle(report: dict[str, Any]) -> str:
+    """What the guest lost, and what that made of it."""
+    if "throttle" not in report:
+        return f"none: {report['throttle-because']}"
+    slowed = report["throttle"]
+    text = (
+        f"by {slowed['by']}, for {format_seconds(slowed['time'] / 1000)}: "
+        f"{slowed['mean-percentage']:.0f} % of its time on average, {slowed['max-percentage']} % "
+        f"at the most"
+    )
+    if "slow-down" in slowed:
+        text += f"; it did {slowed['slow-down']:.0f} % less"
+    return text
 
 
 def _verdict(report: dict[str, Any]) -> str:

@@ -118,6 +118,9 @@ def now(report: Mapping[str, Any]) -> str:
     if rate is not None:
         parts.append(format_rate(rate))
     eta = number(progress.get("eta"))
+    throttled = number(report.get("cpu-throttle-percentage"))
+    if throttled:
+        parts.append(f"the guest is slowed down by {throttled:.0f} %")
     if eta is not None:
         parts.append(f"{format_seconds(max(0.0, eta))} to go")
     elif writes and rate is not None and writes > rate:
@@ -136,6 +139,7 @@ def figures(report: Mapping[str, Any]) -> str:
     ram, progress = mapping(report.get("ram")), mapping(report.get("progress"))
     seconds = milliseconds(report, "total-time")
     wire = number(report.get("wire-bytes"))
+    throttle = mapping(report.get("throttle"))
     shown = [
         ("remaining", "Still to send", ram if progress else {}, "bytes"),
         ("rate", "Throughput", progress, "rate"),
@@ -151,6 +155,9 @@ def figures(report: Mapping[str, Any]) -> str:
         ("normal", "Pages sent", ram, ""),
         ("duplicate", "Zero pages", ram, ""),
         ("dirty-sync-count", "Rounds", ram, ""),
+        ("cpu-throttle-percentage", "Guest slowed down by", report, "%"),
+        ("max-percentage", "Slowed down, at the most", throttle, "%"),
+        ("slow-down", "Guest did less", throttle, "%"),
         ("postcopy-requests", "Pages asked for", report, ""),
         ("recoveries", "Recoveries", report, ""),
         ("lost-frames", "Frames lost", report, ""),
@@ -173,6 +180,8 @@ def _said(value: float, unit: str) -> str:
         return format_seconds(value / (1000 if unit == "ms" else 1))
     if unit == "rate":
         return format_rate(value)
+    if unit == "%":
+        return f"{value:.0f} %"
     return format_bytes(value) if unit == "bytes" else f"{value:,.0f}"
 
 

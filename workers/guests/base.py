@@ -102,8 +102,8 @@ class SourceGuest(ABC):
 
     `live`: somebody may be writing right now. `can_stop`: `stop` makes that end; a guest that
     cannot be stopped is moved when a whole scan finds nothing changed. `can_quit`: it can be
-    ended once it has moved. `last_look_by_content`: `dirty_pages` may miss some, so when it is
-    stopped all memory is compared with what was sent.
+    ended once it has moved. `can_throttle`: it can be slowed down. `last_look_by_content`:
+    `dirty_pages` may miss some, so when it is stopped all memory is compared with what was sent.
     """
 
     kind: str
@@ -113,6 +113,7 @@ class SourceGuest(ABC):
     live: bool = False
     can_stop: bool = False
     can_quit: bool = False
+    can_throttle: bool = False
     running: bool = False
     image_size: int = 0
     # What a destination must know beyond the usual (transport/messages.py).
@@ -145,6 +146,16 @@ class SourceGuest(ABC):
     def settle(self) -> None:
         """Writes that had begun when pages were last taken (a device's) have ended when this
         returns. Called before those pages are read, unless it is stopped."""
+
+    def throttle(self, percentage: int) -> None:
+        """It loses so much of its time from now on; 0: nothing. Without effect on one that was
+        stopped: `stop` ends it for good. HostLacks if that cannot be done. Only if
+        `can_throttle`."""
+        raise NotImplementedError
+
+    def slowed(self) -> dict[str, Any]:
+        """How it was slowed down and what that did (slowing.py); nothing if it never was. Quick."""
+        return {}
 
     def stop(self) -> None:
         """No write happens after this returns. Idempotent."""

@@ -58,6 +58,7 @@ from .demo_process import (
 )
 from .demo_process import main as guest_main
 from .handover import HandoverSocket
+from .slowing import ASKED, Meter
 from .uri import GuestUri
 
 _DEFAULT_SIZE = "256M"
@@ -142,10 +143,13 @@ class GuestProcess:
         if self._segment is not None:
             self._segment.close()
 
-    def ask(self, what: str, registers: Registers | None = None, path: str = "") -> Answer:
+    def ask(
+        self, what: str, registers: Registers | None = None, path: str = "", percentage: int = 0
+    ) -> Answer:
         """One command, one answer; SourceError if the guest is gone."""
         try:
-            self._ours.send_bytes(msgspec.msgpack.encode(Command(what, registers, path)))
+            command = Command(what, registers, path, percentage)
+            self._ours.send_bytes(msgspec.msgpack.encode(command))
             began = time.monotonic()
             while not self._ours.poll(Patience.LOOK_SECONDS):
                 if self.patience.over(began, _ANSWER_SECONDS):
@@ -210,6 +214,7 @@ class DemoSource(SourceGuest):
     live = True
     running = True
     can_stop = True
+    can_throttle = True
 
     def __init__(self, uri: GuestUri) -> None:
         registers = _registers(uri)
@@ -231,6 +236,7 @@ class DemoSource(SourceGuest):
             raise
         self.blocks = [RamBlock(Block("demo.ram", size, guest.page_size), guest.file, 0)]
         self._stopped = False
+        self._meter = Meter(ASKED, "pages-per-second")
         guest.ask("run")
 
     def _attach(self, base: int, descriptors: list[int]) -> None:
@@ -243,6 +249,7 @@ class DemoSource(SourceGuest):
         self._scanner = PagemapScanner(self._guest.process.pid or 0)
 
     def start_tracking(self) -> None:
+        self._measure(0)
         if self._scanner is not None:
             self._scanner.collect(self._base, self.image_size)
 
@@ -255,10 +262,25 @@ class DemoSource(SourceGuest):
             return None
         return self._scanner.count(self._base, self.image_size)
 
+    def _measure(self, percentage: int) -> None:
+        """Have it lose so much of its time, and note how far it is."""
+        registers = self._guest.ask("throttle", percentage=percentage).registers
+        pages = self.image_size // PAGE_SIZE
+        self._meter.change(percentage, registers.passes * pages + registers.position)
+
+    def throttle(self, percentage: int) -> None:
+        if not self._stopped:
+            self._measure(percentage)
+
+    def slowed(self) -> dict[str, Any]:
+        return self._meter.report()
+
     def stop(self) -> None:
         if not self._stopped:
             self._stopped = True  # first: if the answer is lost, resume must not be a no-op
             self._registers = self._guest.ask("stop").registers
+            if self._meter.report():  # in whatever way it goes on, it is as fast as it was
+                self._measure(0)
 
     def resume(self) -> None:
         if self._stopped:

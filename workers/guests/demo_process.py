@@ -48,6 +48,8 @@ _BURST = 256
 _RANDOM_BURST, _VCPU_BURST = 64, 16
 # A guest with a rate wakes this often.
 _TICK = 0.001
+# One that is slowed down runs for so long, as QEMU's do, and then not for a while.
+SLICE_SECONDS = 0.01
 # A touch that took longer and faulted waited for its page: one that is there costs about 1 us.
 _WAITED_NS = 15_000
 # Waits that are kept: 1.6 MB, more than a guest of 512 MiB can have.
@@ -99,15 +101,17 @@ class Latency(msgspec.Struct, frozen=True):
 
 
 class Command(msgspec.Struct, frozen=True):
-    """To the guest: run, stop, load, check, arming, latency, hand-over, quit.
+    """To the guest: run, stop, load, check, arming, latency, throttle, hand-over, quit.
 
-    Any but latency stops it, too; latency ends the taking of times. hand-over: to a socket at
+    Any but latency and throttle stops it, too; latency ends the taking of times. throttle: it loses
+    `percentage` of its time. hand-over: to a socket at
     `path`, a descriptor by which its writes are seen, before it moves on.
     """
 
     what: str
     registers: Registers | None = None
     path: str = ""
+    percentage: Annotated[int, msgspec.Meta(ge=0, le=99)] = 0
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -117,6 +121,7 @@ class Answer(msgspec.Struct, frozen=True):
     verdict: Verdict | None = None
     latency: Latency | None = None  # None: nothing waited
     unarmed: str = ""  # why missing pages are not caught
+    percentage: int = 0  # of its time that it loses
 
 
 def _text_block(seed: int) -> npt.NDArray[np.uint8]:
@@ -269,6 +274,7 @@ class DemoGuest:
         self._processors = Processors(1)
         self.load(registers)
         self.timed = False
+        self.percentage = 0  # of its time that it loses
 
     def load(self, registers: Registers) -> None:
         """Go on where `registers` say. Memory may still have to come: touches are timed."""
@@ -327,7 +333,14 @@ class DemoGuest:
         """Run until told otherwise."""
         begin, done = time.monotonic(), 0
         most = max(_BURST, self._burst)
+        until = begin + SLICE_SECONDS
         while not self.pipe.poll(0 if not self.registers.rate else _TICK):
+            if self.percentage and time.monotonic() > until:
+                if self.pipe.poll(SLICE_SECONDS * self.percentage / (100 - self.percentage)):
+                    return
+                # it owes nothing for a time in which it was not there
+                begin += time.monotonic() - until
+                until = time.monotonic() + SLICE_SECONDS
             due = most
             if self.registers.rate:
                 due = min(int((time.monotonic() - begin) * self.registers.rate) - done, most)
@@ -355,7 +368,9 @@ class DemoGuest:
             case "hand-over":
                 self.track_writes()
                 self.hand_over(command.path)
-        return Answer(self.registers, verdict, latency, self.unarmed)
+            case "throttle":
+                self.percentage = command.percentage
+        return Answer(self.registers, verdict, latency, self.unarmed, self.percentage)
 
     def serve(self) -> None:
         """Obey until told to quit."""
@@ -367,7 +382,8 @@ class DemoGuest:
             if command.what == "quit":
                 return
             self.pipe.send_bytes(msgspec.msgpack.encode(self.obey(command)))
-            running = command.what == "run" or (running and command.what == "latency")
+            goes_on = command.what in ("latency", "throttle")
+            running = command.what == "run" or (running and goes_on)
 
     def track_writes(self) -> None:
         """Have the kernel note what is written; no descriptor where it cannot."""

@@ -28,6 +28,7 @@ from ..kernel.freezer import is_frozen
 from ..ram import RamBlock, RamFile
 from .base import TRACKING_HASH, TRACKING_PAGEMAP, SourceGuest
 from .process_memory import open_memory, refuse_other_writers
+from .slowing import MEANS, Slowing
 from .stopping import WriterProcess
 from .tracking import WriteTracker
 from .uri import GuestUri
@@ -41,12 +42,15 @@ class ProcessSource(SourceGuest):
     kind = "ram"
     live = True
     can_stop = True
+    can_throttle = True
     running = True
     tracking = TRACKING_HASH
 
     def __init__(self, uri: GuestUri) -> None:
         how = uri.choice("tracking", (TRACKING_PAGEMAP, TRACKING_HASH))
+        by = uri.choice("throttle", MEANS)
         self._process = WriterProcess(int(uri.rest))
+        self._slowing = Slowing(self._process.pid, by)
         self.process = self._process.pid
         self._file: RamFile | None = None
         self._tracker: WriteTracker | None = None
@@ -92,6 +96,7 @@ class ProcessSource(SourceGuest):
         return self._facts
 
     def start_tracking(self) -> None:
+        self._slowing.begin()
         if self._tracker is not None:
             self._tracker.start()
 
@@ -106,8 +111,17 @@ class ProcessSource(SourceGuest):
     def written_so_far(self) -> int | None:
         return self._tracker.so_far() if self._tracker is not None else None
 
+    def throttle(self, percentage: int) -> None:
+        if not self._process.stands_still:
+            self._slowing.set(percentage)
+
+    def slowed(self) -> dict[str, Any]:
+        return self._slowing.meter.report()
+
     def stop(self) -> None:
+        self._slowing.release()
         self._process.stop()
+        self._slowing.lift()
         self.check()
 
     def resume(self) -> None:
@@ -122,6 +136,7 @@ class ProcessSource(SourceGuest):
                 f"name ({self._file.name}), what it wrote last is in there: move it as ram:PATH"
             )
         self._process.check()
+        self._slowing.check()
         if (size := os.fstat(self._file.fd).st_size) != self.image_size:
             raise SourceError(
                 f"the memory {self._file.name} had {self.image_size} bytes and has {size} now: "
@@ -134,6 +149,7 @@ class ProcessSource(SourceGuest):
         return {"source-process": self._process.describe(), "not-moved": _NOT_MOVED}
 
     def close(self) -> None:
+        self._slowing.close()
         if self._tracker is not None:
             self._tracker.close()
         if self._file is not None:

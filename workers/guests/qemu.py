@@ -55,6 +55,7 @@ from .qemu_memory import (
     specs_of,
 )
 from .qmp import Monitor, Pending
+from .slowing import MEANS, Slowing
 from .tracking import windows
 from .uri import GuestUri
 
@@ -166,12 +167,15 @@ class QemuSource(SourceGuest):
     live = True
     can_stop = True
     can_quit = True
+    can_throttle = True
     tracking = TRACKING_HASH
 
     def __init__(self, uri: GuestUri) -> None:
         how = uri.choice("tracking", (TRACKING_PAGEMAP, TRACKING_HASH))
+        by = uri.choice("throttle", MEANS)
         self._patience = Patience()
         self._monitor = Monitor(uri.rest, self._patience)
+        self._slowing = Slowing(self._monitor.pid, by, self._processors)
         self._found: list[Backend] = []
         self._tracker: VmTracker | None = None
         self._facts: dict[str, Any] = {}
@@ -211,7 +215,19 @@ class QemuSource(SourceGuest):
     def facts(self) -> dict[str, Any]:
         return self._facts
 
+    def _processors(self) -> list[int]:
+        """The threads that run the guest: the monitor, disks and network have others."""
+        return sorted({int(row["thread-id"]) for row in self._monitor("query-cpus-fast")})
+
+    def throttle(self, percentage: int) -> None:
+        if not self._stopped:
+            self._slowing.set(percentage)
+
+    def slowed(self) -> dict[str, Any]:
+        return self._slowing.meter.report()
+
     def start_tracking(self) -> None:
+        self._slowing.begin()
         if self._tracker is not None:
             self._tracker.start()
 
@@ -254,6 +270,8 @@ class QemuSource(SourceGuest):
 
     def stop(self) -> None:
         if not self._stopped:
+            if self._slowing.stops_all:  # the monitor is not to be waited for again and again
+                self._slowing.release()
             self._check_for_others()
             self._monitor.take_resumes()
             # somebody may have paused it, or let it go on, since we looked
@@ -265,7 +283,9 @@ class QemuSource(SourceGuest):
             self._discarding.set(False)
             self._stopped = True  # first: if the answer is lost, resume must not be a no-op
             self.stopped_at = time.monotonic()
+            self._slowing.release()
             self._monitor("stop")
+            self._slowing.lift()
             status = self._monitor("query-status")["status"]
             if status in ("running", "suspended"):  # asleep, and a key would wake it
                 raise SourceError(f"the VM was stopped and is {status}")
@@ -347,6 +367,7 @@ class QemuSource(SourceGuest):
     def check(self) -> None:
         if self._monitor.has_ended():
             raise SourceError(f"QEMU (process {self._monitor.pid}) has ended")
+        self._slowing.check()
         # what it wrote meanwhile would be lost, and it would run twice
         if self._stopped and self._monitor.take_resumes():
             raise SourceError("somebody let the VM go on while it was being moved: start again")
@@ -379,6 +400,7 @@ class QemuSource(SourceGuest):
         return {"source-vm": "paused; `cont` on its monitor would let it run a second time"}
 
     def close(self) -> None:
+        self._slowing.close()
         if self._tracker is not None:
             self._tracker.close()
         if self._pipe is not None:

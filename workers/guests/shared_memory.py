@@ -23,6 +23,7 @@ from ..ram import RamBlock, RamFile
 from .base import TRACKING_HASH, DestinationGuest, SourceGuest, layout_size
 from .files import NewFile, open_to_read
 from .process_memory import path_of_memory
+from .slowing import MEANS, Slowing
 from .stopping import WriterProcess
 from .uri import GuestUri
 
@@ -50,26 +51,44 @@ class RamSource(SourceGuest):
         self.blocks = [RamBlock(Block("ram", size), self._file, 0)]
         self.image_size = size
         self._writer: WriterProcess | None = None
+        self._slowing: Slowing | None = None
+        by = uri.choice("throttle", MEANS)
         if "pid" in uri.options:
             try:
                 self._writer = WriterProcess(uri.integer("pid", 0))
             except BaseException:
                 self.close()
                 raise
-            self.can_stop = True
+            self.can_stop = self.can_throttle = True
             self.process = self._writer.pid
+            self._slowing = Slowing(self.process, by)
+
+    def start_tracking(self) -> None:
+        if self._slowing is not None:
+            self._slowing.begin()
+
+    def throttle(self, percentage: int) -> None:
+        assert self._writer is not None and self._slowing is not None
+        if not self._writer.stands_still:
+            self._slowing.set(percentage)
+
+    def slowed(self) -> dict[str, Any]:
+        return self._slowing.meter.report() if self._slowing is not None else {}
 
     def stop(self) -> None:
-        if self._writer is not None:
+        if self._writer is not None and self._slowing is not None:
+            self._slowing.release()
             self._writer.stop()
+            self._slowing.lift()
 
     def resume(self) -> None:
         if self._writer is not None:
             self._writer.resume()
 
     def check(self) -> None:
-        if self._writer is not None:
+        if self._writer is not None and self._slowing is not None:
             self._writer.check()
+            self._slowing.check()
 
     def describe(self) -> dict[str, Any]:
         if self._writer is None or not self._writer.stands_still:
@@ -78,6 +97,8 @@ class RamSource(SourceGuest):
 
     def close(self) -> None:
         self._file.close()
+        if self._slowing is not None:
+            self._slowing.close()
         if self._writer is not None:
             self._writer.close()
 

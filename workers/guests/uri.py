@@ -8,6 +8,8 @@ pid:PID[?mapping=PATH&tracking=HOW]
                           its writes are found: pagemap-scan, content-hash
 qemu:QMP_SOCKET[?tracking=HOW]
                           a VM of a running QEMU, by its monitor's socket; HOW as above
+ram:, shm:, pid:, qemu: …throttle=HOW
+                          how the process is slowed down: cgroup, signal; else by what can be
 demo:[?size=&rate=&content=&access=&vcpus=&hugepages=]   the bundled guest
 """
 
@@ -20,10 +22,10 @@ from ...transport.errors import UsageError
 
 _OPTIONS: dict[str, set[str]] = {
     "image": set(),
-    "ram": {"pid"},
-    "shm": {"pid"},
-    "pid": {"mapping", "tracking"},
-    "qemu": {"tracking"},
+    "ram": {"pid", "throttle"},
+    "shm": {"pid", "throttle"},
+    "pid": {"mapping", "tracking", "throttle"},
+    "qemu": {"tracking", "throttle"},
     "demo": {"size", "rate", "content", "seed", "access", "vcpus", "hugepages"},
 }
 _MAX_PID = 1 << 22  # PID_MAX_LIMIT of 64-bit Linux
