@@ -108,10 +108,12 @@ def test_every_command_that_is_listed_is_there():
     assert listed == {
         "qmp_capabilities", "query-commands", "query-migrate", "query-migrate-parameters",
         "migrate-set-parameters", "migrate_cancel", "query-version", "migrate-start-postcopy",
-        "migrate-pause", "migrate-recover", "yank", "query-yank",
+        "migrate-pause", "migrate-recover", "yank", "query-yank", "migrate-set-capabilities",
+        "query-migrate-capabilities",
     }  # fmt: skip
+    needed = {"yank": {"instances": []}, "migrate-set-capabilities": {"capabilities": []}}
     for command in listed:
-        arguments = {"instances": []} if command == "yank" else {}
+        arguments = needed.get(command, {})
         assert "return" in say(talk, execute=command, arguments=arguments)
     for command in ("migrate", "quit", "", "QUERY-MIGRATE"):
         answer = say(talk, execute=command)
@@ -134,6 +136,36 @@ def test_parameters_can_be_set():
     assert say(talk, execute="migrate-set-parameters", arguments=arguments) == {"return": {}}
     shown = say(talk, execute="query-migrate-parameters")["return"]
     assert {name: shown[name] for name in arguments} == arguments
+
+
+def test_capabilities_that_can_be_set():
+    """Those that slow a guest down; any other is refused, and so is half a row."""
+    talk = conversation()
+
+    def told(*rows):
+        return say(talk, execute="migrate-set-capabilities", arguments={"capabilities": list(rows)})
+
+    def shown():
+        rows = say(talk, execute="query-migrate-capabilities")["return"]
+        return {row["capability"]: row["state"] for row in rows}
+
+    assert shown() == {"auto-converge": False, "dirty-limit": False}
+    assert told({"capability": "auto-converge", "state": True}) == {"return": {}}
+    assert shown() == {"auto-converge": True, "dirty-limit": False}
+    assert talk._migration.parameters.auto_converge
+    for row in (
+        {"capability": "colo", "state": True},
+        {"capability": "auto-converge"},
+        1,
+        {},
+        {"capability": [], "state": True},
+        {"capability": "auto-converge", "state": 1},
+    ):
+        assert error_class(told(row)) == "GenericError"
+    assert error_class(say(talk, execute="migrate-set-capabilities")) == "GenericError"
+    both = told({"capability": "dirty-limit", "state": True})
+    assert "leave one of them out" in both["error"]["desc"]
+    assert shown() == {"auto-converge": True, "dirty-limit": False}
 
 
 def test_errors_of_ours_become_error_answers():
