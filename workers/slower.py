@@ -142,7 +142,8 @@ def main(pipe: Connection, note: Note, groups: dict[Group, list[int]], whole: bo
         with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
             _serve(pipe, means, poll)
     finally:
-        note.lift()
+        with contextlib.suppress(OSError):  # the note is there, and others look
+            note.lift()
 
 
 def _serve(pipe: Connection, means: _Means, poll: select.poll) -> None:

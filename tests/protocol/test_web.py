@@ -415,7 +415,7 @@ def test_a_stranger_chooses_no_path(tmp_path, name):
 
 def all_families():
     yield from metrics.about("copy")
-    report = LIVE | {"downtime": 70, "recoveries": 1}
+    report = LIVE | {"downtime": 70, "recoveries": 1, "cpu-throttle-percentage": 40}
     yield from metrics.migration(Record("a", "b", report, uses=RECORD.uses))
 
 

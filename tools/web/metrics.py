@@ -133,6 +133,8 @@ def _sizes(
 
 
 def _times(report: Mapping[str, Any], progress: Mapping[str, Any]) -> Iterator[Metric]:
+    throttle = report.get("cpu-throttle-percentage")
+    yield from _gauge("pageferry_throttle_ratio", "Of its time that the guest loses", throttle, 100)
     yield from _gauge("pageferry_eta_seconds", "Expected to take", progress.get("eta"))
     for name, metric, text in (
         ("total-time", "elapsed", "Since it began"),

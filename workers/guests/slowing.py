@@ -38,6 +38,8 @@ _START_SECONDS = 5.0
 # It answers at once, unless somebody has stopped it.
 _STALL_SECONDS, _LOOK_SECONDS = 4.0, 1.0
 _POLL_SECONDS = 0.0005
+# How long it was stopped in all is good to know, and no more.
+_SOON_SECONDS = 0.05
 # A process that did next to nothing gets this much of a processor to take a share of.
 _LEAST_CPUS = 0.05
 _log = logging.getLogger("pageferry.workers")
@@ -235,7 +237,7 @@ class Slowing:
             answer = msgspec.msgpack.decode(self._pipe.recv_bytes(), type=Answer)
         except (EOFError, OSError) as e:
             raise WorkerDied("the process that slows down the guest has ended") from e
-        self._asked.pop(0)
+        del self._asked[:1]
         self.meter.stopped = answer.stopped
         if answer.error:
             raise OSError(0, answer.error)
@@ -256,7 +258,7 @@ class Slowing:
 
     def _look(self) -> None:
         assert self._pipe is not None
-        while self._asked and self._pipe.poll(0):
+        while self._pipe.poll(0):  # also when it has closed it
             self._take()
         now = time.monotonic()
         if self._asked and now - self._asked[0] > _STALL_SECONDS:
@@ -272,9 +274,9 @@ class Slowing:
         not certain: a process that stands still for good might be let go on by somebody who finds
         the note."""
         with self._lock:
-            self._measure()
             if self._note is None:
                 return
+            self._measure()
             if self._note.groups:  # that is quickest, and stopping it does not contradict the note
                 with contextlib.suppress(WorkerDied, OSError):
                     self._ask(Order(0))
@@ -289,9 +291,14 @@ class Slowing:
             self._end()
 
     def _measure(self) -> None:
-        if self._percentage:
-            self.meter.change(0, self._spent())
-            self._percentage = 0
+        if not self._percentage:
+            return
+        self.meter.change(0, self._spent())
+        self._percentage = 0
+        if self.stops_all and self._pipe is not None:
+            with contextlib.suppress(WorkerDied, OSError):
+                self._ask(Order(ping=True))
+                self._hear(_SOON_SECONDS)
 
     def _end(self, *, kill: bool = False) -> None:
         """By the process that slows it down, which does so when its pipe closes; else by us."""
@@ -299,7 +306,7 @@ class Slowing:
         pipe, self._pipe = self._pipe, None
         note, self._note = self._note, None
         self._asked.clear()
-        self._measure()
+        self._measure()  # if nobody has
         if pipe is not None:
             pipe.close()
         if process is not None:
