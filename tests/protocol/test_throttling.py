@@ -19,6 +19,8 @@ from pageferry.pipeline.migration import (
 )
 from pageferry.pipeline.parameters import Parameters, changed
 from pageferry.pipeline.throttling import FIELDS, Rules, Throttling
+from pageferry.tools.cli import view
+from pageferry.tools.report import sections
 from pageferry.transport.errors import NotConverging, UsageError
 
 examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -327,3 +329,35 @@ def test_any_change_is_legal_or_refused(arguments):
     except UsageError:
         return
     assert p.checked() == p
+
+
+# ---- what people see --------------------------------------------------------------------------
+
+RUNNING = {
+    "status": "active", "total-time": 900, "cpu-throttle-percentage": 40,
+    "ram": {"remaining": 1 << 20, "total": 1 << 24, "dirty-sync-count": 3},
+    "progress": {"rate": 10**8, "dirty-rate": 10**8, "eta": None},
+}  # fmt: skip
+THROTTLE = {"by": "cgroup", "time": 1500, "mean-percentage": 61.2, "max-percentage": 80,
+            "slow-down": 58.7}  # fmt: skip
+
+
+def test_what_is_shown_while_it_runs():
+    assert "slowed down by 40 %" in view.phase_line(RUNNING)
+    assert "the guest is slowed down by 40 %" in sections.now(RUNNING)
+    assert "40 %" in sections.figures(RUNNING)
+    unthrottled = {k: v for k, v in RUNNING.items() if k != "cpu-throttle-percentage"}
+    assert "slowed" not in view.phase_line(unthrottled) + sections.now(unthrottled)
+
+
+def test_what_is_shown_in_the_end():
+    ended = RUNNING | {"status": "completed", "wire-bytes": 1, "codec-pages": {}}
+    ended["ram"] = RUNNING["ram"] | {"normal": 1, "duplicate": 0}
+    assert (
+        "by cgroup, for 1.5 s: 61 % of its time on average, 80 % at the most; it did 59 % less"
+        in view.summary(ended | {"throttle": THROTTLE})
+    )
+    assert "none: not ours" in view.summary(ended | {"throttle-because": "not ours"})
+    assert "throttle" not in view.summary(ended)
+    shown = sections.figures(ended | {"throttle": THROTTLE})
+    assert "80 %" in shown and "59 %" in shown

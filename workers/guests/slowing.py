@@ -34,7 +34,7 @@ from ..throttled import Note, note_of
 QUOTA, STOPS, ASKED = "cgroup", "signal", "guest"
 MEANS = (QUOTA, STOPS)
 _ANSWER_SECONDS = 2.0
-_START_SECONDS = 5.0
+_START_SECONDS = 10.0
 # It answers at once, unless somebody has stopped it.
 _STALL_SECONDS, _LOOK_SECONDS = 4.0, 1.0
 _POLL_SECONDS = 0.0005
@@ -173,7 +173,7 @@ class Slowing:
         usual = max(self.meter.free_rate(spent), _LEAST_CPUS)
         usual = min(usual, float(os.cpu_count() or 1))
         self._ask(Order(percentage, usual * (100 - percentage) / 100))
-        self._hear(_ANSWER_SECONDS)
+        self._hear(_STALL_SECONDS)
         self.meter.change(percentage, spent)
         self._percentage = percentage
 
