@@ -3,7 +3,6 @@ have all of their time again whatever becomes of it."""
 
 import asyncio
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -33,9 +32,10 @@ SLOW = {"codec": "none", "max_bandwidth": LINK}
 STEPS = {"auto_converge": True, "cpu_throttle_initial": 60, "cpu_throttle_increment": 30}
 
 
-@pytest.mark.parametrize(
-    "how", [STEPS, {"dirty_limit": True}], ids=["auto-converge", "dirty-limit"]
-)
+LIMIT = {"dirty_limit": True}
+
+
+@pytest.mark.parametrize("how", [STEPS, LIMIT], ids=["auto-converge", "dirty-limit"])
 def test_four_times_the_link(how):
     """Without being slowed down it never converges; so it is within the limit, to the byte."""
     seen, passes = [], []
@@ -61,7 +61,7 @@ def test_four_times_the_link(how):
     assert throttle["pages-per-second-throttled"] < throttle["pages-per-second-before"] / 1.5
     assert throttle["slow-down"] > 30
     assert max(seen) == throttle["max-percentage"] and seen[0] == 0
-    assert seen == sorted(seen) or "dirty_limit" in how
+    assert how == LIMIT or set(seen) <= {0, 60, 90}
     assert "cpu-throttle-percentage" not in report  # lifted
     assert report["ram"]["dirty-sync-count"] == len(passes) >= 4
 
@@ -114,8 +114,8 @@ def test_set_while_it_runs_and_cancelled(tmp_path):
 def test_a_stall_is_throttled_before_postcopy():
     """`auto` takes over only when 30 % do not help."""
     report = pageferry.migrate(
-        DEMO, "demo:", **SLOW, auto_converge=True, cpu_throttle_initial=30, max_cpu_throttle=30,
-        postcopy="auto", vcpu_dirty_limit_period=0.5,
+        DEMO.replace("40M", "20M"), "demo:", **SLOW, auto_converge=True, cpu_throttle_initial=30,
+        max_cpu_throttle=30, postcopy="auto",
     )  # fmt: skip
     assert report["oracle"]["ok"]
     assert "postcopy-requests" in report
@@ -123,20 +123,20 @@ def test_a_stall_is_throttled_before_postcopy():
     assert report["ram"]["dirty-sync-count"] > 4
 
 
-# Writes 8 MiB a page at a time, with work in between: some times faster than the link.
+# Writes 8 MiB, two pages at a time: some times faster than the link, and not much of a processor.
 WRITER = """
-import mmap, os, sys
+import mmap, os, sys, time
 fd = os.open(sys.argv[1], os.O_RDWR)
 memory = mmap.mmap(fd, os.fstat(fd).st_size)
 print("ready", flush=True)
 turn = 0
 while True:
     turn += 1
-    for at in range(0, 8 << 20, 4096):
-        sum(range(int(sys.argv[2])))
-        memory[at : at + 8] = turn.to_bytes(8, "little")
+    for at in range(0, 8 << 20, 8192):
+        memory[at : at + 8] = memory[at + 4096 : at + 4104] = turn.to_bytes(8, "little")
+        time.sleep(0.0002)
 """
-WORK, SLOW_LINK = 3000, {"codec": "none", "max_bandwidth": 8_000_000}
+SLOW_LINK = {"codec": "none", "max_bandwidth": 8_000_000}
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def memory():
 @pytest.fixture
 def writer(memory):
     with subprocess.Popen(
-        [sys.executable, "-c", WRITER, memory[0], str(WORK)], stdout=subprocess.PIPE
+        [sys.executable, "-c", WRITER, memory[0]], stdout=subprocess.PIPE
     ) as process:
         assert process.stdout.readline() == b"ready\n"
         yield process
@@ -181,9 +181,7 @@ def test_a_process(memory, writer, means):
     assert is_free(writer.pid)
 
 
-@pytest.mark.parametrize(
-    ("means", "victim"), [("cgroup", "destination"), ("signal", "source"), ("cgroup", "source")]
-)
+@pytest.mark.parametrize(("means", "victim"), [("cgroup", "destination"), ("signal", "source")])
 def test_an_end_is_killed(memory, writer, means, victim, tmp_path):
     """While it is slowed down: it goes on here with all of its time."""
     needs(means, writer.pid)
@@ -217,14 +215,16 @@ def test_nobody_to_slow_down(memory):
     assert report["status"] == "completed" and "throttle" not in report
 
 
-def test_given_up_in_the_end(memory, writer):
+def test_given_up_in_the_end():
     """What may be taken of its time does not suffice, and the error says what was tried."""
-    with pytest.raises(NotConverging, match="lost 20 % of its time"):
+    with pytest.raises(NotConverging, match="lost 20 % of its time") as caught:
         pageferry.migrate(
-            f"pid:{writer.pid}", f"ram:{memory[1]}", codec="none", max_bandwidth=20_000_000,
-            auto_converge=True, max_cpu_throttle=20, max_rounds=1, downtime_limit=0.031,
+            DEMO.replace("40M", "8M"), "demo:", **SLOW, auto_converge=True, max_cpu_throttle=20,
+            max_rounds=1, downtime_limit=0.031,
         )  # fmt: skip
-    assert is_free(writer.pid)
+    report = caught.value.data["report"]
+    assert report["throttle"]["max-percentage"] == 20
+    assert "cpu-throttle-percentage" not in report
 
 
 @pytest.fixture
@@ -252,11 +252,11 @@ def test_a_vm(machine, means):
     needs(means, source.pid)
     report = pageferry.migrate(
         f"qemu:{source.qmp_path}?throttle={means}", f"qemu:{there.qmp_path}", dirty_limit=True,
-        codec="none", max_bandwidth=16_000_000, downtime_limit=0.3, vcpu_dirty_limit_period=0.5,
+        codec="none", max_bandwidth=10_000_000, downtime_limit=0.1, vcpu_dirty_limit_period=0.5,
     )  # fmt: skip
     assert report["status"] == "completed"
     assert report["throttle"]["by"] == means
-    assert report["throttle"]["slow-down"] > 20
+    assert report["throttle"]["slow-down"] > 10
     assert notes() == []
     assert "pageferry-" not in "".join(
         path.read_text() for path in Path(f"/proc/{source.pid}/task").glob("*/cgroup")
@@ -266,4 +266,3 @@ def test_a_vm(machine, means):
         guest.advance("passes", 1)
         there.qmp("stop")
         assert guest.oracle() == []
-    print(json.dumps(report["throttle"]))

@@ -34,5 +34,5 @@ def is_free(pid):
     groups = [Path(f"/proc/{pid}/task/{task}/cgroup").read_text() for task in threads_of(pid)]
     assert "pageferry-" not in "".join(groups)
     until(lambda: not is_stopped(pid), "it goes on")
-    used(pid, 0.1)
+    used(pid, 0.03)
     return True

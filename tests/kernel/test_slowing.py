@@ -22,13 +22,14 @@ from pageferry.workers.kernel import cpu_quota
 from pageferry.workers.kernel.cpu_quota import Group, group_of, quota_of
 from pageferry.workers.kernel.tasks import is_stopped, threads_of
 
-# One thread that counts, one that waits.
+# One thread that counts now and then, one that waits.
 COUNTING = """
-import sys, threading
+import sys, threading, time
 def count():
-    n = 0
     while True:
-        n += 1
+        for _ in range(20000):
+            pass
+        time.sleep(0.002)
 threading.Thread(target=count, daemon=True).start()
 print("ready", flush=True)
 sys.stdin.read()
@@ -52,7 +53,7 @@ def slow(request, counting):
         pytest.skip(reason)
     made = Slowing(counting.pid, request.param)
     made.begin()
-    used(counting.pid, 0.1)
+    used(counting.pid, 0.05)
     yield made
     made.close()
     made.close()
@@ -61,9 +62,9 @@ def slow(request, counting):
 def test_it_does_less_and_then_as_much_as_before(counting, slow):
     slow.set(90)
     assert len(notes()) == 1
-    used(counting.pid, 0.05)
+    used(counting.pid, 0.02)
     slow.set(95)
-    used(counting.pid, 0.05)
+    used(counting.pid, 0.02)
     slow.check()
     slow.lift()
     assert is_free(counting.pid)

@@ -97,7 +97,8 @@ class Group:
         is left; there is no limit any more even so."""
         folder = Path(self.folder)
         if folder.is_dir():
-            with contextlib.suppress(FileNotFoundError):  # it was never made as a whole
+            # it was never made as a whole: such a folder lets nobody make a file that it has not
+            with contextlib.suppress(FileNotFoundError, PermissionError):
                 self.unlimited()
             until = time.monotonic() + _EMPTY_SECONDS
             while not self._empty():
