@@ -20,6 +20,7 @@ SANS_IO = {
     "transport/codecs/__init__.py",
     "transport/curve.py",
     "transport/strangers.py",
+    "transport/snapshot_format.py",
     "transport/codecs/choice.py",
     *(f"pipeline/{name}.py" for name in ("migration", "state", "convergence", "partition")),
     *(f"pipeline/{name}.py" for name in ("agreement", "pacing", "parameters", "__init__")),

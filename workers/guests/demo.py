@@ -58,6 +58,7 @@ from .demo_process import (
 )
 from .demo_process import main as guest_main
 from .handover import HandoverSocket
+from .protecting import no_huge_pages
 from .uri import GuestUri
 
 _DEFAULT_SIZE = "256M"
@@ -265,6 +266,27 @@ class DemoSource(SourceGuest):
             self._guest.ask("run")
             self._stopped = False
 
+    def protect(self) -> ArmedMemory:
+        if self._guest.page_size > PAGE_SIZE:
+            raise no_huge_pages(self._guest.file.name)
+        self._track_no_more()
+        with contextlib.closing(HandoverSocket()) as handover:
+            answer = self._guest.ask("protect", path=handover.path)
+            mappings, descriptors = handover.accept(self._guest.has_ended)
+        self._guest.ask("run")
+        if not descriptors:
+            raise HostLacks(answer.unarmed)
+        pages, base = self.image_size // PAGE_SIZE, mappings[0].base_host_virt_addr
+        return ArmedMemory(descriptors[0], [Region(0, 0, pages, base, self._guest.page_size)])
+
+    def _track_no_more(self) -> None:
+        if self._scanner is not None:
+            self._scanner.close()
+            self._scanner = None
+        if self._uffd >= 0:
+            os.close(self._uffd)
+            self._uffd = -1
+
     def save_state(self) -> bytes:
         return msgspec.msgpack.encode(self._registers)
 
@@ -284,11 +306,7 @@ class DemoSource(SourceGuest):
 
     def close(self) -> None:
         self._guest.close()
-        if self._scanner is not None:
-            self._scanner.close()
-        if self._uffd >= 0:
-            os.close(self._uffd)
-            self._uffd = -1
+        self._track_no_more()
 
 
 class MovingOn(DemoSource):

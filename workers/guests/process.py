@@ -26,8 +26,9 @@ from ...transport.messages import Block
 from ...transport.pages import Runs
 from ..kernel.freezer import is_frozen
 from ..ram import RamBlock, RamFile
-from .base import TRACKING_HASH, TRACKING_PAGEMAP, SourceGuest
+from .base import TRACKING_HASH, TRACKING_PAGEMAP, ArmedMemory, SourceGuest
 from .process_memory import open_memory, refuse_other_writers
+from .protecting import protect_process
 from .stopping import WriterProcess
 from .tracking import WriteTracker
 from .uri import GuestUri
@@ -105,6 +106,9 @@ class ProcessSource(SourceGuest):
 
     def written_so_far(self) -> int | None:
         return self._tracker.so_far() if self._tracker is not None else None
+
+    def protect(self) -> ArmedMemory:
+        return protect_process(self._process.pid, self.blocks)
 
     def stop(self) -> None:
         self._process.stop()

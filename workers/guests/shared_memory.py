@@ -20,9 +20,10 @@ from ...transport.errors import (
 )
 from ...transport.messages import Block, Hello
 from ..ram import RamBlock, RamFile
-from .base import TRACKING_HASH, DestinationGuest, SourceGuest, layout_size
+from .base import TRACKING_HASH, ArmedMemory, DestinationGuest, SourceGuest, layout_size
 from .files import NewFile, open_to_read
 from .process_memory import path_of_memory
+from .protecting import protect_process
 from .stopping import WriterProcess
 from .uri import GuestUri
 
@@ -58,6 +59,11 @@ class RamSource(SourceGuest):
                 raise
             self.can_stop = True
             self.process = self._writer.pid
+
+    def protect(self) -> ArmedMemory:
+        if self._writer is None:
+            return super().protect()
+        return protect_process(self._writer.pid, self.blocks)
 
     def stop(self) -> None:
         if self._writer is not None:
