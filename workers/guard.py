@@ -1,8 +1,9 @@
 """The guard: in a live snapshot, the process that saves a chunk before the guest's first write.
 
 Reads the userfaultfd: who writes what is protected sleeps until the chunk is copied and let go,
-which takes some ten microseconds here; the copy is written to the file when nobody waits. One
-process, at real-time priority where that is permitted. The order of its shared writes, and why
+which takes some ten microseconds here. The copy is written to the file by a thread of its own, so
+that nobody waits for storage, as long as there is room for copies. One process, at real-time
+priority where that is permitted, but for that thread. The order of its shared writes, and why
 nobody sleeps for ever, is in claims.py. In QEMU, ram_save_queue_pages of a background snapshot.
 
 If memory is given back by madvise (a balloon) meanwhile, what it held may be lost, and so is the
@@ -11,11 +12,16 @@ snapshot: it fails.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
 import select
+import sys
+import threading
 import time
 from collections import deque
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 
 from ..transport.errors import LocalProtocolError, SourceError
 from ..transport.pages import PAGE_SIZE
@@ -32,7 +38,8 @@ from .saver import Keeper, LettingGo, SaverJob, read_chunks
 _SLOTS = 1024
 # A chunk that a saver is copying is looked at again so often: that takes it some 200 us.
 _LOOK_SECONDS = 0.0005
-# Changes of the guest's map that are waited for before anything else goes on.
+# The thread that writes takes the interpreter for no longer, while somebody waits.
+_SWITCH_SECONDS = 0.0001
 _A_MOMENT = 0.00005
 
 
@@ -52,8 +59,12 @@ class Guard:
         self.keeper = Keeper(job, desk.row)
         self.views = [job.claims.view(i) for i in range(len(job.blocks))]
         self.slots = memoryview(mmap.mmap(-1, _SLOTS * CHUNK_BYTES))
-        self.free = deque(range(_SLOTS))
-        self.kept: deque[tuple[int, int, int, memoryview]] = deque()  # slot, block, chunk, content
+        self.free: SimpleQueue[int] = SimpleQueue()
+        for slot in range(_SLOTS):
+            self.free.put(slot)
+        # slot, block, chunk, content; None at the end
+        self.kept: SimpleQueue[tuple[int, int, int, memoryview] | None] = SimpleQueue()
+        self.failed: Exception | None = None  # of the thread that writes
         self.faults: deque[Fault] = deque()
         self.copied: list[tuple[int, int]] = []  # by a saver, right now; somebody sleeps on them
         self.saving = self.held = self.finishing = False
@@ -64,22 +75,48 @@ class Guard:
         poll = select.poll()
         poll.register(self.desk.pipe.fileno(), select.POLLIN)
         poll.register(self.uffd, select.POLLIN)
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        writing = self.begin_writing()
         self.desk.say(jobs.Ready())
-        while True:
-            while self.desk.waiting():
-                if not self._command(self.desk.take()):
-                    return
-            if self.held:
-                self.desk.pipe.poll(HEARTBEAT_SECONDS)
-                continue
-            self._serve()
-            if self.kept:
-                self._write_one()
-            elif self.finishing:
-                self.finishing = False
-                self.desk.say(jobs.Ready())
-            else:
-                poll.poll((_LOOK_SECONDS if self.copied else HEARTBEAT_SECONDS) * 1000)
+        try:
+            while True:
+                while self.desk.waiting():
+                    if not self._command(self.desk.take()):
+                        return
+                if self.failed is not None:
+                    raise self.failed
+                if self.held:
+                    self.desk.pipe.poll(HEARTBEAT_SECONDS)
+                    continue
+                self._serve()
+                if self.finishing and self.free.qsize() == _SLOTS:
+                    self.finishing = False
+                    self.desk.say(jobs.Ready())
+                soon = self.copied or self.finishing
+                poll.poll((_LOOK_SECONDS if soon else HEARTBEAT_SECONDS) * 1000)
+        finally:
+            self.failed = self.failed or LocalProtocolError("it was told to stop")  # write no more
+            self.kept.put(None)
+            writing.join()
+
+    def begin_writing(self) -> threading.Thread:
+        """Start the thread that writes; it ends behind None."""
+
+        def write() -> None:
+            with contextlib.suppress(OSError):  # of this thread alone (sched(7))
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+            while (item := self.kept.get()) is not None:
+                try:
+                    if self.failed is None:
+                        self._write(*item)
+                except Exception as e:
+                    self.failed = e
+                finally:
+                    self.free.put(item[0])  # whoever waits for room is not left waiting
+
+        thread = threading.Thread(target=write, name="guard-writes", daemon=True)
+        thread.start()
+        return thread
 
     def _command(self, job: jobs.AnyJob) -> bool:
         match job:
@@ -138,20 +175,16 @@ class Guard:
             self.row.add("elsewhere", 1)
 
     def _save(self, block: int, chunk: int) -> None:
-        if not self.free:
-            self._write_one()
-        slot = self.free.popleft()
+        slot = self.free.get()
         buffer = self.slots[slot * CHUNK_BYTES : (slot + 1) * CHUNK_BYTES]
         content = read_chunks(self.job.blocks[block], chunk, 1, buffer)
         self.letting_go(block, chunk, 1)
         self.views[block][chunk] = FREE
-        self.kept.append((slot, block, chunk, content))
+        self.kept.put((slot, block, chunk, content))
 
-    def _write_one(self) -> None:
-        slot, block, chunk, content = self.kept.popleft()
+    def _write(self, slot: int, block: int, chunk: int, content: memoryview) -> None:
         self.keeper.keep(block, chunk, content)
         self.views[block][chunk] = SAVED
-        self.free.append(slot)
 
     def _look_again(self) -> None:
         """Who sleeps on what somebody else let go meanwhile goes on: it was woken, or, if it fell
