@@ -19,8 +19,10 @@ from pageferry.pipeline import api
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.snapshot import Snapshot
 from pageferry.tools.bench.boot_guest import BootGuest, rom_image
+from pageferry.tools.cli.main import cli
 from pageferry.transport.errors import (
     HostLacks,
+    NoSpace,
     PostcopyFailed,
     SourceError,
     UsageError,
@@ -115,7 +117,7 @@ def test_a_guest_that_writes_all_the_time(tmp_path, protecting):
         assert oracle["ok"] and oracle["ran-on"] > 0
     with open(path, "r+b") as file:  # in the last page, which is read last
         file.seek(ALIGNMENT + 24 * MIB - 1)
-        file.write(b"\xaa\xbb")
+        file.write(b"\0")  # no letter
     with pytest.raises(VerificationFailed, match="is damaged: bytes 25100288 to 25165824"):
         restore(path, "demo:")
     with pytest.raises(PostcopyFailed, match=r"is given up.*is damaged"):
@@ -133,7 +135,7 @@ def test_a_process_is_saved_as_it_was_at_one_instant(tmp_path, writer):
 
     report = save(f"pid:{writer.pid}", tmp_path / "a", disturb)
     assert memory_in(tmp_path / "a", 2 * PAGES) == before
-    assert 7 <= report["writes-held-back"] <= len(written)
+    assert report["writes-held-back"] == len({page // 16 for page in written})
     after = Path(writer.path).read_bytes()
     assert all(after[page * PAGE_SIZE + 17] == 7 for page in written)
     writer.tell("write", 2)  # nothing is held back any more
@@ -200,7 +202,7 @@ def sleepers(pid):
 def test_a_vm_goes_on_and_its_snapshot_too(tmp_path, protecting):
     """Live, and restored lazily into another QEMU."""
     require_qemu()
-    rom = rom_image(tmp_path / "rom", mode=1, lo=MIB, hi=33 * MIB, delay=2000)
+    rom = rom_image(tmp_path / "rom", mode=1, lo=MIB, hi=5 * MIB, delay=2000)
     with (
         Vm("src", memory=64 * MIB, bios=rom) as source,
         Vm("dst", memory=64 * MIB, bios=rom, incoming="defer") as destination,
@@ -232,19 +234,21 @@ def test_there_and_back_by_the_command_line(tmp_path):
     (tmp_path / "vm.mem").write_bytes(content)
     done = run("snapshot", f"image:{tmp_path}/vm.mem", f"file:{tmp_path}/a?direct=on")
     assert done.returncode == 0, done.stderr
-    assert "700 pages" not in done.stdout and "completed" in done.stdout
+    assert "completed" in done.stdout and f"{tmp_path}/a" in done.stdout
     done = run("restore", f"file:{tmp_path}/a", "--into", f"image:{tmp_path}/b", "--json")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "b").read_bytes() == content
     assert json.loads(done.stdout)["verified"]
-    for arguments, code, text in [
-        (["restore", f"file:{tmp_path}/a"], 2, "--uffd-socket PATH or --into GUEST"),
-        (["restore", f"file:{tmp_path}/b", "--into", "demo:"], 3, "no snapshot of pageferry"),
-        (["copy", f"image:{tmp_path}/b", f"file:{tmp_path}/c"], 2, "pageferry snapshot SOURCE"),
-        (["snapshot", f"image:{tmp_path}/b", f"image:{tmp_path}/c"], 2, "write file:PATH"),
+    for arguments, kind, text in [
+        (["restore", f"file:{tmp_path}/a"], UsageError, "--uffd-socket PATH or --into GUEST"),
+        (["restore", f"file:{tmp_path}/b", "--into", "demo:"], SourceError, "no snapshot of"),
+        (["restore", "ram:x", "--into", "demo:"], UsageError, "is no snapshot"),
+        (["copy", f"file:{tmp_path}/a", "file:b"], UsageError, "pageferry snapshot SOURCE"),
+        (["snapshot", f"file:{tmp_path}/a", "file:b"], UsageError, "is a snapshot already"),
+        (["snapshot", f"image:{tmp_path}/b", f"image:{tmp_path}/c"], UsageError, "file:PATH"),
     ]:
-        done = run(*arguments)
-        assert (done.returncode, text in done.stderr) == (code, True), done.stderr
+        with pytest.raises(kind, match=text):
+            cli.main(arguments, standalone_mode=False)
     full = tmp_path / "full"
     full.mkdir()
     mounted = subprocess.run(
@@ -253,9 +257,10 @@ def test_there_and_back_by_the_command_line(tmp_path):
     if mounted.returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        done = run("snapshot", f"image:{tmp_path}/vm.mem", f"file:{full}/a")
-        assert done.returncode == 4
-        assert "no space left" in done.stderr
+        with pytest.raises(NoSpace, match="no space left"):
+            cli.main(
+                ["snapshot", f"image:{tmp_path}/vm.mem", f"file:{full}/a"], standalone_mode=False
+            )
         assert os.listdir(full) == []
     finally:
         subprocess.run(["umount", full], check=True)

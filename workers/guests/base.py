@@ -155,7 +155,7 @@ class SourceGuest(ABC):
 
     def protect(self) -> ArmedMemory:
         """Its memory, registered so that writes can be held back (kernel/userfaultfd.py), whoever
-        makes them; nothing is protected yet. Once, and not while writes are tracked. AttachError,
+        makes them; nothing is protected yet. Once; writes are tracked no more. AttachError,
         HostLacks, SourceError: why that cannot be."""
         raise SourceError(
             "nobody is known whose writes could be held back: say who writes this memory "

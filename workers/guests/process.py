@@ -108,6 +108,9 @@ class ProcessSource(SourceGuest):
         return self._tracker.so_far() if self._tracker is not None else None
 
     def protect(self) -> ArmedMemory:
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
         return protect_process(self._process.pid, self.blocks)
 
     def stop(self) -> None:

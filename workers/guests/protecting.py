@@ -9,6 +9,8 @@ too.
 
 from __future__ import annotations
 
+import errno
+
 from ...transport.errors import HostLacks, SourceError
 from ...transport.pages import PAGE_SIZE
 from ..kernel.remote import plant_protecting
@@ -72,8 +74,11 @@ def _register(uffd: int, region: Region, name: str) -> None:
     try:
         register_write_protect(uffd, region.address, region.pages * PAGE_SIZE)
     except OSError as e:
+        if e.errno == errno.EBUSY:
+            raise HostLacks(
+                f"writes to {name} are watched by somebody else already: another pageferry?"
+            ) from e
         raise HostLacks(
-            f"the kernel cannot hold back writes to {name} ({e.strerror}): somebody else has it "
-            f"registered, or it is no tmpfs (/dev/shm) and no memfd; take the snapshot without "
-            f"--live"
+            f"the kernel cannot hold back writes to {name} ({e.strerror}): it can for files in "
+            f"tmpfs (/dev/shm) and memfds; take the snapshot without --live"
         ) from e

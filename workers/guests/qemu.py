@@ -254,6 +254,9 @@ class QemuSource(SourceGuest):
         return migration
 
     def protect(self) -> ArmedMemory:
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
         return protect_process(self._monitor.pid, self.blocks)
 
     def stop(self) -> None:

@@ -13,7 +13,9 @@ from .uri import GuestUri
 
 
 class SnapshotSource(SourceGuest):
-    """A guest that was saved."""
+    """A guest that was saved. It stands still by nature."""
+
+    can_stop = True
 
     def __init__(self, uri: GuestUri) -> None:
         self._file, self._index = open_snapshot(uri.rest)
