@@ -20,6 +20,7 @@ from pageferry.workers.claims import CLAIMED, FREE, SAVED, TODO, WRITTEN, Claims
 from pageferry.workers.counters import Counters
 from pageferry.workers.guard import Guard
 from pageferry.workers.guests.base import ArmedMemory, Region
+from pageferry.workers.guests.protecting import protect_process
 from pageferry.workers.kernel import userfaultfd
 from pageferry.workers.kernel.libc import store_byte
 from pageferry.workers.process import Desk
@@ -205,3 +206,9 @@ def test_a_mapping_that_is_gone_is_an_error(bench):
         at = int(np.frombuffer(elsewhere, np.uint8).ctypes.data)
         with pytest.raises(SourceError, match="not mapped as it was"):
             userfaultfd.write_protect(bench.memory.uffd, at, 4096, on=True)
+
+
+def test_huge_pages_cannot_be_held_back(bench):
+    block = RamBlock(Block("ram", 2 << 20, 2 << 20), bench.block.file, 0)
+    with pytest.raises(HostLacks, match=r"on huge pages.*without --live"):
+        protect_process(1, [block])
