@@ -123,7 +123,8 @@ class Snapshot:
             await to_its_end(self._close(None))
             raise
         self.status = Status.COMPLETED
-        await self._close(None)
+        with contextlib.suppress(asyncio.CancelledError):  # too late: the file is there
+            await to_its_end(self._close(None))
         report = self.query()
         report.pop("progress")
         return report
@@ -319,14 +320,17 @@ class Snapshot:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
+        first: Exception | None = None
         for step in (self._let_go, self._end_processes, self._let_run):
             try:
                 await step()
             except Exception as e:
-                if error is None:
-                    raise
-                error.message += f"; and then: {e}"
+                if error is not None:
+                    error.message += f"; and then: {e}"
+                first = first or e
         self._progress_at_end()
+        if error is None and first is not None:
+            raise first
 
     async def _let_go(self) -> None:
         """First: a guest may sleep, and its stop or resume with it."""
