@@ -19,7 +19,15 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any, Protocol
 
-from ..transport.errors import PageferryError, PeerLost, PeerRefused, PostcopyFailed, UsageError
+from ..transport.errors import (
+    PageferryError,
+    PeerLost,
+    PeerRefused,
+    PostcopyFailed,
+    SourceError,
+    UsageError,
+    VerificationFailed,
+)
 from ..transport.links import Endpoint, parse_endpoint
 from ..transport.messages import Hello
 from ..workers.content import ContentIndex
@@ -49,6 +57,8 @@ from .source import Source
 from .state import IN_POSTCOPY, Status
 from .tracing import recording
 
+# Pauses of a lazy restore that are recovered from: both ends are here, and there is nobody to ask.
+_RECOVERIES = 10
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -320,24 +330,32 @@ async def restore_into(
     monitor: str | None = None,
 ) -> dict[str, Any]:
     """A guest of a snapshot that is here, from now on `into`: a copy of memory that nobody writes.
-    With `parameters.postcopy` it runs at once and its memory comes behind; if that cannot be read
-    it is given up, since nobody else has it: VerificationFailed or SourceError."""
+    With `parameters.postcopy` it runs at once and its memory comes behind: a pause is recovered
+    from at once, a few times; if the snapshot cannot be read it is given up, since nobody else has
+    its memory: PostcopyFailed."""
     if source.kind not in ("file", "image"):
         raise UsageError(f"{source} is no snapshot: restore --into takes file:PATH (or image:PATH)")
-    begun: list[Source | Destination] = []
-    why = ""
+    begun: list[Source] = []
+    tries, why = _RECOVERIES, ""
 
     def started(migration: Source | Destination) -> None:
-        begun.append(migration)
+        if isinstance(migration, Source):
+            begun.append(migration)
         if on_started is not None:
             on_started(migration)
 
     def progress(report: dict[str, Any]) -> None:
-        nonlocal why
+        nonlocal tries, why
         if on_progress is not None:
             on_progress(report)
-        if report["status"] == Status.POSTCOPY_PAUSED.value and begun and not why:
-            why = str(report.get("paused-because", "it broke off"))
+        if report["status"] != Status.POSTCOPY_PAUSED.value or not begun or why:
+            return
+        reason = begun[0].paused_by
+        if tries and not isinstance(reason, VerificationFailed | SourceError):
+            tries -= 1
+            begun[0].recover(None)
+        else:
+            why = str(reason)
             begun[0].cancel()
 
     try:

@@ -83,7 +83,7 @@ class Snapshot:
         self._guard: Pool | None = None
         self._answers: asyncio.Queue[bytes] = asyncio.Queue()
         self._watching: asyncio.Task[None] | None = None
-        self._stopped = False
+        self._stopped = self._resuming = False
         self._task: asyncio.Task[Any] | None = None
 
     def __repr__(self) -> str:
@@ -231,7 +231,8 @@ class Snapshot:
                 for pool in (self._crew.pool, self._guard):
                     if pool is not None:
                         pool.check()
-                self.guest.check()
+                if not self._resuming:  # that it goes on is no surprise then
+                    self.guest.check()
                 self._progress()
                 await asyncio.sleep(_WATCH_SECONDS)
         except PageferryError as e:
@@ -299,7 +300,11 @@ class Snapshot:
         return count
 
     def _resume(self) -> None:
-        self.guest.resume()
+        self._resuming = True
+        try:
+            self.guest.resume()
+        finally:
+            self._resuming = False
         self._stopped = False
         self.statistics.running = time.monotonic()
 

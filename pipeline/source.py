@@ -164,6 +164,7 @@ class Source:
         self._written_due = 0.0
         self._status_told = Status.NONE
         self._driving = False
+        self.paused_by: PageferryError | None = None  # the last pause
 
     def __repr__(self) -> str:
         return f"<Source {self.guest.kind} to {self.endpoint} {self.core.status.value}>"
@@ -937,6 +938,7 @@ class Source:
 
     async def _pause(self, error: PageferryError) -> None:
         """Drop the connection and everything that used it. The page table stays."""
+        self.paused_by = error
         _log.warning("postcopy paused: %s", error)
         self.statistics.extra["paused-because"] = error.message
         for task in self._tasks:

@@ -58,6 +58,22 @@ def restore(path, into, *, lazy=False):
     return asyncio.run(api.restore_into(parse_guest(f"file:{path}"), parse_guest(into), parameters))
 
 
+async def restore_lazily_with_a_pause(path):
+    """The connection breaks when the guest runs and most of its memory is still to come."""
+    begun = []
+
+    def progress(report):
+        if report["status"] == "postcopy-active" and len(begun) == 1:
+            begun.append("paused")
+            begun[0].pause()
+
+    return await api.restore_into(
+        parse_guest(f"file:{path}"), parse_guest("demo:"),
+        Parameters(workers=2, codec="none", postcopy="now", max_postcopy_bandwidth=20 * MIB),
+        on_progress=progress, on_started=begun.append,
+    )  # fmt: skip
+
+
 class Disturbed(Snapshot):
     """Between its instant and the first page that a saver takes, `disturb` is called."""
 
@@ -112,9 +128,10 @@ def test_a_guest_that_writes_all_the_time(tmp_path, protecting):
     assert report["status"] == "completed"
     assert report["writes-held-back"] > 0
     assert report["ram"]["remaining"] == 0
-    for lazy in (False, True):
-        oracle = restore(path, "demo:", lazy=lazy)["oracle"]
-        assert oracle["ok"] and oracle["ran-on"] > 0
+    assert restore(path, "demo:")["oracle"]["ok"]
+    report = asyncio.run(restore_lazily_with_a_pause(path))
+    assert report["oracle"]["ok"] and report["oracle"]["ran-on"] > 0
+    assert report["recoveries"] >= 1
     with open(path, "r+b") as file:  # in the last page, which is read last
         file.seek(ALIGNMENT + 24 * MIB - 1)
         file.write(b"\0")  # no letter
