@@ -30,7 +30,7 @@ from pageferry.transport.errors import (
 )
 from pageferry.transport.pages import PAGE_SIZE
 from pageferry.transport.snapshot_format import ALIGNMENT
-from pageferry.workers.guests import demo, open_source, parse_guest
+from pageferry.workers.guests import demo, open_destination, open_source, parse_guest
 from pageferry.workers.kernel import userfaultfd
 
 MIB = 1 << 20
@@ -121,7 +121,7 @@ def test_a_guest_that_writes_all_the_time(tmp_path, protecting):
     """Every byte is what its registers of that instant say, restored at once or lazily; and it goes
     on itself."""
     path = tmp_path / "a"
-    uri = "demo:?size=24M&rate=0&access=random&vcpus=2&content=text"
+    uri = "demo:?size=12M&rate=0&access=random&vcpus=2&content=text"
     with contextlib.closing(demo.DemoSource(parse_guest(uri))) as guest:
         report = asyncio.run(Snapshot(guest, str(path), 2, live=True).run())
         assert guest.verdict().ok
@@ -133,9 +133,9 @@ def test_a_guest_that_writes_all_the_time(tmp_path, protecting):
     assert report["oracle"]["ok"] and report["oracle"]["ran-on"] > 0
     assert report["recoveries"] >= 1
     with open(path, "r+b") as file:  # in the last page, which is read last
-        file.seek(ALIGNMENT + 24 * MIB - 1)
+        file.seek(ALIGNMENT + 12 * MIB - 1)
         file.write(b"\0")  # no letter
-    with pytest.raises(VerificationFailed, match="is damaged: bytes 25100288 to 25165824"):
+    with pytest.raises(VerificationFailed, match="is damaged: bytes 12517376 to 12582912"):
         restore(path, "demo:")
     with pytest.raises(PostcopyFailed, match=r"is given up.*is damaged"):
         restore(path, "demo:", lazy=True)
@@ -260,12 +260,13 @@ def test_there_and_back_by_the_command_line(tmp_path):
         (["restore", f"file:{tmp_path}/a"], UsageError, "--uffd-socket PATH or --into GUEST"),
         (["restore", f"file:{tmp_path}/b", "--into", "demo:"], SourceError, "no snapshot of"),
         (["restore", "ram:x", "--into", "demo:"], UsageError, "is no snapshot"),
-        (["copy", f"file:{tmp_path}/a", "file:b"], UsageError, "pageferry snapshot SOURCE"),
         (["snapshot", f"file:{tmp_path}/a", "file:b"], UsageError, "is a snapshot already"),
         (["snapshot", f"image:{tmp_path}/b", f"image:{tmp_path}/c"], UsageError, "file:PATH"),
     ]:
         with pytest.raises(kind, match=text):
             cli.main(arguments, standalone_mode=False)
+    with pytest.raises(UsageError, match="made by `pageferry snapshot SOURCE file:b`"):
+        open_destination(parse_guest("file:b"))
     full = tmp_path / "full"
     full.mkdir()
     mounted = subprocess.run(
