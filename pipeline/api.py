@@ -19,10 +19,19 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ..transport.carrier import claim
-from ..transport.errors import PageferryError, PeerLost, PeerRefused, UsageError
+from ..transport.errors import (
+    PageferryError,
+    PeerLost,
+    PeerRefused,
+    PostcopyFailed,
+    SourceError,
+    UsageError,
+    VerificationFailed,
+)
 from ..transport.links import Endpoint, parse_endpoint, probe
 from ..transport.messages import Hello
 from ..transport.stream_addresses import Stream, is_stream, parse_stream
@@ -38,6 +47,7 @@ from ..workers.guests import (
     parse_guest,
     start_qemu,
 )
+from ..workers.guests.base import TRACKING_HASH
 from ..workers.guests.shared_memory import path_of
 from ..workers.reserve import Reserve
 from .blocking import Blocking, to_its_end
@@ -50,10 +60,13 @@ from .parameters import Parameters
 from .reception import Reception
 from .restoring import Restoring
 from .serving import Server
+from .snapshot import Snapshot
 from .source import Source
 from .state import IN_POSTCOPY, Status
 from .tracing import recording
 
+# Pauses of a lazy restore that are recovered from: both ends are here, and there is nobody to ask.
+_RECOVERIES = 10
 Progress = Callable[[dict[str, Any]], None]
 _log = logging.getLogger("pageferry")
 
@@ -424,6 +437,94 @@ async def restore(
         return await restoring.run()
 
 
+async def restore_into(
+    source: GuestUri,
+    into: GuestUri,
+    parameters: Parameters,
+    *,
+    on_progress: Progress | None = None,
+    on_started: Started | None = None,
+    monitor: str | None = None,
+) -> dict[str, Any]:
+    """A guest of a snapshot that is here, from now on `into`: a copy of memory that nobody writes.
+    With `parameters.postcopy` it runs at once and its memory comes behind: a pause is recovered
+    from at once, a few times; if the snapshot cannot be read it is given up, since nobody else has
+    its memory: PostcopyFailed."""
+    if source.kind not in ("file", "image"):
+        raise UsageError(f"{source} is no snapshot: restore --into takes file:PATH (or image:PATH)")
+    begun: list[Source] = []
+    tries, why = _RECOVERIES, ""
+
+    def started(migration: Source | Destination) -> None:
+        if isinstance(migration, Source):
+            begun.append(migration)
+        if on_started is not None:
+            on_started(migration)
+
+    def progress(report: dict[str, Any]) -> None:
+        nonlocal tries, why
+        if on_progress is not None:
+            on_progress(report)
+        if report["status"] != Status.POSTCOPY_PAUSED.value or not begun or why:
+            return
+        reason = begun[0].paused_by
+        if tries and not isinstance(reason, VerificationFailed | SourceError):
+            tries -= 1
+            begun[0].recover(None)
+        else:
+            why = str(reason)
+            begun[0].cancel()
+
+    try:
+        return await copy(
+            source, into, parameters, on_progress=progress, on_started=started, monitor=monitor
+        )
+    except PageferryError as e:
+        if not why:
+            raise
+        raise PostcopyFailed(
+            f"the guest was started and is given up, its memory cannot be brought: {why}", **e.data
+        ) from e
+
+
+async def snapshot(
+    source: GuestUri,
+    into: GuestUri,
+    *,
+    workers: int = 0,
+    live: bool = False,
+    on_progress: Progress | None = None,
+    on_started: Callable[[Snapshot], None] | None = None,
+) -> dict[str, Any]:
+    """Save `source` as it is at one instant to the file `into` (file:PATH); it goes on, with `live`
+    all the time but for some milliseconds."""
+    if into.kind != "file":
+        raise UsageError(f"{into} is no file for a snapshot: write file:PATH")
+    if source.kind == "file":
+        raise UsageError(f"{source} is a snapshot already: copy the file")
+    if source.kind in ("pid", "qemu"):  # its writes need not be known
+        source = replace(source, options=source.options | {"tracking": TRACKING_HASH})
+    direct = into.choice("direct", ("on", "off")) == "on"
+    count = Parameters(workers=workers).checked().workers
+    warm_up()
+    opening = Blocking()
+    try:
+        guest = await opening(open_source, source)
+    except asyncio.CancelledError:
+        if (opened := await to_its_end(opening.idle())) is not None:
+            opened.close()
+        raise
+    try:
+        taking = Snapshot(
+            guest, into.rest, count, live=live, direct=direct, on_progress=on_progress
+        )  # fmt: skip
+        if on_started is not None:
+            on_started(taking)
+        return await taking.run()
+    finally:
+        await to_its_end(opening(guest.close))
+
+
 async def _end(task: asyncio.Future[Any]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -438,8 +539,8 @@ async def open_server(
     only: bytes | None = None,
 ) -> Server:
     """A server of the image `source`, open until `stack` ends."""
-    if source.kind != "image":
-        raise UsageError(f"{source} is no snapshot: only image: is served")
+    if source.kind not in ("image", "file"):
+        raise UsageError(f"{source} is no snapshot: only image: and file: are served")
     warm_up()
     guest = await asyncio.to_thread(open_source, source)
     stack.callback(guest.close)

@@ -224,7 +224,7 @@ class Pulled:
         block = self._guest.blocks[0]
         runs = messages.runs_of(layout, block.pages)
         spec = msgspec.structs.replace(block.spec, page_size=layout.page_size)
-        self._blocks = [RamBlock(spec, block.file, block.start)]
+        self._blocks = [block.with_spec(spec)]
         self._table = PageTable([block.pages], context().Lock())
         view = self._table.view(0)
         data = await asyncio.to_thread(self._guest.initial_pages, 0)

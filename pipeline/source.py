@@ -114,6 +114,7 @@ class Source:
     sections: Sequence[Section] = ()
     # What makes connections over byte streams, and carries the one there is.
     carriage: Carriage | None = None
+    paused_by: PageferryError | None = None  # the last pause; for others to read
 
     def __init__(
         self,
@@ -1031,6 +1032,7 @@ class Source:
 
     async def _pause(self, error: PageferryError) -> None:
         """Drop the connection and everything that used it. The page table stays."""
+        self.paused_by = error
         _log.warning("postcopy paused: %s", error)
         self.statistics.extra["paused-because"] = error.message
         for task in self._tasks:

@@ -42,6 +42,6 @@ def recording(path: str | None, *memory: GuestUri) -> Iterator[None]:
 
 
 def _file_of(uri: GuestUri) -> str:
-    if uri.kind == "image":
+    if uri.kind in ("image", "file"):
         return uri.rest
     return path_of(uri) if uri.kind in ("ram", "shm") else ""

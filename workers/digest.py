@@ -19,7 +19,7 @@ from collections.abc import Callable
 import xxhash
 
 from ..transport.errors import RemoteProtocolError, SourceError
-from ..transport.pages import PAGE_SIZE
+from ..transport.pages import PAGE_SIZE, page_count
 from .ram import RamBlock
 
 CHUNK_PAGES = 256
@@ -72,6 +72,7 @@ def _chunk_digest(
 ) -> bytes:
     if block.file.given_up:
         raise SourceError(f"reading {block.file.name} was given up")
+    block.check(range(offset // PAGE_SIZE, page_count(offset + len(view))))
     at = 0
     while at < len(view):
         n = os.preadv(block.file.fd, [view[at:]], block.start + offset + at)

@@ -207,6 +207,7 @@ class PostcopyProcess:
     def _content(self, block: int, first: int, count: int) -> bytes:
         """Read, not mapped: a page that was never touched through a mapping is a fault first."""
         ram = self.job.blocks[block]
+        ram.check(range(first, first + count))
         content = os.pread(ram.file.fd, count * PAGE_SIZE, ram.start + first * PAGE_SIZE)
         if len(content) != count * PAGE_SIZE:
             raise SourceError(f"{ram.file.name} has become shorter")

@@ -16,11 +16,11 @@ import xxhash
 import zmq
 import zstandard
 
-from . import receiver, sender
+from . import guard, receiver, saver, sender
 from .names import FOLDER_VARIABLE
 
-__all__ = ["lz4", "msgspec", "multiprocessing", "numpy", "receiver", "sender", "xxhash", "zmq",
-           "zstandard"]  # fmt: skip
+__all__ = ["guard", "lz4", "msgspec", "multiprocessing", "numpy", "receiver", "saver", "sender",
+           "xxhash", "zmq", "zstandard"]  # fmt: skip
 
 # not in its children: they end without it (os._exit)
 if _folder := os.environ.pop(FOLDER_VARIABLE, ""):

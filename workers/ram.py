@@ -13,6 +13,7 @@ import contextlib
 import errno
 import mmap
 import os
+from collections.abc import Sequence
 from multiprocessing.reduction import DupFd
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from ..transport.errors import DestinationError, NoSpace
 from ..transport.messages import Block
-from ..transport.pages import PAGE_SIZE, WORDS, Runs, mark, page_count, runs_from_bytes
+from ..transport.pages import PAGE_SIZE, WORDS, Pages, Runs, mark, page_count, runs_from_bytes
 from ..transport.wire import Buffer
 from .kernel.libc import punch_hole
 
@@ -127,6 +128,14 @@ class RamBlock:
         at = self.start + begin
         return self.file.mapping()[at : at + self.size - begin].ljust(PAGE_SIZE, b"\0")
 
+    def with_spec(self, spec: Block) -> RamBlock:
+        """The same memory, announced otherwise."""
+        return RamBlock(spec, self.file, self.start)
+
+    def check(self, pages: Pages | Sequence[int]) -> None:
+        """Before `pages` are read: VerificationFailed if they are known to be wrong. Here nothing
+        is known (snapshot_file.py)."""
+
     def data_runs(self, first: int = 0, count: int | None = None) -> Runs:
         """Runs of pages that hold data, holes left out (lseek(2) SEEK_DATA)."""
         begin = self.start + first * PAGE_SIZE
@@ -179,7 +188,7 @@ class RamBlock:
                 n = os.pwrite(self.file.fd, view, self.start + offset)
                 view, offset = view[n:], offset + n
         except OSError as e:
-            raise _write_error(e, self.file.name) from e
+            raise self.write_error(e, self.file.name) from e
 
     def clear(self, runs: Runs) -> None:
         """Make the pages of `runs` zero: holes where the file system can, else zeros."""
@@ -190,15 +199,16 @@ class RamBlock:
                 punch_hole(self.file.fd, self.start + offset, length)
             except OSError as e:
                 if e.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-                    raise _write_error(e, self.file.name) from e
+                    raise self.write_error(e, self.file.name) from e
                 self._write_zeros(first, length)
 
     def _write_zeros(self, page: int, length: int) -> None:
         for at in range(0, length, len(_ZEROS)):
             self.write(page + at // PAGE_SIZE, memoryview(_ZEROS)[: length - at])
 
-
-def _write_error(e: OSError, name: str) -> DestinationError:
-    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
-        return NoSpace(f"no space left for {name}: free some and start again")
-    return DestinationError(f"cannot write {name}: {e.strerror}")
+    @staticmethod
+    def write_error(e: OSError, name: str) -> DestinationError:
+        """What a failed write to `name` means."""
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
+            return NoSpace(f"no space left for {name}: free some and start again")
+        return DestinationError(f"cannot write {name}: {e.strerror}")

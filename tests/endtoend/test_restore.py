@@ -210,7 +210,7 @@ def test_nobody_serves(tmp_path, snapshot):
 def test_only_images_are_served(tmp_path):
     refused = run("serve", "demo:", "--listen", f"ipc://{tmp_path}/s")
     assert refused.returncode == 2
-    assert "only image: is served" in refused.stderr
+    assert "only image: and file: are served" in refused.stderr
 
 
 def test_a_socket_path_that_is_taken(tmp_path, snapshot):

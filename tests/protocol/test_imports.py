@@ -21,6 +21,7 @@ SANS_IO = {
     "transport/curve.py",
     "transport/strangers.py",
     *(f"transport/{name}.py" for name in ("streams", "stream_addresses")),
+    "transport/snapshot_format.py",
     "transport/codecs/choice.py",
     "transport/codecs/xbzrle.py",
     *(f"transport/vmstate/{name}.py" for name in ("coding", "description", "kinds", "layout")),

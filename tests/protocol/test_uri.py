@@ -18,6 +18,7 @@ examples = settings(max_examples=200, deadline=None, derandomize=True, database=
         ("image:/a b/vm?.mem", "image", "/a b/vm?.mem", {}),
         ("image:what?is?this", "image", "what?is?this", {}),
         ("image:C:odd", "image", "C:odd", {}),
+        ("file:/a b/vm.snap?direct=on", "file", "/a b/vm.snap", {"direct": "on"}),
         ("ram:/dev/shm/x", "ram", "/dev/shm/x", {}),
         ("ram:/dev/shm/x?pid=12", "ram", "/dev/shm/x", {"pid": "12"}),
         ("ram:/odd?name?pid=12", "ram", "/odd?name", {"pid": "12"}),
@@ -45,7 +46,7 @@ def test_guests_that_there_are(text, kind, rest, options):
     [
         ("", "names no guest"),
         ("vm.mem", "names no guest"),
-        ("floppy:x", "write one of image:, ram:, shm:, pid:, qemu:, demo:"),
+        ("floppy:x", "write one of image:, file:, ram:, shm:, pid:, qemu:, demo:"),
         ("IMAGE:x", "names no guest"),
         ("image:", "needs a path"),
         ("ram:", "needs a path"),

@@ -30,6 +30,7 @@ from . import (
     plan,
     postcopy,
     scaling,
+    snapshots,
     sparse,
     startup,
     streams,
@@ -424,6 +425,25 @@ def many_command(json_file: str | None, pageferry: str, **options: Any) -> None:
     """Many small images in a batch: what each costs beside its bytes."""
     plan = many.Plan(**options)
     _run(lambda lab: many.measure(lab, plan), json_file, pageferry)
+
+
+@cli.command("snapshots")
+@_size_option("2G", "Of the memory that is saved and restored.")
+@click.option("--live-size", type=_size, default="1G", show_default=True, metavar="SIZE",
+              help="Of the guest that writes.")  # fmt: skip
+@click.option("--lazy-size", type=_size, default="2G", show_default=True, metavar="SIZE",
+              help="Of the guest that is restored, at once and lazily.")  # fmt: skip
+@click.option("--content", type=click.Choice(list(KINDS)), default="random", show_default=True)
+@click.option("--rate", type=click.IntRange(0), default=20_000, show_default=True,
+              help="Pages a second that the guest writes.")  # fmt: skip
+@click.option("--directory", type=click.Path(file_okay=False, exists=True), show_default=True,
+              default=tempfile.gettempdir(), help="Where the files are.")  # fmt: skip
+@_accelerator_options
+@_common_options(reps=3)
+def snapshots_command(json_file: str | None, pageferry: str, **options: Any) -> None:
+    """Memory into a file and back, beside cp and QEMU; a guest's pause, its first instruction."""
+    plan = snapshots.Plan(**options)
+    _run(lambda lab: snapshots.measure(lab, plan), json_file, pageferry)
 
 
 @cli.command("drain")

@@ -151,7 +151,7 @@ def check_report(path: str | None, *memory: GuestUri, many: bool = False) -> Non
 
 
 def _file_of(uri: GuestUri) -> str:
-    if uri.kind == "image":
+    if uri.kind in ("image", "file"):
         return uri.rest
     return path_of(uri) if uri.kind in ("ram", "shm") else ""
 

@@ -28,6 +28,10 @@ def open_source(uri: GuestUri) -> SourceGuest:
         from .image import ImageSource
 
         return ImageSource(uri)
+    if uri.kind == "file":
+        from .snapshot import SnapshotSource
+
+        return SnapshotSource(uri)
     if uri.kind == "demo":
         from .demo import DemoSource
 
@@ -64,6 +68,8 @@ def open_destination(uri: GuestUri, index: ContentIndex | None = None) -> Destin
         from .qemu import QemuDestination
 
         return QemuDestination(uri)
+    if uri.kind == "file":
+        raise UsageError(f"{uri} is made by `pageferry snapshot SOURCE {uri}`")
     if uri.kind == "pid":
         raise UsageError("pid: is a source: memory arrives as ram:PATH, shm:NAME or image:PATH")
     from .shared_memory import RamDestination

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
 from typing import Any
 
+from ...transport.errors import SourceError
 from ...transport.messages import Block, Hello, SharedBlock
 from ...transport.pages import PAGE_SIZE, Bytes8, Pages, Runs
 from ..kernel.huge import may_be_huge
@@ -169,6 +170,15 @@ class SourceGuest(ABC):
 
     def resume(self) -> None:
         """Undo `stop`. Idempotent; never called once the destination may be running."""
+
+    def protect(self) -> ArmedMemory:
+        """Its memory, registered so that writes can be held back (kernel/userfaultfd.py), whoever
+        makes them; nothing is protected yet. Once; writes are tracked no more. AttachError,
+        HostLacks, SourceError: why that cannot be."""
+        raise SourceError(
+            "nobody is known whose writes could be held back: say who writes this memory "
+            "(ram:PATH?pid=PID), or leave out --live"
+        )
 
     def moved(self) -> None:
         """The destination was told to run: what was set here for the move can be set back."""

@@ -60,6 +60,7 @@ from .demo_process import (
 )
 from .demo_process import main as guest_main
 from .handover import HandoverSocket
+from .protecting import no_huge_pages
 from .slowing import ASKED, Meter
 from .states import DEMO, state_into, state_of
 from .uri import GuestUri
@@ -308,6 +309,27 @@ class DemoSource(SourceGuest):
             self._let_run()
             self._stopped = False
 
+    def protect(self) -> ArmedMemory:
+        if self._guest.page_size > PAGE_SIZE:
+            raise no_huge_pages(self._guest.file.name)
+        self._track_no_more()
+        with contextlib.closing(HandoverSocket()) as handover:
+            answer = self._guest.ask("protect", path=handover.path)
+            mappings, descriptors = handover.accept(self._guest.has_ended)
+        self._guest.ask("run")
+        if not descriptors:
+            raise HostLacks(answer.unarmed)
+        pages, base = self.image_size // PAGE_SIZE, mappings[0].base_host_virt_addr
+        return ArmedMemory(descriptors[0], [Region(0, 0, pages, base, self._guest.page_size)])
+
+    def _track_no_more(self) -> None:
+        if self._scanner is not None:
+            self._scanner.close()
+            self._scanner = None
+        if self._uffd >= 0:
+            os.close(self._uffd)
+            self._uffd = -1
+
     def save_state(self) -> bytes:
         return state_of(DEMO, self._registers)
 
@@ -327,11 +349,7 @@ class DemoSource(SourceGuest):
 
     def close(self) -> None:
         self._guest.close()
-        if self._scanner is not None:
-            self._scanner.close()
-        if self._uffd >= 0:
-            os.close(self._uffd)
-            self._uffd = -1
+        self._track_no_more()
 
 
 class MovingOn(DemoSource):

@@ -103,11 +103,12 @@ class Latency(msgspec.Struct, frozen=True):
 
 
 class Command(msgspec.Struct, frozen=True):
-    """To the guest: run, stop, load, check, arming, latency, throttle, hand-over, quit.
+    """To the guest: run, stop, load, check, arming, latency, throttle, hand-over, protect, quit.
 
     Any but latency and throttle stops it, too; latency ends the taking of times. throttle: it loses
     `percentage` of its time. hand-over: to a socket at
-    `path`, a descriptor by which its writes are seen, before it moves on.
+    `path`, a descriptor by which its writes are seen, before it moves on; protect: one by which
+    they are held back.
     """
 
     what: str
@@ -373,6 +374,10 @@ class DemoGuest:
                 self.hand_over(command.path)
             case "throttle":
                 self.percentage = command.percentage
+            case "protect":
+                self.hold_writes_back()
+                self.hand_over(command.path)
+                self.let_go()  # if all others who have it die, nobody may sleep for ever
         return Answer(self.registers, verdict, latency, self.unarmed, self.percentage)
 
     def serve(self) -> None:
@@ -392,6 +397,16 @@ class DemoGuest:
         """Have the kernel note what is written; no descriptor where it cannot."""
         self._register(userfaultfd.create_tracking, userfaultfd.register_write_protect)
 
+    def hold_writes_back(self) -> None:
+        """Have them wait, as soon as memory is protected; no descriptor where the kernel cannot."""
+        self._register(userfaultfd.create_protecting, userfaultfd.register_write_protect)
+
+    def let_go(self) -> None:
+        """Of our descriptor."""
+        if self.uffd >= 0:
+            os.close(self.uffd)
+            self.uffd = -1
+
     def catch_missing(self) -> None:
         """Have touches of pages that are not there wait; no descriptor where the kernel cannot."""
         self._register(userfaultfd.create_missing, userfaultfd.register_missing)
@@ -399,9 +414,7 @@ class DemoGuest:
     def _register(
         self, create: Callable[[], int], register: Callable[[int, int, int], None]
     ) -> None:
-        if self.uffd >= 0:  # of a migration that is over; memory is registered with one at a time
-            os.close(self.uffd)
-            self.uffd = -1
+        self.let_go()  # of a migration that is over; memory is registered with one at a time
         try:
             uffd = create()
         except HostLacks as e:

@@ -26,8 +26,9 @@ from ...transport.messages import Block
 from ...transport.pages import Runs
 from ..kernel.freezer import is_frozen
 from ..ram import RamBlock, RamFile
-from .base import TRACKING_HASH, TRACKING_PAGEMAP, SourceGuest
+from .base import TRACKING_HASH, TRACKING_PAGEMAP, ArmedMemory, SourceGuest
 from .process_memory import open_memory, refuse_other_writers
+from .protecting import protect_process
 from .slowing import MEANS, Slowing
 from .stopping import WriterProcess
 from .tracking import WriteTracker
@@ -117,6 +118,12 @@ class ProcessSource(SourceGuest):
 
     def slowed(self) -> dict[str, Any]:
         return self._slowing.meter.report()
+
+    def protect(self) -> ArmedMemory:
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
+        return protect_process(self._process.pid, self.blocks)
 
     def stop(self) -> None:
         self._slowing.release()

@@ -46,6 +46,7 @@ from .base import (
     Region,
     SourceGuest,
 )
+from .protecting import protect_process
 from .qemu_memory import (
     Backend,
     Discarding,
@@ -276,6 +277,12 @@ class QemuSource(SourceGuest):
         if migration.get("status") in _ACTIVE:
             raise SourceError(f"QEMU is migrating this VM by itself: {migration['status']}")
         return migration
+
+    def protect(self) -> ArmedMemory:
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
+        return protect_process(self._monitor.pid, self.blocks)
 
     def stop(self) -> None:
         if not self._stopped:

@@ -20,9 +20,10 @@ from ...transport.errors import (
 )
 from ...transport.messages import Block, Hello
 from ..ram import RamBlock, RamFile
-from .base import TRACKING_HASH, DestinationGuest, SourceGuest, layout_size
+from .base import TRACKING_HASH, ArmedMemory, DestinationGuest, SourceGuest, layout_size
 from .files import NewFile, open_to_read
 from .process_memory import path_of_memory
+from .protecting import protect_process
 from .slowing import MEANS, Slowing
 from .stopping import WriterProcess
 from .uri import GuestUri
@@ -74,6 +75,11 @@ class RamSource(SourceGuest):
 
     def slowed(self) -> dict[str, Any]:
         return self._slowing.meter.report() if self._slowing is not None else {}
+
+    def protect(self) -> ArmedMemory:
+        if self._writer is None:
+            return super().protect()
+        return protect_process(self._writer.pid, self.blocks)
 
     def stop(self) -> None:
         if self._writer is not None and self._slowing is not None:

@@ -1,6 +1,7 @@
 """SOURCE and DESTINATION as users write them: KIND:REST?option=value&…  Pure.
 
 image:PATH                a memory image in a file: raw, or an ELF core
+file:PATH[?direct=on]     a snapshot; direct: written past the page cache
 ram:PATH[?pid=PID]        live memory in a shared-memory file
 shm:NAME                  the same, by its POSIX shared-memory name
 pid:PID[?mapping=PATH&tracking=HOW]
@@ -23,6 +24,7 @@ from ...transport.errors import UsageError
 
 _OPTIONS: dict[str, set[str]] = {
     "image": set(),
+    "file": {"direct"},
     "ram": {"pid", "throttle"},
     "shm": {"pid", "throttle"},
     "pid": {"mapping", "tracking", "throttle"},
@@ -100,7 +102,7 @@ def parse_guest(text: str) -> GuestUri:
         raise UsageError(f"{kind}: has no option {unknown[0]!r} (it has: {known})")
     if kind == "demo" and rest:
         raise UsageError(f"demo: takes options only: write demo:?{rest}")
-    if kind in ("image", "ram") and not rest:
+    if kind in ("image", "file", "ram") and not rest:
         raise UsageError(f"{kind}: needs a path: {kind}:PATH")
     if kind == "qemu" and not rest:
         raise UsageError("qemu: needs the socket of QEMU's monitor: qemu:PATH")

@@ -1,9 +1,9 @@
 """A userfaultfd inside another process, unmodified and unasked, and a duplicate of it here.
 
 What is done with it is done here: registering, scanning, installing pages. The other process's own
-descriptor is closed again for tracking (who tracks may die: then the kernel lets go of everything),
-and kept for missing pages: if it were gone as well, the guest would find zeros where pages are yet
-to come; so it sleeps.
+descriptor is closed again for tracking and protecting (who does that may die: then the kernel lets
+go of everything), and kept for missing pages: if it were gone as well, the guest would find zeros
+where pages are yet to come; so it sleeps.
 """
 
 from __future__ import annotations
@@ -48,6 +48,17 @@ def plant_tracking(pid: int) -> Planted:
             return _create(target, _FLAGS | _USER_MODE_ONLY)
 
     return _plant(pid, create, userfaultfd.enable_tracking, keep=False)
+
+
+def plant_protecting(pid: int) -> Planted:
+    """A userfaultfd that protects memory of process `pid` from writes, those of the kernel (system
+    calls, KVM) included. If whoever holds ours dies, the kernel lets go of everything.
+
+    AttachError, or HostLacks.
+    """
+    return _plant(
+        pid, lambda target: _create(target, _FLAGS), userfaultfd.enable_protecting, keep=False
+    )
 
 
 def plant_missing(pid: int, device: int = -1) -> Planted:

@@ -1,6 +1,6 @@
 """userfaultfd(2): create, register, and serve: track writes, or supply missing pages.
 
-Numbers from <linux/userfaultfd.h>. Two uses:
+Numbers from <linux/userfaultfd.h>. Three uses:
 
 * Write tracking. WP_ASYNC (Linux 6.7) lets the kernel resolve write-protect faults by itself and
   remember the write; PAGEMAP_SCAN then reads and re-arms in one call
@@ -8,6 +8,9 @@ Numbers from <linux/userfaultfd.h>. Two uses:
 * Missing pages (postcopy). Who touches a page that is not there sleeps until somebody installs it
   with UFFDIO_COPY. The kernel makes each install happen once: the second gets EEXIST. In QEMU,
   migration/postcopy-ram.c.
+* Write protection (live snapshots). Who writes a page that is protected sleeps until it is let go
+  (UFFDIO_WRITEPROTECT): somebody copies the page before that. If all descriptors are closed, the
+  kernel lets go of everything and wakes everybody. In QEMU, ram_write_tracking_start.
 
 A descriptor acts on the address space of the process that created it, whoever holds it.
 """
@@ -24,12 +27,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...transport.errors import DestinationError, GuestGone, HostLacks
+from ...transport.errors import DestinationError, GuestGone, HostLacks, SourceError
 from .libc import ioctl_raw, syscall
 
 SYSCALL = {"x86_64": 323, "aarch64": 282}
 _API, _REGISTER, _UNREGISTER = 0xC018AA3F, 0xC020AA00, 0x8010AA01
 _COPY, _ZEROPAGE, _WAKE = 0xC028AA03, 0xC020AA04, 0x8010AA02
+_WRITEPROTECT = 0xC018AA06
 _API_VERSION = 0xAA
 FEATURE_EVENT_REMOVE = 1 << 3
 FEATURE_MISSING_HUGETLBFS, FEATURE_MISSING_SHMEM = 1 << 4, 1 << 5
@@ -94,6 +98,23 @@ def enable_missing(uffd: int, extra: int = 0) -> None:
         ) from e
 
 
+def enable_protecting(uffd: int) -> None:
+    """A new descriptor protects shared memory from writes, and says when its owner gives some back
+    by madvise; HostLacks before Linux 5.19."""
+    try:
+        features(uffd, _FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_EVENT_REMOVE)
+    except OSError as e:
+        raise HostLacks(
+            "this kernel cannot protect shared memory from writes (userfaultfd "
+            "WP_HUGETLBFS_SHMEM, Linux 5.19): take the snapshot without --live"
+        ) from e
+
+
+def create_protecting() -> int:
+    """A userfaultfd of this process that protects memory from writes. HostLacks."""
+    return _create(enable_protecting)
+
+
 def create_tracking() -> int:
     """A userfaultfd of this process that tracks writes. HostLacks."""
     return _create(enable_tracking)
@@ -128,6 +149,27 @@ def register_missing(uffd: int, start: int, length: int) -> None:
     SAFETY: as above. Somebody must serve the descriptor, or touching threads sleep for ever.
     """
     fcntl.ioctl(uffd, _REGISTER, bytearray(struct.pack("QQQQ", start, length, _MODE_MISSING, 0)))
+
+
+def write_protect(uffd: int, start: int, length: int, *, on: bool) -> bool:
+    """Who writes to the range sleeps from now on; or, with `on` False, does not any more, and who
+    slept is woken. False if the owner's memory map is changing: read events, and again.
+
+    GuestGone if it has ended; SourceError if it does not map all of the range any more.
+    SAFETY: registered for write protection. With `on` somebody must serve the descriptor.
+    """
+    argument = bytearray(struct.pack("QQQ", start, length, int(on)))
+    try:
+        fcntl.ioctl(uffd, _WRITEPROTECT, argument)
+    except OSError as e:
+        if e.errno == errno.EAGAIN:
+            return False
+        if e.errno == errno.ESRCH:
+            raise GuestGone("the guest has ended while its memory was being saved") from e
+        raise SourceError(
+            f"the guest's memory at {start:#x} is not mapped as it was ({e.strerror}): start again"
+        ) from e
+    return True
 
 
 def unregister(uffd: int, start: int, length: int) -> None:

@@ -1,0 +1,284 @@
+"""Snapshots: guests saved while they write, what is killed or full then, and restored again."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import pageferry as run
+from helpers import pattern, until
+from qemu_vm import Vm, require_qemu
+from shared_writer import SharedWriter
+
+from pageferry.pipeline import api
+from pageferry.pipeline.parameters import Parameters
+from pageferry.pipeline.snapshot import Snapshot
+from pageferry.tools.bench.boot_guest import BootGuest, rom_image
+from pageferry.tools.cli.main import cli
+from pageferry.transport.errors import (
+    HostLacks,
+    NoSpace,
+    PostcopyFailed,
+    SourceError,
+    UsageError,
+    VerificationFailed,
+)
+from pageferry.transport.pages import PAGE_SIZE
+from pageferry.transport.snapshot_format import ALIGNMENT
+from pageferry.workers.guests import demo, open_destination, open_source, parse_guest
+from pageferry.workers.kernel import userfaultfd
+
+MIB = 1 << 20
+FAKES = Path(__file__).parents[1] / "fakes"
+PAGES = 600  # and a hole behind
+
+
+@pytest.fixture
+def protecting():
+    """Skips where writes to shared memory cannot be held back."""
+    try:
+        os.close(userfaultfd.create_protecting())
+    except HostLacks as e:
+        pytest.skip(str(e))
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+    """A demo guest that was restored runs on for a moment before it is checked."""
+    monkeypatch.setattr(demo, "RUN_ON_SECONDS", 0.05)
+
+
+def restore(path, into, *, lazy=False):
+    parameters = Parameters(workers=2, codec="none", postcopy="now" if lazy else "never")
+    return asyncio.run(api.restore_into(parse_guest(f"file:{path}"), parse_guest(into), parameters))
+
+
+async def restore_lazily_with_a_pause(path):
+    """The connection breaks when the guest runs and most of its memory is still to come."""
+    begun = []
+
+    def progress(report):
+        if report["status"] == "postcopy-active" and len(begun) == 1:
+            begun.append("paused")
+            begun[0].pause()
+
+    return await api.restore_into(
+        parse_guest(f"file:{path}"), parse_guest("demo:"),
+        Parameters(workers=2, codec="none", postcopy="now", max_postcopy_bandwidth=20 * MIB),
+        on_progress=progress, on_started=begun.append,
+    )  # fmt: skip
+
+
+class Disturbed(Snapshot):
+    """Between its instant and the first page that a saver takes, `disturb` is called."""
+
+    disturb = staticmethod(lambda: None)
+
+    def _extents(self):
+        self.disturb()
+        return super()._extents()
+
+
+def save(uri, path, disturb=lambda: None, workers=2):
+    """A live snapshot."""
+    with contextlib.closing(open_source(parse_guest(uri))) as guest:
+        snapshot = Disturbed(guest, str(path), workers, live=True)
+        snapshot.disturb = disturb
+        return asyncio.run(snapshot.run())
+
+
+def memory_in(path, pages):
+    """Of a snapshot's first block."""
+    with open(path, "rb") as file:
+        file.seek(ALIGNMENT)
+        return file.read(pages * PAGE_SIZE).ljust(pages * PAGE_SIZE, b"\0")
+
+
+@pytest.fixture
+def writer(tmp_path, protecting):
+    """A process that maps PAGES pages of content, and a hole of as many, and obeys."""
+    path = f"/dev/shm/snapshot-test-{os.getpid()}"
+    try:
+        with SharedWriter("obey", path, 2 * PAGES) as process:
+            with open(path, "r+b") as file:
+                file.write(pattern(PAGES))
+            process.tell("map", 0, 0, 2 * PAGES)
+            process.path = path
+            yield process
+    finally:
+        os.unlink(path)
+
+
+# ---- live ------------------------------------------------------------------------------------
+
+
+def test_a_guest_that_writes_all_the_time(tmp_path, protecting):
+    """Every byte is what its registers of that instant say, restored at once or lazily; and it goes
+    on itself."""
+    path = tmp_path / "a"
+    uri = "demo:?size=12M&rate=0&access=random&vcpus=2&content=text"
+    with contextlib.closing(demo.DemoSource(parse_guest(uri))) as guest:
+        report = asyncio.run(Snapshot(guest, str(path), 2, live=True).run())
+        assert guest.verdict().ok
+    assert report["status"] == "completed"
+    assert report["writes-held-back"] > 0
+    assert report["ram"]["remaining"] == 0
+    assert restore(path, "demo:")["oracle"]["ok"]
+    report = asyncio.run(restore_lazily_with_a_pause(path))
+    assert report["oracle"]["ok"] and report["oracle"]["ran-on"] > 0
+    assert report["recoveries"] >= 1
+    with open(path, "r+b") as file:  # in the last page, which is read last
+        file.seek(ALIGNMENT + 12 * MIB - 1)
+        file.write(b"\0")  # no letter
+    with pytest.raises(VerificationFailed, match="is damaged: bytes 12517376 to 12582912"):
+        restore(path, "demo:")
+    with pytest.raises(PostcopyFailed, match=r"is given up.*is damaged"):
+        restore(path, "demo:", lazy=True)
+
+
+def test_a_process_is_saved_as_it_was_at_one_instant(tmp_path, writer):
+    """Whatever it writes afterwards, before a saver comes: to pages with content, to a page twice,
+    to a hole; of the last pages too. Then it is restored elsewhere."""
+    before = Path(writer.path).read_bytes()
+    written = [0, 1, 15, 16, 17, 300, PAGES - 1, PAGES + 5, 2 * PAGES - 1]
+
+    def disturb():
+        writer.tell("write", *written, 0, 300)
+
+    report = save(f"pid:{writer.pid}", tmp_path / "a", disturb)
+    assert memory_in(tmp_path / "a", 2 * PAGES) == before
+    assert report["writes-held-back"] == len({page // 16 for page in written})
+    after = Path(writer.path).read_bytes()
+    assert all(after[page * PAGE_SIZE + 17] == 7 for page in written)
+    writer.tell("write", 2)  # nothing is held back any more
+    restore(tmp_path / "a", f"image:{tmp_path}/b")
+    assert (tmp_path / "b").read_bytes() == before
+    still = asyncio.run(
+        api.snapshot(parse_guest(f"ram:{writer.path}?pid={writer.pid}"),
+                     parse_guest(f"file:{tmp_path}/c"))
+    )  # fmt: skip
+    assert memory_in(tmp_path / "c", 2 * PAGES) == Path(writer.path).read_bytes()
+    assert still["downtime"] <= still["total-time"]
+    assert writer.state() != "T"
+
+
+def test_what_would_be_lost_fails(tmp_path, writer):
+    """Memory given back, or mapped anew, meanwhile: no file, and the process goes on."""
+    uri = f"pid:{writer.pid}"
+    with pytest.raises(SourceError, match="gave memory back"):
+        save(uri, tmp_path / "a", lambda: writer.tell("advise", 100, 8, 9))  # MADV_REMOVE
+    writer.tell("write", 3)
+    with pytest.raises(SourceError, match="changed how it maps"):
+        save(uri, tmp_path / "a", lambda: writer.tell("map", 5000, 0, 4))
+    writer.tell("write", 4)
+    with pytest.raises(UsageError, match="is the memory that is to be saved"):
+        save(uri, writer.path)
+    with pytest.raises(SourceError, match="say who writes it"):
+        asyncio.run(api.snapshot(parse_guest(f"ram:{writer.path}"), parse_guest("file:x")))
+    assert os.listdir(tmp_path) == []
+
+
+def test_killed_in_the_middle_the_process_goes_on(tmp_path, writer):
+    """Its write waits for the guard, which stands still; then all of pageferry is killed."""
+    program = [
+        sys.executable,
+        str(FAKES / "held_snapshot.py"),
+        str(writer.pid),
+        str(tmp_path / "a"),
+    ]
+    with subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as ours:
+        guard = int(ours.stdout.readline().split()[1])
+        writer.tell("write", 5)  # the guard saves it
+        os.kill(guard, signal.SIGSTOP)
+        writer.process.stdin.write(json.dumps(["write", 500]) + "\n")
+        writer.process.stdin.flush()
+        until(lambda: sleepers(ours.pid) == 1, "it sleeps on its page")
+        ours.kill()
+        assert json.loads(writer.line()) is None
+    writer.tell("write", *range(PAGES))
+    until(lambda: not Path(f"/proc/{guard}").exists(), "the guard has ended")
+    assert os.listdir(tmp_path) == []
+
+
+def sleepers(pid):
+    """Threads that wait for somebody to serve a userfaultfd that `pid` has."""
+    found = 0
+    for fd in os.listdir(f"/proc/{pid}/fdinfo"):
+        text = Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
+        found += sum(int(line.split()[1]) for line in text.splitlines() if "pending" in line)
+    return found
+
+
+def test_a_vm_goes_on_and_its_snapshot_too(tmp_path, protecting):
+    """Live, and restored lazily into another QEMU."""
+    require_qemu()
+    rom = rom_image(tmp_path / "rom", mode=1, lo=MIB, hi=5 * MIB, delay=2000)
+    with (
+        Vm("src", memory=64 * MIB, bios=rom) as source,
+        Vm("dst", memory=64 * MIB, bios=rom, incoming="defer") as destination,
+    ):
+        source.wait_for_serial(b"B")
+        report = save(f"qemu:{source.qmp_path}", tmp_path / "a")
+        assert report["status"] == "completed"
+        assert source.status() == "running"
+        runs_on(source)
+        restore(tmp_path / "a", f"qemu:{destination.qmp_path}", lazy=True)
+        assert destination.status() == "running"
+        runs_on(destination)
+
+
+def runs_on(vm):
+    with BootGuest(*vm.ram_parts()) as guest:
+        guest.advance("passes", 2)
+        vm.qmp("stop")
+        assert guest.oracle() == []
+        vm.qmp("cont")
+
+
+# ---- the command line ------------------------------------------------------------------------
+
+
+def test_there_and_back_by_the_command_line(tmp_path):
+    """An image; errors of one line; a disk that is full."""
+    content = pattern(700)[:-100]
+    (tmp_path / "vm.mem").write_bytes(content)
+    done = run("snapshot", f"image:{tmp_path}/vm.mem", f"file:{tmp_path}/a?direct=on")
+    assert done.returncode == 0, done.stderr
+    assert "completed" in done.stdout and f"{tmp_path}/a" in done.stdout
+    done = run("restore", f"file:{tmp_path}/a", "--into", f"image:{tmp_path}/b", "--json")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "b").read_bytes() == content
+    assert json.loads(done.stdout)["verified"]
+    for arguments, kind, text in [
+        (["restore", f"file:{tmp_path}/a"], UsageError, "--uffd-socket PATH or --into GUEST"),
+        (["restore", f"file:{tmp_path}/b", "--into", "demo:"], SourceError, "no snapshot of"),
+        (["restore", "ram:x", "--into", "demo:"], UsageError, "is no snapshot"),
+        (["snapshot", f"file:{tmp_path}/a", "file:b"], UsageError, "is a snapshot already"),
+        (["snapshot", f"image:{tmp_path}/b", f"image:{tmp_path}/c"], UsageError, "file:PATH"),
+    ]:
+        with pytest.raises(kind, match=text):
+            cli.main(arguments, standalone_mode=False)
+    with pytest.raises(UsageError, match="made by `pageferry snapshot SOURCE file:b`"):
+        open_destination(parse_guest("file:b"))
+    full = tmp_path / "full"
+    full.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", full], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        with pytest.raises(NoSpace, match="no space left"):
+            cli.main(
+                ["snapshot", f"image:{tmp_path}/vm.mem", f"file:{full}/a"], standalone_mode=False
+            )
+        assert os.listdir(full) == []
+    finally:
+        subprocess.run(["umount", full], check=True)

@@ -1,0 +1,221 @@
+"""file:PATH on disk: what writes one, and memory of one that is checked before anybody gets it.
+
+Written under no name (files.py): it is there when it is whole, or not at all. Read through a
+mapping, as images are; the digest of a chunk is compared in each process that reads of it, the
+first time that it does. What no bit says is there is zero and is never read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ..transport import snapshot_format as form
+from ..transport.errors import DestinationError, SourceError, VerificationFailed
+from ..transport.messages import Block
+from ..transport.pages import PAGE_SIZE, Pages, Runs, runs_of, union
+from ..transport.snapshot_format import CHUNK_BYTES, CHUNK_PAGES, DIGEST_BYTES, Index, StoredBlock
+from .guests.files import NewFile, open_to_read
+from .ram import RamBlock, RamFile
+from .segments import Segment
+
+# Looked at together, whatever a file says of its size.
+_STEP_PAGES, _STEP_BYTES = 1 << 20, 16 << 20
+_DIRECT_HINT = "leave out ?direct=on"
+
+
+class Tables:
+    """Digests and bits of all blocks, as they come to be: a stretch of shared memory a block. Those
+    of a chunk are written by the owner of the chunk alone, and read when all have ended."""
+
+    def __init__(self, blocks: list[StoredBlock]) -> None:
+        self.blocks = blocks
+        self._offsets = np.concatenate(([0], np.cumsum([b.table_bytes for b in blocks]))).tolist()
+        self._segment = Segment(self._offsets[-1], "snapshot")
+
+    def digests(self, block: int) -> npt.NDArray[np.uint8]:
+        """Shape (chunks, 16)."""
+        b = self.blocks[block]
+        found: npt.NDArray[np.uint8] = self._segment.array(
+            np.uint8, b.digest_bytes, self._offsets[block]
+        )
+        return found.reshape(-1, DIGEST_BYTES)
+
+    def bits(self, block: int) -> npt.NDArray[np.uint8]:
+        """Shape (chunks, 2): the lowest bit is the first page."""
+        b = self.blocks[block]
+        found: npt.NDArray[np.uint8] = self._segment.array(
+            np.uint8, b.table_bytes - b.digest_bytes, self._offsets[block] + b.digest_bytes
+        )
+        return found.reshape(-1, CHUNK_PAGES // 8)
+
+    def packed(self, block: int) -> bytes:
+        """As the file has them."""
+        found: bytes = self._segment.array(
+            np.uint8, self.blocks[block].table_bytes, self._offsets[block]
+        ).tobytes()
+        return found
+
+    def close(self) -> None:
+        self._segment.close()
+
+
+class SnapshotWriter:
+    """A snapshot that comes to be at `path`. `targets`: where workers write the memory of each
+    block, padded to whole pages; with `direct` past the page cache, in whole aligned pages."""
+
+    def __init__(self, path: str, specs: list[Block], *, direct: bool) -> None:
+        self.path = path
+        self.blocks, self._index_at = form.place(specs)
+        self._new = NewFile(path, self._index_at)
+        self._file: RamFile | None = None
+        self._tables: Tables | None = None
+        try:
+            self._file = RamFile(self._open(direct), path)
+            self._tables = Tables(self.blocks)
+        except BaseException:
+            self.discard()
+            raise
+        self.targets = [
+            RamBlock(Block(b.spec.name, b.pages * PAGE_SIZE), self._file, b.at) for b in self.blocks
+        ]
+
+    def _open(self, direct: bool) -> int:
+        if not direct:
+            return os.dup(self._new.fd)
+        try:
+            flags = os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC
+            return os.open(f"/proc/self/fd/{self._new.fd}", flags)
+        except OSError as e:
+            raise DestinationError(
+                f"{self.path} is in a file system that takes no direct I/O ({e.strerror}): "
+                f"{_DIRECT_HINT}"
+            ) from e
+
+    @property
+    def tables(self) -> Tables:
+        assert self._tables is not None
+        return self._tables
+
+    def finish(self, kind: str, running: bool, image_size: int, version: str, state: bytes) -> int:
+        """All of its memory is written: the rest, all of it to disk, and its name, in this order.
+        Bytes that it takes there."""
+        blocks = []
+        try:
+            for i, block in enumerate(self.blocks):
+                packed = self.tables.packed(i)
+                _write_all(self._new.fd, packed, block.tables_at)
+                blocks.append(msgspec.structs.replace(block, sum=form.digest(packed)))
+            index = Index(version, kind, running, image_size, blocks, state)
+            header, body = form.encode(index, self._index_at)
+            _write_all(self._new.fd, body, self._index_at)
+            _write_all(self._new.fd, header, 0)
+            os.fsync(self._new.fd)
+        except OSError as e:
+            raise RamBlock.write_error(e, self.path) from e
+        taken = os.fstat(self._new.fd).st_blocks * 512
+        self._new.publish()
+        return taken
+
+    def discard(self) -> None:
+        """Leave nothing, unless it is finished. Idempotent."""
+        if self._tables is not None:
+            self._tables.close()
+        if self._file is not None:
+            self._file.close()
+        self._new.discard()
+
+
+def _write_all(fd: int, data: bytes, at: int) -> None:
+    view = memoryview(data)
+    while view:
+        n = os.pwrite(fd, view, at)
+        view, at = view[n:], at + n
+
+
+class CheckedBlock(RamBlock):
+    """A RAM block of a snapshot. `check` compares digests; once a chunk and process."""
+
+    def __init__(self, stored: StoredBlock, file: RamFile, spec: Block | None = None) -> None:
+        super().__init__(spec or stored.spec, file, stored.at)
+        self.stored = stored
+        self._unchecked: npt.NDArray[np.bool_] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (CheckedBlock, (self.stored, self.file, self.spec))
+
+    def with_spec(self, spec: Block) -> CheckedBlock:
+        return CheckedBlock(self.stored, self.file, spec)
+
+    def data_runs(self, first: int = 0, count: int | None = None) -> Runs:
+        """As the bits have it: whoever copied the file may have filled its holes."""
+        last = self.pages if count is None else min(self.pages, first + count)
+        return union([self._runs(at, min(at + _STEP_PAGES, last))
+                      for at in range(first, last, _STEP_PAGES)])  # fmt: skip
+
+    def _runs(self, first: int, last: int) -> Runs:
+        at = self.stored.tables_at + self.stored.digest_bytes
+        begin = first // 8
+        packed = np.frombuffer(os.pread(self.file.fd, -(-last // 8) - begin, at + begin), np.uint8)
+        bits = np.unpackbits(packed, bitorder="little")[first - begin * 8 : last - begin * 8]
+        return runs_of(np.flatnonzero(bits) + first)
+
+    def check(self, pages: Pages | Sequence[int]) -> None:
+        """Compare the chunks of `pages`. VerificationFailed names the first that differs."""
+        if self._unchecked is None:
+            self._unchecked = np.ones(self.stored.chunks, np.bool_)
+        chunks = np.asarray(pages) // CHUNK_PAGES
+        chunks = chunks[self._unchecked[chunks]]
+        if len(chunks):
+            self._check_chunks(np.unique(chunks))
+
+    def _check_chunks(self, chunks: Pages) -> None:
+        assert self._unchecked is not None
+        first, last = int(chunks[0]), int(chunks[-1])
+        at = self.stored.tables_at + first * DIGEST_BYTES
+        digests = os.pread(self.file.fd, (last + 1 - first) * DIGEST_BYTES, at)
+        for chunk in chunks.tolist():
+            begin = chunk * CHUNK_BYTES
+            end = min(begin + CHUNK_BYTES, self.stored.pages * PAGE_SIZE)
+            # read, not mapped: a hole in tmpfs that is looked at through a mapping becomes memory
+            content = os.pread(self.file.fd, end - begin, self.start + begin)
+            wanted = (chunk - first) * DIGEST_BYTES
+            if form.digest(content) != digests[wanted : wanted + DIGEST_BYTES]:
+                raise VerificationFailed(
+                    f"{self.file.name} is damaged: bytes {begin} to {end} of {self.name} are not "
+                    f"what was saved; take another copy of it, or another snapshot"
+                )
+            self._unchecked[chunk] = False
+
+
+def open_snapshot(path: str) -> tuple[RamFile, Index]:
+    """A snapshot, all of it but its memory read and checked. SourceError."""
+    fd, size = open_to_read(path, "snapshot")
+    file = RamFile(fd, path)
+    try:
+        header = form.decode_header(os.pread(fd, form.HEADER_BYTES, 0), size)
+        index = form.decode_index(header, os.pread(fd, header.length, header.at))
+        for block in index.blocks:
+            if _digest_of(fd, block.tables_at, block.table_bytes) != block.sum:
+                raise SourceError("it is damaged (its digests were changed): take another copy")
+    except SourceError as e:
+        file.close()
+        raise SourceError(f"cannot read the snapshot {path}: {e.message}") from e
+    except OSError as e:
+        file.close()
+        raise SourceError(f"cannot read the snapshot {path}: {e.strerror}") from e
+    return file, index
+
+
+def _digest_of(fd: int, at: int, length: int) -> bytes:
+    """As snapshot_format.digest, of a stretch of a file."""
+    state = xxhash.xxh3_128()
+    for begin in range(at, at + length, _STEP_BYTES):
+        state.update(os.pread(fd, min(_STEP_BYTES, at + length - begin), begin))
+    return state.digest()
