@@ -205,8 +205,7 @@ class Carriage:
         if self._met and pool.alive:
             await self._finish(pool, hurry)
         self._pool, self._ended = None, pool
-        if hurry:
-            pool.hurry()
+        # not `pool.hurry()`: a carrier that is killed cannot end what its command has started
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
