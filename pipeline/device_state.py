@@ -61,8 +61,8 @@ def check_sections(sections: Sequence[Section]) -> None:
 
 
 def run_state(*, live: bool, running: bool) -> str:
-    """Of a source guest."""
-    return (RUNNING if running else PAUSED) if live else NONE
+    """Of a source guest. A snapshot is not live, and its guest may have been running."""
+    return RUNNING if running else PAUSED if live else NONE
 
 
 def compose(guest_state: bytes, runstate: str, sections: Sequence[Section]) -> bytes:

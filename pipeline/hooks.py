@@ -51,17 +51,17 @@ async def _run(words: list[str], environment: dict[str, str]) -> None:
     """To its end; DestinationError if that is not 0. Cancelled, it is ended."""
     log = os.memfd_create("pageferry-hook", os.MFD_CLOEXEC)
     try:
+        starting = asyncio.ensure_future(asyncio.create_subprocess_exec(
+            *words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
+            start_new_session=True, env=os.environ | environment,
+        ))  # fmt: skip
         try:
-            process = await asyncio.create_subprocess_exec(
-                *words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
-                start_new_session=True, env=os.environ | environment,
-            )  # fmt: skip
+            # asyncio would kill one whose start is cancelled, and not what that has started
+            code = await (await asyncio.shield(starting)).wait()
         except OSError as e:
             raise DestinationError(f"cannot run {words[0]}: {e.strerror}") from e
-        try:
-            code = await process.wait()
         except asyncio.CancelledError:
-            await to_its_end(_end(process))
+            await to_its_end(_end(starting))
             raise
         if code:
             ended = f"ended with {code}" if code > 0 else f"was ended by signal {-code}"
@@ -72,8 +72,12 @@ async def _run(words: list[str], environment: dict[str, str]) -> None:
         os.close(log)
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def _end(starting: asyncio.Future[asyncio.subprocess.Process]) -> None:
     """End it and what it has started: asked first, then by force."""
+    try:
+        process = await starting
+    except OSError:
+        return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(TimeoutError):

@@ -51,7 +51,7 @@ def test_there_and_back():
 
 
 @pytest.mark.parametrize(("live", "running", "state"), [
-    (True, True, RUNNING), (True, False, PAUSED), (False, False, NONE), (False, True, NONE),
+    (True, True, RUNNING), (True, False, PAUSED), (False, False, NONE), (False, True, RUNNING),
 ])  # fmt: skip
 def test_run_states(live, running, state):
     assert run_state(live=live, running=running) == state
