@@ -141,6 +141,16 @@ def test_a_guest_that_writes_all_the_time(tmp_path, protecting):
         restore(path, "demo:", lazy=True)
 
 
+def test_a_guest_that_is_paused_stays_so(tmp_path, protecting):
+    """Its memory is registered by itself, for which it is asked."""
+    path = tmp_path / "a"
+    with contextlib.closing(demo.DemoSource(parse_guest("demo:?size=4M&paused=yes"))) as guest:
+        asyncio.run(Snapshot(guest, str(path), 1, live=True).run())
+        verdict = guest.verdict()
+    assert verdict.ok and verdict.passes == verdict.position == 0
+    assert restore(path, "demo:")["oracle"]["ran-on"] == 0
+
+
 def test_a_process_is_saved_as_it_was_at_one_instant(tmp_path, writer):
     """Whatever it writes afterwards, before a saver comes: to pages with content, to a page twice,
     to a hole; of the last pages too. Then it is restored elsewhere."""
