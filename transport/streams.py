@@ -379,6 +379,8 @@ class Mux:
             )
         if not greeting.dials and (not greeting.name or len(greeting.name.encode()) > 107):
             raise RemoteProtocolError("the other end of the stream has no name")
+        if not greeting.name.isprintable():  # a person reads it, and pastes it
+            raise RemoteProtocolError("the other end of the stream has a name that cannot be shown")
         self.greeted = True
         return Greeted(greeting.name)
 

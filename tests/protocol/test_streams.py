@@ -233,6 +233,11 @@ def test_another_version(monkeypatch):
     assert e.value.data["field"] == "protocol"
 
 
+def test_a_name_that_a_person_could_not_paste():
+    with pytest.raises(RemoteProtocolError, match="cannot be shown"):
+        End(dials=True).hear(Mux(dials=False, name="@a\x1b[2J").output(idle=True), 0.0)
+
+
 def test_nothing_before_the_greeting():
     source = End(dials=True)
     with pytest.raises(LocalProtocolError):
