@@ -246,6 +246,16 @@ def test_nothing_before_the_greeting():
         source.hear(MAGIC + HEADER.pack(Kind.SEEN, 0, 0), 0.0)
 
 
+def test_who_opens_connections_and_takes_no_answer_fills_no_memory(monkeypatch):
+    monkeypatch.setattr(streams, "_MOST_OUT", 1 << 14)
+    there = Mux(dials=False, name="@there")
+    there.receive(Mux(dials=True).output(idle=True), 0.0)
+    both = [HEADER.pack(kind, number, 0) for number in range(1, 1 << 11)
+            for kind in (Kind.OPEN, Kind.CLOSE)]  # fmt: skip
+    with pytest.raises(RemoteProtocolError, match="takes no answer"):
+        there.receive(b"".join(both), 0.0)
+
+
 # ---- what goes first -----------------------------------------------------------------------
 
 
