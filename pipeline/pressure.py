@@ -88,8 +88,9 @@ class Pressure:
             await asyncio.wait([easing])
         if not easing.cancelled():
             easing.result()
-        if self._eased:
-            self._eased = False
+        eased, self._eased = self._eased, False
+        # what it was told last may have been given up half way: so it is told once more
+        if eased and (self.throttling.percentage or self._now):
             await self.set(self.throttling.percentage)
 
     async def _ease(self, after: float) -> None:

@@ -54,6 +54,21 @@ def test_who_is_waited_for_long_costs_the_guest_no_time(long):
     asyncio.run(main())
 
 
+def test_who_is_not_slowed_down_is_told_nothing():
+    """It may be one that cannot be."""
+    guest = Told()
+
+    async def main():
+        pressure = Pressure(guest, Rules(), Blocking(), Journal("source", "an-id"))
+        async with pressure.eased(0):
+            while not pressure._eased:
+                await asyncio.sleep(0)
+        await pressure.lift()
+
+    asyncio.run(main())
+    assert guest.told == []
+
+
 def test_it_is_lifted_although_nobody_waited_for_what_it_was_told_last():
     """The percentage is 0 again, and the call that says so was never made."""
     guest = Told()
