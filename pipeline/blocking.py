@@ -27,7 +27,8 @@ class Blocking:
 
     async def __call__(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run `function` in a thread. Cancelled, it still runs to its end: see `idle`."""
-        await self.idle()
+        while self.busy:  # others wait for it too, and one of them was first
+            await self.idle()
         running = asyncio.get_running_loop().run_in_executor(None, function, *arguments)
         self._running = running
         return await asyncio.shield(running)

@@ -38,7 +38,7 @@ from .throttling import Throttling
 # A static source whose frames are lost this many rounds in a row has a broken link.
 _RESENDS = 5
 # Whoever is asked may take so long; after that the guest has written more than was decided on.
-_SOON_SECONDS = 0.05
+SOON_SECONDS = 0.05
 
 # ---- events -----------------------------------------------------------------------------
 
@@ -469,7 +469,7 @@ class Migration:
         self.asks = self.acks = False
         if not self.live:
             return self._all_is_there()
-        if self.can_stop and (self.leaving or event.seconds <= _SOON_SECONDS):
+        if self.can_stop and (self.leaving or event.seconds <= SOON_SECONDS):
             return self._stop()
         self._grant_rounds()
         return [TakeDirty()]

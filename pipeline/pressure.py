@@ -7,7 +7,10 @@ migration goes on without.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 from typing import Any
 
 from ..transport.errors import HostLacks, SourceError, UsageError
@@ -28,6 +31,8 @@ class Pressure:
         self.throttling = Throttling(rules)
         self._now = 0  # what the guest was told
         self._standing = False  # or lifted for good
+        self._told = False  # anything, ever: also by a call that nobody waited for
+        self._eased = False
         self._because = ""
 
     def __repr__(self) -> str:
@@ -58,8 +63,9 @@ class Pressure:
 
     async def set(self, percentage: int) -> None:
         """The guest loses so much of its time from now on."""
-        if self._standing:
+        if self._standing or (self._eased and percentage):
             return
+        self._told = True
         try:
             await self._call(self._guest.throttle, percentage)
         except (HostLacks, SourceError) as e:
@@ -69,6 +75,29 @@ class Pressure:
         if percentage != self._now:
             self._journal.info("the guest is slowed down by %d %%", percentage)
         self._now = percentage
+
+    @contextlib.asynccontextmanager
+    async def eased(self, after: float) -> AsyncIterator[None]:
+        """Around a wait for somebody who may take long: after so many seconds the guest has all of
+        its time, and when it is over it loses again what it lost."""
+        easing = asyncio.get_running_loop().create_task(self._ease(after))
+        try:
+            yield
+        finally:
+            easing.cancel()
+            await asyncio.wait([easing])
+        if not easing.cancelled():
+            easing.result()
+        eased, self._eased = self._eased, False
+        # what it was told last may have been given up half way: so it is told once more
+        if eased and (self.throttling.percentage or self._now):
+            await self.set(self.throttling.percentage)
+
+    async def _ease(self, after: float) -> None:
+        await asyncio.sleep(after)
+        self._eased = True
+        if self._now:
+            await self.set(0)
 
     def _give_up(self, because: str) -> None:
         """It goes on as fast as it likes."""
@@ -85,8 +114,8 @@ class Pressure:
     async def lift(self) -> None:
         """At the end of a migration, however that is. Idempotent."""
         self._standing = True
-        if self.throttling.percentage or self._now:
-            self._now = 0
+        if self._told:
+            self._told, self._now = False, 0
             try:
                 await self._call(self._guest.throttle, 0)
             except (HostLacks, SourceError) as e:  # it may have ended; else `close` tries it again

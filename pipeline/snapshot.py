@@ -83,7 +83,7 @@ class Snapshot:
         self._guard: Pool | None = None
         self._answers: asyncio.Queue[bytes] = asyncio.Queue()
         self._watching: asyncio.Task[None] | None = None
-        self._stopped = self._resuming = False
+        self._stopped = self._resuming = self._saved = False
         self._task: asyncio.Task[Any] | None = None
 
     def __repr__(self) -> str:
@@ -231,7 +231,8 @@ class Snapshot:
                 for pool in (self._crew.pool, self._guard):
                     if pool is not None:
                         pool.check()
-                if not self._resuming:  # that it goes on is no surprise then
+                # that it goes on is no surprise then; nor, when all is saved, that it ends
+                if not (self._resuming or self._saved):
                     self.guest.check()
                 self._progress()
                 await asyncio.sleep(_WATCH_SECONDS)
@@ -315,6 +316,7 @@ class Snapshot:
             if pid and regions_of(pid, self.guest.blocks) != self._memory.regions:
                 raise changed(pid)  # what was written there was not seen
             self._memory.disarm()
+        self._saved = True
         if self._stopped:
             self._resume()
 

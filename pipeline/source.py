@@ -445,6 +445,13 @@ class Source:
             self.journal.became(self.core.status, why)
             self._emit("MIGRATION", {"status": self.core.status.value})
 
+    async def _ask_to_stop(self) -> None:
+        if self._ack.awaited:
+            with self._waits.acknowledgement():
+                await self._ack.wait()
+        if self.before_stop is not None and self.guest.can_stop:
+            await self.before_stop()
+
     async def _execute(self, instruction: core.Instruction) -> None:
         """Carry out one instruction and report its result as an event."""
         match instruction:
@@ -458,11 +465,8 @@ class Source:
                 event = await self._send_round(instruction)
             case core.AskToStop():
                 asked = time.monotonic()
-                if self._ack.awaited:
-                    with self._waits.acknowledgement():
-                        await self._ack.wait()
-                if self.before_stop is not None and self.guest.can_stop:
-                    await self.before_stop()
+                async with self._pressure.eased(core.SOON_SECONDS):
+                    await self._ask_to_stop()
                 event = core.MayStop(time.monotonic() - asked)
             case core.StopGuest():
                 begin = time.monotonic()

@@ -57,6 +57,8 @@ SEEN_EVERY = 64 << 10
 # Over so long the rate of bulk is measured.
 _RATE_SECONDS = 0.5
 _MOST_SMALL = 8192  # of a frame that is no DATA
+# Of what is to be said before data, while the other end takes nothing: many times what there is.
+_MOST_OUT = 1 << 20
 
 
 class Kind(IntEnum):
@@ -379,6 +381,8 @@ class Mux:
             )
         if not greeting.dials and (not greeting.name or len(greeting.name.encode()) > 107):
             raise RemoteProtocolError("the other end of the stream has no name")
+        if not greeting.name.isprintable():  # a person reads it, and pastes it
+            raise RemoteProtocolError("the other end of the stream has a name that cannot be shown")
         self.greeted = True
         return Greeted(greeting.name)
 
@@ -387,6 +391,8 @@ class Mux:
             raise RemoteProtocolError(f"connection {number} is not the other end's to open")
         if len(self._connections) >= MAX_CONNECTIONS:
             raise RemoteProtocolError(f"more than {MAX_CONNECTIONS} connections over one stream")
+        if len(self._out) > _MOST_OUT:  # each is closed again, which is to be said
+            raise RemoteProtocolError("the other end opens connections, and takes no answer")
         self._add(number, suffix)
         self._opened = number
         return Opened(number, suffix)

@@ -163,6 +163,8 @@ class CheckedBlock(RamBlock):
         at = self.stored.tables_at + self.stored.digest_bytes
         begin = first // 8
         packed = np.frombuffer(os.pread(self.file.fd, -(-last // 8) - begin, at + begin), np.uint8)
+        if len(packed) < -(-last // 8) - begin:  # what has no bit would be taken for zero
+            raise SourceError(f"{self.file.name} became shorter while it was read")
         bits = np.unpackbits(packed, bitorder="little")[first - begin * 8 : last - begin * 8]
         return runs_of(np.flatnonzero(bits) + first)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,37 @@ def test_a_guest_that_writes_all_the_time(tmp_path, protecting):
         restore(path, "demo:")
     with pytest.raises(PostcopyFailed, match=r"is given up.*is damaged"):
         restore(path, "demo:", lazy=True)
+
+
+def test_a_guest_may_end_when_all_of_it_is_saved(tmp_path, protecting):
+    """What is left is for the disk, and may take long."""
+    path, looked = tmp_path / "a", threading.Semaphore(0)
+
+    class Ending(Snapshot):
+        def _go_on(self):
+            super()._go_on()
+            os.kill(guest._guest.process.pid, signal.SIGKILL)
+            until(guest._guest.has_ended, "the guest has ended")
+            while looked.acquire(blocking=False):
+                pass
+            for _ in range(2):
+                assert looked.acquire(timeout=20), "nobody looks any more"
+
+    with contextlib.closing(demo.DemoSource(parse_guest("demo:?size=4M"))) as guest:
+        taking = Ending(guest, str(path), 1, live=True, on_progress=lambda report: looked.release())
+        report = asyncio.run(taking.run())
+    assert report["status"] == "completed"
+    assert restore(path, "demo:")["oracle"]["ok"]
+
+
+def test_a_guest_that_is_paused_stays_so(tmp_path, protecting):
+    """Its memory is registered by itself, for which it is asked."""
+    path = tmp_path / "a"
+    with contextlib.closing(demo.DemoSource(parse_guest("demo:?size=4M&paused=yes"))) as guest:
+        asyncio.run(Snapshot(guest, str(path), 1, live=True).run())
+        verdict = guest.verdict()
+    assert verdict.ok and verdict.passes == verdict.position == 0
+    assert restore(path, "demo:")["oracle"]["ran-on"] == 0
 
 
 def test_a_process_is_saved_as_it_was_at_one_instant(tmp_path, writer):

@@ -212,3 +212,17 @@ def test_huge_pages_cannot_be_held_back(bench):
     block = RamBlock(Block("ram", 2 << 20, 2 << 20), bench.block.file, 0)
     with pytest.raises(HostLacks, match=r"on huge pages.*without --live"):
         protect_process(1, [block])
+
+
+def test_what_can_be_let_go_of_is_although_another_region_is_mapped_no_more(bench):
+    bench.protect()
+    thread = bench.write(5)
+    gone = mmap.mmap(-1, PAGE_SIZE)
+    address = int(np.frombuffer(gone, np.uint8).ctypes.data)
+    gone.close()
+    regions = bench.memory.regions
+    bench.memory.regions = [Region(0, 0, 1, address, PAGE_SIZE), *regions]
+    with pytest.raises(OSError, match="Errno"):
+        bench.memory.disarm()
+    assert goes_on(thread)
+    bench.memory.regions = regions

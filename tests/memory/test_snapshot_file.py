@@ -216,3 +216,11 @@ def test_a_claim_takes_what_is_nobodys():
 def test_stretches():
     assert stretches([]) == []
     assert stretches([1, 2, 3, 7, 9, 10]) == [(1, 3), (7, 1), (9, 2)]
+
+
+def test_one_that_becomes_shorter_while_it_is_read_has_no_zeros_for_that(tmp_path, ram, opened):
+    save(tmp_path / "a", [ram(memory_of(1))])
+    block = opened(tmp_path / "a").blocks[0]
+    os.truncate(tmp_path / "a", block.stored.tables_at)
+    with pytest.raises(SourceError, match="became shorter"):
+        block.data_runs()

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from pageferry.pipeline.blocking import MayHang, kept_up
+from pageferry.pipeline.blocking import Blocking, MayHang, kept_up
 from pageferry.pipeline.control import find
 from pageferry.transport.links import Endpoint
 
@@ -120,3 +120,30 @@ def test_whoever_looks_for_a_peer_that_does_not_answer_can_be_cancelled_at_once(
         (thread,) = ours()  # nobody has waited for it
         stack.enter_context(full.accept()[0])  # there is room
         thread.join()
+
+
+def test_calls_that_wait_for_one_another_are_made_one_at_a_time(release):
+    """Two wait for a third: when that is over, one of them goes first."""
+    under_way, most = [], []
+
+    def call(hold):
+        under_way.append(hold)
+        most.append(len(under_way))
+        if hold is not None:
+            hold.wait()
+        under_way.pop()
+
+    async def main():
+        calls, second = Blocking(), threading.Event()
+        waiting = [asyncio.create_task(calls(call, release))]
+        await asyncio.sleep(0)
+        waiting += [asyncio.create_task(calls(call, hold)) for hold in (second, None)]
+        await asyncio.sleep(0)
+        release.set()
+        await waiting[0]
+        await asyncio.sleep(0)
+        second.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(main())
+    assert most == [1, 1, 1]

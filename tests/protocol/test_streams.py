@@ -233,12 +233,27 @@ def test_another_version(monkeypatch):
     assert e.value.data["field"] == "protocol"
 
 
+def test_a_name_that_a_person_could_not_paste():
+    with pytest.raises(RemoteProtocolError, match="cannot be shown"):
+        End(dials=True).hear(Mux(dials=False, name="@a\x1b[2J").output(idle=True), 0.0)
+
+
 def test_nothing_before_the_greeting():
     source = End(dials=True)
     with pytest.raises(LocalProtocolError):
         source.mux.open("")
     with pytest.raises(RemoteProtocolError, match="out of turn"):
         source.hear(MAGIC + HEADER.pack(Kind.SEEN, 0, 0), 0.0)
+
+
+def test_who_opens_connections_and_takes_no_answer_fills_no_memory(monkeypatch):
+    monkeypatch.setattr(streams, "_MOST_OUT", 1 << 14)
+    there = Mux(dials=False, name="@there")
+    there.receive(Mux(dials=True).output(idle=True), 0.0)
+    both = [HEADER.pack(kind, number, 0) for number in range(1, 1 << 11)
+            for kind in (Kind.OPEN, Kind.CLOSE)]  # fmt: skip
+    with pytest.raises(RemoteProtocolError, match="takes no answer"):
+        there.receive(b"".join(both), 0.0)
 
 
 # ---- what goes first -----------------------------------------------------------------------

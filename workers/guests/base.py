@@ -59,12 +59,19 @@ class ArmedMemory:
         """Nothing is caught any more: what is missing is zero, as any hole is. Wakes who sleeps.
 
         In this order: the kernel (Linux 6.18) wakes sleepers before it lets go of a range, and who
-        touches in between sleeps again.
+        touches in between sleeps again. OSError if one region cannot be let go of (it is mapped no
+        more); the others are.
         """
         self.armed = False
+        error: OSError | None = None
         for act in (unregister, wake):
             for region in self.regions:
-                act(self.uffd, region.address, region.pages * PAGE_SIZE)
+                try:
+                    act(self.uffd, region.address, region.pages * PAGE_SIZE)
+                except OSError as e:
+                    error = error or e
+        if error is not None:
+            raise error
 
     def close(self) -> None:
         """Idempotent. Memory stays armed while its owner holds a descriptor too."""

@@ -316,7 +316,7 @@ class DemoSource(SourceGuest):
         with contextlib.closing(HandoverSocket()) as handover:
             answer = self._guest.ask("protect", path=handover.path)
             mappings, descriptors = handover.accept(self._guest.has_ended)
-        self._guest.ask("run")
+        self._let_run()
         if not descriptors:
             raise HostLacks(answer.unarmed)
         pages, base = self.image_size // PAGE_SIZE, mappings[0].base_host_virt_addr

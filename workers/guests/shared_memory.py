@@ -46,6 +46,7 @@ class RamSource(SourceGuest):
     running = True
 
     def __init__(self, uri: GuestUri) -> None:
+        by = uri.choice("throttle", MEANS)
         path = path_of(uri)
         fd, size = open_to_read(path, "shared memory")
         self._file = RamFile(fd, path)
@@ -53,7 +54,6 @@ class RamSource(SourceGuest):
         self.image_size = size
         self._writer: WriterProcess | None = None
         self._slowing: Slowing | None = None
-        by = uri.choice("throttle", MEANS)
         if "pid" in uri.options:
             try:
                 self._writer = WriterProcess(uri.integer("pid", 0))
