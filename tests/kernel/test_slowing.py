@@ -13,7 +13,7 @@ from helpers import until
 from own_cgroup import own_cgroup
 from slowed import is_free, notes, used, why_no_quota
 
-from pageferry.transport.errors import HostLacks, WorkerDied
+from pageferry.transport.errors import HostLacks, SourceError, WorkerDied
 from pageferry.workers import leftovers
 from pageferry.workers.guests import slowing
 from pageferry.workers.guests.slowing import MEANS, QUOTA, STOPS, Slowing
@@ -106,6 +106,25 @@ def test_it_can_be_stopped_for_good(counting, slow):
     leftovers.sweep()
     writer.check()
     assert set(states(counting.pid)) == {"T"}
+    writer.resume()
+    writer.close()
+    assert is_free(counting.pid)
+
+
+def test_who_slows_it_down_by_signals_is_the_only_one(counting):
+    """Two would take each other's moments for their own: then it runs when it should stand still."""
+    writer = WriterProcess(counting.pid)
+    first, second = Slowing(counting.pid, "signal"), Slowing(counting.pid, "signal")
+    first.begin()
+    second.begin()
+    first.set(95)
+    with pytest.raises(HostLacks, match="somebody else does|stands still"):
+        second.set(50)
+    with pytest.raises(SourceError, match="somebody else slows"):
+        writer.stop()
+    second.close()
+    first.close()
+    writer.stop()
     writer.resume()
     writer.close()
     assert is_free(counting.pid)

@@ -33,7 +33,8 @@ class Shape(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fiel
     struct: Layout | None = None
 
     def __str__(self) -> str:
-        inner = f" of {self.of}" if self.of is not None else ""
+        # no deeper: a peer's may be nested as deep as it likes
+        inner = f" of {self.of.type}" if self.of is not None else ""
         return f"{self.type}{f'[{self.size}]' if self.size else ''}{inner}"
 
 

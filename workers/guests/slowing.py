@@ -29,7 +29,7 @@ from ..kernel.tasks import cpu_seconds, is_stopped, threads_of
 from ..names import stem
 from ..slower import Answer, Order
 from ..slower import main as slower_main
-from ..throttled import Note, note_of
+from ..throttled import Note, note_of, stopped_now_and_then
 
 QUOTA, STOPS, ASKED = "cgroup", "signal", "guest"
 MEANS = (QUOTA, STOPS)
@@ -204,6 +204,8 @@ class Slowing:
             groups = cpu_quota.plan(self._pid, wanted, stem())
             if not groups:
                 raise ProcessLookupError("it has ended")
+        elif note := stopped_now_and_then(self._pid):
+            raise OSError(f"somebody else does ({note})")
         self._note = note_of(self._pid, tuple(groups))
         self._note.write()
         ours, theirs = multiprocessing.Pipe()

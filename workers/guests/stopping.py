@@ -18,6 +18,7 @@ from ...transport.errors import SourceError, UsageError
 from ..kernel.freezer import Freezer, freezer_of, is_frozen
 from ..leftovers import STOPPED, stopped_note
 from ..names import SHARED_MEMORY, shared_name
+from ..throttled import stopped_now_and_then
 
 _STOP_SECONDS = 2.0
 _POLL_SECONDS = 0.0005
@@ -54,6 +55,11 @@ class WriterProcess:
         Idempotent."""
         if self._still or self.has_ended():
             return
+        if note := stopped_now_and_then(self.pid):
+            raise SourceError(
+                f"somebody else slows process {self.pid} down ({note}): end that migration first "
+                f"(pageferry cancel); if there is none, `pageferry clean`"
+            )
         if not self._stands_still() and not self._freeze():
             self._send_stop()
         self._still = True
