@@ -112,13 +112,13 @@ def test_it_can_be_stopped_for_good(counting, slow):
 
 
 def test_who_slows_it_down_by_signals_is_the_only_one(counting):
-    """Two would take each other's moments for their own: then it runs when it should stand still."""
+    """Two would take each other's moments for their own: then it runs where it should not."""
     writer = WriterProcess(counting.pid)
     first, second = Slowing(counting.pid, "signal"), Slowing(counting.pid, "signal")
     first.begin()
     second.begin()
     first.set(95)
-    with pytest.raises(HostLacks, match="somebody else does|stands still"):
+    with pytest.raises(HostLacks, match=r"somebody else does|stands still"):
         second.set(50)
     with pytest.raises(SourceError, match="somebody else slows"):
         writer.stop()
