@@ -160,7 +160,7 @@ def travel(machine, moves, ways):
 @pytest.mark.parametrize(
     ("times", "ways"),
     [
-        pytest.param(20, ["never"], id="precopy"),
+        pytest.param(10, ["never"], id="precopy"),
         pytest.param(5, ["now", "after=2", "never"], id="postcopy", marks=_by_postcopy),
     ],
 )

@@ -192,7 +192,7 @@ def test_options_that_make_no_sense(options, why):
     [
         {"content": "prose"}, {"access": "zigzag"}, {"vcpus": 0}, {"vcpus": 65},
         {"vcpus": 2}, {"position": 256}, {"position": 1 << 63}, {"passes": 1 << 63},
-        {"rate": 1 << 63}, {"seed": 1 << 63},
+        {"rate": 1 << 63}, {"seed": 1 << 63}, {"changes": 0}, {"changes": 4097},
     ],
 )  # fmt: skip
 def test_registers_that_make_no_sense(change):
@@ -207,6 +207,7 @@ def test_registers_that_make_no_sense(change):
                     "seed": 1,
                     "access": "sequential",
                     "vcpus": 1,
+                    "changes": 1,
                 }
                 | change
             )

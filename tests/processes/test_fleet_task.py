@@ -70,7 +70,8 @@ class Batch:
 
 
 def sources():
-    return [p for p in psutil.Process().children() if "pageferry.pipeline.fleet_source" in
+    live = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in live if "pageferry.pipeline.fleet_source" in
             " ".join(p.cmdline())]  # fmt: skip
 
 

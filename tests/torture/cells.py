@@ -44,6 +44,7 @@ SETUP = Moment("setup", Status.SETUP, _NO, "the destination starts no receivers"
 ROUND_1 = Moment("active, round 1", _PRE, _NO, "max-bandwidth")
 ROUND_N = Moment("active, later round", _PRE, _NO, "max-bandwidth, from round 2 on")
 ASKING = Moment("active, asked to stop", _PRE, _NO, "who is asked (before_stop) says nothing")
+WAITING = Moment("pre-switchover", Status.PRE_SWITCHOVER, _NO, "pause-before-switchover")
 LOADING = Moment("device, loading", Status.DEVICE, _NO, "the guest there does not finish loading")
 STARTING = Moment(
     "device, told to run", Status.DEVICE, RunSaid.WHOLE, "the guest there does not start"
@@ -62,7 +63,8 @@ RECOVER = Moment(
 )
 
 MOMENTS = (
-    SETUP, ROUND_1, ROUND_N, ASKING, LOADING, STARTING, LEAVING, JUMPING, POSTCOPY, PAUSED, RECOVER,
+    SETUP, ROUND_1, ROUND_N, ASKING, WAITING, LOADING, STARTING, LEAVING, JUMPING, POSTCOPY, PAUSED,
+    RECOVER,
 )  # fmt: skip
 
 # States of state.py that have no moment, and why.
@@ -138,6 +140,7 @@ NEXT_MESSAGE: dict[Moment, str] = {
     ROUND_1: "DeviceState",
     ROUND_N: "DeviceState",
     ASKING: "DeviceState",
+    WAITING: "DeviceState",
     LOADING: "StateLoaded",
     STARTING: "Running",
     LEAVING: "StateLoaded",

@@ -206,6 +206,8 @@ class SourceEnd(End):
                 self.source.start_postcopy()
             case "pause":
                 self.source.pause()
+            case "continue":
+                self.source.go_on()
             case "recover":
                 self.source.recover(None)
             case "cancel":

@@ -29,6 +29,7 @@ from cells import (
     SETUP,
     SOURCE_SIDE,
     STARTING,
+    WAITING,
     Fault,
     Line,
     Loss,
@@ -131,6 +132,8 @@ class _Cell:
             found["max_bandwidth"] = _SLOW
         if moment is ROUND_N:
             found["downtime_limit"] = 0.001
+        if moment is WAITING:
+            found["pause_before_switchover"] = True
         if moment.run in (RunSaid.POSTCOPY, RunSaid.STARTING) or moment is LEAVING:
             found |= {"postcopy": "now", "max_postcopy_bandwidth": _SLOW}
         return found
@@ -199,6 +202,8 @@ class _Cell:
             await there.heard("held")
         elif moment is ASKING:
             await source.heard("held")
+        elif moment is WAITING:
+            await source.heard("status", status=moment.status.value)
         elif moment in (ROUND_1, ROUND_N):
             least = 1 if moment is ROUND_1 else 2
             await source.until(
@@ -315,6 +320,8 @@ class _Cell:
             end.tell("release")
         if self.cell.moment is PAUSED:
             self._recover()
+        if self.cell.moment is WAITING:
+            self.source.tell("continue")
 
     def _recover(self):
         self.source.tell("recover")
