@@ -125,7 +125,7 @@ def _check(pair, way, report):
     assert pair.there.status() == "running"
 
     # It answers there, and the source says nothing more.
-    said = pair.here.serial()
+    said, until = pair.here.serial(), time.monotonic() - pair.since
     last = _tick(pair.there, 5)
     assert linux_guest.ask(pair.there) >= last
     _verify_all(pair.there)
@@ -136,18 +136,19 @@ def _check(pair, way, report):
     assert linux_guest.problems(pair.serial()) == []
     ticks = linux_guest.ticks(pair.serial())
     assert len(ticks) == ticks[-1][0] + 1
-    _check_clocks(ticks, len(linux_guest.ticks(said)), time.monotonic() - pair.since)
+    _check_clocks(ticks, len(linux_guest.ticks(said)), until, time.monotonic() - pair.since)
 
 
-def _check_clocks(ticks, moved, seconds):
-    """After `moved` ticks it went. Neither clock jumps: they stay together, and the guest, which
-    has been there for at most `seconds`, has not seen more than these pass."""
+def _check_clocks(ticks, moved, until, seconds):
+    """After `moved` ticks, at `until`, it went. Neither clock jumps: they stay together, and the
+    guest has not seen more pass of the `seconds` that it has been there than it did before."""
     before, after = (
         min(wall - uptime for _, uptime, wall, _ in part) for part in (ticks[:moved], ticks[moved:])
     )
     assert abs(after - before) < APART_NS
-    # its kernel measured its processor's clock, to some per cent
-    assert ticks[-1][1] / 1e9 < 1.1 * seconds
+    # its kernel measured its processor's clock, on a busy host badly
+    pace = max(1.0, ticks[moved - 1][1] / 1e9 / until)
+    assert ticks[-1][1] / 1e9 < 1.2 * pace * seconds
 
 
 @pytest.mark.parametrize("way", [PRECOPY, NOW, AFTER])

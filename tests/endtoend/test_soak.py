@@ -10,8 +10,8 @@ from soak import Soak, draw_trip, growth
 def test_a_guest_goes_there_and_back(seed):
     lines = []
     soak = Soak(seed, lines.append)
-    asyncio.run(soak.run(10))
-    assert len(lines) == soak.looks == sum(soak.outcomes.values()) == 10
+    asyncio.run(soak.run(6))
+    assert len(lines) == soak.looks == sum(soak.outcomes.values()) == 6
 
 
 def test_trips_are_drawn_from_seed_and_number():

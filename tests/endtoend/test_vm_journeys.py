@@ -160,8 +160,8 @@ def travel(machine, moves, ways):
 @pytest.mark.parametrize(
     ("times", "ways"),
     [
-        pytest.param(10, ["never"], id="precopy"),
-        pytest.param(5, ["now", "after=2", "never"], id="postcopy", marks=_by_postcopy),
+        pytest.param(6, ["never"], id="precopy"),
+        pytest.param(3, ["now", "after=2", "never"], id="postcopy", marks=_by_postcopy),
     ],
 )
 def test_there_and_back(machine, times, ways):

@@ -495,7 +495,7 @@ def arena():
 
 @given(plan=st.lists(steps, max_size=40))
 @settings(
-    max_examples=200, deadline=None, derandomize=True, database=None,
+    max_examples=100, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 def test_whatever_it_does_just_what_it_wrote_is_found(arena, plan):

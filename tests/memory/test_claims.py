@@ -17,7 +17,7 @@ from pageferry.workers.page_table import CLEAN, DIRTY, IN_FLIGHT, PageTable
 from pageferry.workers.received import Received, unpack
 from pageferry.workers.release import may_go
 
-examples = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 states = st.sampled_from([CLEAN, DIRTY, IN_FLIGHT])
 
 
@@ -592,7 +592,7 @@ class HostPageMachine(ClaimMachine):
 
 for _machine in (ClaimMachine, HostPageMachine):
     _machine.TestCase.settings = settings(
-        max_examples=100, stateful_step_count=60, deadline=None, derandomize=True, database=None
+        max_examples=50, stateful_step_count=60, deadline=None, derandomize=True, database=None
     )
 TestClaims = ClaimMachine.TestCase
 TestHostPageClaims = HostPageMachine.TestCase

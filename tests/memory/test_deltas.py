@@ -30,7 +30,7 @@ from pageferry.workers.page_table import PageTable
 from pageferry.workers.ram import RamBlock, RamFile
 from pageferry.workers.receiver import Receiver, ReceiverJob
 
-examples = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 # The last page of the second block is not whole; numbers go through both.
 SIZES = (11 * PAGE_SIZE, 6 * PAGE_SIZE - 100)
 PAGES = [-(-size // PAGE_SIZE) for size in SIZES]

@@ -27,7 +27,7 @@ from pageferry.workers.guests.image import (
 from pageferry.workers.guests.states import IMAGE
 from pageferry.workers.guests.uri import GuestUri
 
-examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 PT_LOAD, PT_NOTE = 1, 4
 ET_EXEC, ET_CORE = 2, 4

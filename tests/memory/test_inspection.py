@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pageferry.transport.pages import PAGE_SIZE, WORDS
 from pageferry.workers.inspection import compressible_pages, zero_pages
 
-examples = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 TEXT = (b"It was a bright cold day in April, and the clocks were striking thirteen. " * 60)[
     :PAGE_SIZE

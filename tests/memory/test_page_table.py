@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pageferry.transport.pages import runs_of
 from pageferry.workers.page_table import CLEAN, DIRTY, GROUP, IN_FLIGHT, PageTable
 
-examples = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture

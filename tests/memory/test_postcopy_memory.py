@@ -26,7 +26,7 @@ from pageferry.workers.placing import ARRIVAL, FramePlacer, GuestMap, GuestPlace
 from pageferry.workers.preemption import FRONT, Preemption, Reader, Writer, page_key
 from pageferry.workers.received import WAITING_SLOTS, Received, Waiting, WaitingWriter, unpack
 
-examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 HUGE = 2 << 20
 

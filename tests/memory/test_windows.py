@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pageferry.transport.pages import PAGE_SIZE, pages_of
 from pageferry.workers.guests.tracking import Window, common, joined, within, without
 
-examples = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 # for each page of an address space: the page of the file there, if any
 layouts = st.lists(st.one_of(st.none(), st.integers(0, 5)), max_size=24)

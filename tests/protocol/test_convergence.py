@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pageferry.pipeline.convergence import FIXED_SECONDS, Convergence, Decision
 from pageferry.transport.pages import PAGE_SIZE
 
-examples = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 MIB = 1 << 20
 PAGES_IN_A_MIB = MIB // PAGE_SIZE

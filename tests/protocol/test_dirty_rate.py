@@ -22,7 +22,7 @@ from pageferry.pipeline.dirty_rate import (
 )
 from pageferry.transport.errors import UsageError
 
-examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 GIB_PAGES = (1 << 30) // 4096
 
 

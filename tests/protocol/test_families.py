@@ -51,7 +51,7 @@ def test_it_is_bounded_and_forgets_what_was_of_no_use():
 
 
 @given(st.lists(st.lists(st.integers(0, 20), max_size=16), max_size=12))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_whoever_joins_has_half_of_the_marks_of_the_first(samples):
     families, founders = Families(), {}
     for pages in samples:

@@ -266,7 +266,7 @@ class HostileSource(RuleBasedStateMachine):
 
 
 often = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True, database=None
+    max_examples=75, stateful_step_count=40, deadline=None, derandomize=True, database=None
 )
 
 

@@ -58,7 +58,7 @@ from pageferry.transport.errors import (
     WorkerDied,
 )
 
-examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=75, deadline=None, derandomize=True, database=None)
 
 BIG = 10**6  # pages that no downtime limit here allows
 
@@ -1045,7 +1045,7 @@ any_postcopy_event = st.one_of(
 
 
 @given(postcopy_kinds | kinds, st.integers(0, 8), st.lists(any_postcopy_event, max_size=25))
-@settings(examples, max_examples=400)
+@settings(examples, max_examples=200)
 def test_a_guest_that_left_is_never_resumed(kind, steps, events):
     """In any order, from the beginning or from the middle of a postcopy: once Run was said, the
     guest goes on here only if the destination itself says, before it said that it runs, that it

@@ -12,7 +12,7 @@ from pageferry.pipeline.monitor import Conversation, Splitter, monitor_path
 from pageferry.pipeline.parameters import Parameters, changed
 from pageferry.transport.errors import PeerRefused, UsageError
 
-examples = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
 class DirtyRates:

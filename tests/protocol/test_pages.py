@@ -22,7 +22,7 @@ from pageferry.transport.pages import (
     union,
 )
 
-examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 UNIVERSE = 120
 page_sets = st.one_of(
@@ -131,7 +131,7 @@ counts = st.one_of(st.integers(0, 12), st.sampled_from([2**32 - 1, 2**31, 0]))
 
 
 @given(st.lists(st.tuples(starts, counts), max_size=5), st.sampled_from([1, 16, 40, 2**40]))
-@settings(examples, max_examples=250)
+@settings(examples, max_examples=125)
 def test_check_runs_says_what_a_check_without_overflow_says(pairs, pages):
     """Tables straight from the wire: any 64-bit start, any 32-bit count."""
     table = (

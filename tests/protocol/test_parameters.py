@@ -11,7 +11,7 @@ from pageferry.transport.errors import UsageError
 from pageferry.transport.messages import MAX_WORKERS
 from pageferry.transport.wire import MAX_BATCH_PAGES
 
-examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=75, deadline=None, derandomize=True, database=None)
 
 
 def test_defaults_are_legal_and_workers_follow_the_cpus():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pageferry.pipeline.partition import Span, cut, extent_target
 from pageferry.transport.pages import PAGE_SIZE
 
-examples = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
 @st.composite

@@ -166,7 +166,7 @@ def check_families(planner, families, arrived):
 
 
 @given(plans(), st.randoms(use_true_random=False))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_plan_keeps_its_limits_and_ends(plan, random):
     """Items end in any order, well or badly; at every moment the limits hold, nobody waits who
     could run, and in the end every item has ended."""

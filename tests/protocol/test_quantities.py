@@ -16,7 +16,7 @@ from pageferry.transport.quantities import (
     parse_size,
 )
 
-examples = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 PARSERS = [parse_size, parse_rate, parse_duration]
 

@@ -174,7 +174,7 @@ RECORDS = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(RECORDS)
 def test_any_record_is_a_page(record):
     page = parsed(record)

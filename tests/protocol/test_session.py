@@ -53,7 +53,7 @@ from pageferry.transport.messages import (
 )
 from pageferry.transport.session import TRANSITIONS, Phase, Role, Session, diagram
 
-examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=75, deadline=None, derandomize=True, database=None)
 
 S, D = Role.SOURCE, Role.DESTINATION
 EXAMPLES = {
@@ -358,14 +358,14 @@ def understood(data):
 
 
 @given(st.binary(max_size=100))
-@settings(examples, max_examples=300)
+@settings(examples, max_examples=150)
 def test_garbage_is_refused(data):
     """Bytes at random are never a message: too much has to fit."""
     assert understood(data) is None
 
 
 @given(any_message, st.data())
-@settings(examples, max_examples=300)
+@settings(examples, max_examples=150)
 def test_damaged_messages_are_refused_or_are_messages(message, data):
     """A changed, missing or additional byte never raises anything else."""
     whole = bytearray(encode(message))

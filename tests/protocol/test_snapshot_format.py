@@ -11,7 +11,7 @@ from pageferry.transport.messages import MAX_BLOCK_SIZE, Block
 from pageferry.transport.pages import PAGE_SIZE
 from pageferry.transport.snapshot_format import ALIGNMENT, Index
 
-examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 SPECS = [Block("low", 3 << 20), Block("odd", 5 * PAGE_SIZE + 17, PAGE_SIZE, 3 << 20)]
 
 

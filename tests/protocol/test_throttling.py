@@ -23,7 +23,7 @@ from pageferry.tools.cli import view
 from pageferry.tools.report import sections
 from pageferry.transport.errors import NotConverging, UsageError
 
-examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=75, deadline=None, derandomize=True, database=None)
 MB = 1_000_000
 AUTO, LIMIT = {"auto_converge": True}, {"dirty_limit": True}
 

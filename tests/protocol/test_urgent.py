@@ -33,7 +33,7 @@ from pageferry.transport.urgent import (
     encode,
 )
 
-examples = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 # The header as the format says it, written down once more: see the table in urgent.py.
 HEAD = struct.Struct("<HBBHHIIQ")
@@ -157,7 +157,7 @@ def test_a_payload_belongs_to_its_header(one, other):
 
 
 @given(st.binary(max_size=3 * HEADER_SIZE))
-@settings(examples, max_examples=300)
+@settings(examples, max_examples=150)
 def test_garbage_counts_as_lost(data):
     assert decode(data) is None
 
@@ -618,6 +618,6 @@ class UrgentMachine(RuleBasedStateMachine):
 
 
 UrgentMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=50, deadline=None, derandomize=True, database=None
+    max_examples=75, stateful_step_count=50, deadline=None, derandomize=True, database=None
 )
 TestUrgent = UrgentMachine.TestCase

@@ -8,7 +8,7 @@ from pageferry.transport.errors import ConnectError, UsageError
 from pageferry.transport.links import Endpoint, parse_endpoint
 from pageferry.workers.guests.uri import GuestUri, parse_guest
 
-examples = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ ROWS = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(REPORTS, st.lists(ROWS, max_size=3), ANY_NUMBER, st.booleans())
 def test_any_numbers_are_a_page(report, rows, number, over):
     use = Use("x", number, number, number, number, number)

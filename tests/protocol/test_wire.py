@@ -31,7 +31,7 @@ from pageferry.transport.wire import (
     payload_matches,
 )
 
-examples = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 # The header as the format says it, written down once more: see the table in wire.py.
 HEADER = struct.Struct("<HBBBBHIQHHHxxIQQ")
@@ -423,7 +423,7 @@ def test_the_bounds_themselves_are_allowed():
     st.sampled_from([0, 1, PAGE_SIZE, 3 * PAGE_SIZE, MAX_PAYLOAD, MAX_PAYLOAD + 1, 2**32 - 1]),
     st.binary(max_size=80),
 )
-@settings(examples, max_examples=300)
+@settings(examples, max_examples=150)
 def test_an_intact_frame_is_within_bounds_or_refused(kind, lengths, size, body):
     """Whatever a peer seals: a frame that holds what it says, or RemoteProtocolError."""
     try:

@@ -17,7 +17,7 @@ from pageferry.transport.codecs import xbzrle
 from pageferry.transport.errors import RemoteProtocolError
 from pageferry.transport.pages import PAGE_SIZE
 
-examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=75, deadline=None, derandomize=True, database=None)
 
 ZERO = bytes(PAGE_SIZE)
 
