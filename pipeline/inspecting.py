@@ -19,12 +19,13 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from ..transport import vmstate
+from ..transport import snapshot_format, vmstate
 from ..transport.errors import PageferryError, RemoteProtocolError, SourceError
 from ..transport.messages import MAX_STATE
 from ..transport.pages import total_pages
 from ..workers.guests.image import ImageSource, image_pieces
 from ..workers.guests.uri import GuestUri
+from ..workers.snapshot_file import open_snapshot
 from . import qemu_stream
 
 # What of a value is shown, unless all is asked for: bytes, and elements of a list.
@@ -96,7 +97,33 @@ def _image(file: BinaryIO, path: str) -> dict[str, Any]:
         source.close()
 
 
+def _snapshot(file: BinaryIO, path: str) -> dict[str, Any]:
+    """What `pageferry snapshot` wrote."""
+    memory, index = open_snapshot(path)
+    try:
+        blocks = []
+        for block in index.blocks:
+            bits = os.pread(
+                memory.fd, block.table_bytes - block.digest_bytes,
+                block.tables_at + block.digest_bytes,
+            )  # fmt: skip
+            there = int.from_bytes(bits, "little").bit_count()
+            pages = {"total": block.pages, "data": there, "holes": block.pages - there}
+            blocks.append(
+                {"name": block.spec.name, "size": block.spec.size, "offset": block.at,
+                 "pages": pages}
+            )  # fmt: skip
+    finally:
+        memory.close()
+    return {
+        "format": "snapshot", "pageferry": index.version, "kind": index.kind,
+        "running": index.running, "size": index.image_size, "blocks": blocks,
+        "sections": state_sections(index.state) if index.state else {},
+    }  # fmt: skip
+
+
 FORMATS = (
+    Format(snapshot_format.MAGIC, _snapshot),
     Format(vmstate.MAGIC, _state_stream),
     Format(qemu_stream.MAGIC, _qemu_stream),
     Format(b"", _image),  # whatever it is: the last

@@ -17,6 +17,7 @@ from qemu_vm import Vm, require_qemu
 from shared_writer import SharedWriter
 
 from pageferry.pipeline import api
+from pageferry.pipeline.inspecting import inspect_saved
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.snapshot import Snapshot
 from pageferry.tools.bench.boot_guest import BootGuest, rom_image
@@ -288,6 +289,10 @@ def test_there_and_back_by_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "b").read_bytes() == content
     assert json.loads(done.stdout)["verified"]
+    shown = inspect_saved(f"{tmp_path}/a")
+    assert (shown["format"], shown["kind"], shown["size"]) == ("snapshot", "image", len(content))
+    full = sum(any(content[at : at + 4096]) for at in range(0, len(content), 4096))
+    assert shown["blocks"][0]["pages"] == {"total": 700, "data": full, "holes": 700 - full}
     for arguments, kind, text in [
         (["restore", f"file:{tmp_path}/a"], UsageError, "--uffd-socket PATH or --into GUEST"),
         (["restore", f"file:{tmp_path}/b", "--into", "demo:"], SourceError, "no snapshot of"),
