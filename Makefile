@@ -6,7 +6,8 @@
 
 VENV   ?= .venv
 PYTHON := $(VENV)/bin/python
-# Test files at the same time. Each needs a /dev/shm of its own, and that needs root.
+# Test files at the same time. Each needs a /dev/shm of its own, and that needs root. They come in
+# their order: xdist's own has the files with few and long tests last, one after the other.
 JOBS   ?= $(if $(filter 0,$(shell id -u)),3,0)
 # Of `make soak`.
 TRIPS  ?= 1000
@@ -24,7 +25,7 @@ soak: $(VENV)/.test
 	@$(PYTHON) tests/fakes/soak.py --trips $(TRIPS)
 
 test: $(VENV)/.test
-	@$(PYTHON) -m pytest -n $(JOBS) --dist loadfile
+	@$(PYTHON) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.lint
 	@$(VENV)/bin/ruff check .
