@@ -82,6 +82,17 @@ def parse_target(text: str) -> Endpoint | Stream:
     return parse_stream(text) if is_stream(text) else parse_endpoint(text)
 
 
+async def _opened(source: GuestUri) -> SourceGuest:
+    """The guest of `source`. Cancelled, nothing of it stays open."""
+    opening = Blocking()
+    try:
+        return await opening(open_source, source)
+    except asyncio.CancelledError:
+        if (opened := await to_its_end(opening.idle())) is not None:
+            opened.close()
+        raise
+
+
 async def send(
     source: GuestUri,
     endpoint: Endpoint | Stream,
@@ -110,13 +121,7 @@ async def send(
         endpoint = claim(endpoint)
     if on_attached is None:
         warm_up()
-    opening = Blocking()
-    try:
-        guest = await opening(open_source, source)
-    except asyncio.CancelledError:
-        if (opened := await to_its_end(opening.idle())) is not None:
-            opened.close()
-        raise
+    guest = await _opened(source)
     try:
         if on_attached is not None:
             on_attached(guest)
@@ -136,7 +141,7 @@ async def send(
             report["processes"] = [*report["processes"], *carriage.processes()]
             return report
     finally:
-        await to_its_end(opening(guest.close))
+        await to_its_end(asyncio.to_thread(guest.close))
 
 
 def _name_of(source: GuestUri) -> str:
@@ -507,13 +512,7 @@ async def snapshot(
     direct = into.choice("direct", ("on", "off")) == "on"
     count = Parameters(workers=workers).checked().workers
     warm_up()
-    opening = Blocking()
-    try:
-        guest = await opening(open_source, source)
-    except asyncio.CancelledError:
-        if (opened := await to_its_end(opening.idle())) is not None:
-            opened.close()
-        raise
+    guest = await _opened(source)
     try:
         taking = Snapshot(
             guest, into.rest, count, live=live, direct=direct, on_progress=on_progress
@@ -522,7 +521,7 @@ async def snapshot(
             on_started(taking)
         return await taking.run()
     finally:
-        await to_its_end(opening(guest.close))
+        await to_its_end(asyncio.to_thread(guest.close))
 
 
 async def _end(task: asyncio.Future[Any]) -> None:
