@@ -18,6 +18,8 @@ from collections import deque
 from ..transport.messages import printable
 from .kernel.libc import die_with_parent
 
+# For those that the command has left behind; then SIGTERM.
+_ALONE_SECONDS = 1.0
 # After SIGTERM; then SIGKILL.
 _TERM_SECONDS = 1.0
 # Lines of its stderr that an error shows, and characters of one.
@@ -114,16 +116,22 @@ class Command:
     def end(self) -> None:
         """End it and all in its session, and wait for it. Idempotent."""
         if self._process.returncode is None:
+            if self.status is not None:
+                # a pageferry that was killed has helpers: they see that, tidy up and end
+                self._gone_after(_ALONE_SECONDS)
             self._signal(signal.SIGTERM)
-            until = time.monotonic() + _TERM_SECONDS
-            # a pageferry that was killed has helpers, which tidy up and end
-            while (self.status is None or self._others()) and time.monotonic() < until:
-                time.sleep(0.01)
+            self._gone_after(_TERM_SECONDS)
             self._signal(signal.SIGKILL)
             self._process.wait()
         if self.errors >= 0:
             os.close(self.errors)
         self.errors = -1
+
+    def _gone_after(self, seconds: float) -> None:
+        """Wait until all have ended, but no longer."""
+        until = time.monotonic() + seconds
+        while (self.status is None or self._others()) and time.monotonic() < until:
+            time.sleep(0.01)
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):

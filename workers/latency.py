@@ -72,10 +72,11 @@ def report(numbers: Sequence[int]) -> dict[str, Any]:
     octaves = [sum(counts[i * _SUB : (i + 1) * _SUB]) for i in range(_OCTAVES)]
     while octaves and not octaves[-1]:
         octaves.pop()
+    longest = numbers[_MAX] / 1000
     percentiles: dict[str, float] = {}
     for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
-        percentiles[name] = round(_percentile(counts, total, share), 1)
-    percentiles["max"] = round(numbers[_MAX] / 1000, 1)
+        percentiles[name] = round(min(_percentile(counts, total, share), longest), 1)
+    percentiles["max"] = round(longest, 1)
     return {
         "postcopy-latency": numbers[_SUM] // total,
         "postcopy-latency-dist": octaves,
