@@ -1,6 +1,6 @@
 """The destination's part of a postcopy beside the receivers: the fault process and what it shares.
 
-Arrival (destination.py) says when; this knows what belongs to it: one process with its counters and
+Arrival (arrival.py) says when; this knows what belongs to it: one process with its counters and
 histogram, the map of what was received, and the pipe on which receivers tell it what came.
 """
 

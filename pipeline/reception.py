@@ -1,6 +1,6 @@
 """A receiver of many: several migrations at a time at one endpoint, each into a guest of its own.
 
-For images that go to a directory (image:DIR/). What one migration is: destination.py. A postcopy
+For images that go to a directory (image:DIR/). What one migration is: arrival.py. A postcopy
 that pauses is not taken up again here: nothing that runs is received so.
 """
 
@@ -17,10 +17,11 @@ from ..transport.errors import Cancelled, PageferryError, PeerLost, PeerRefused
 from ..transport.links import Endpoint
 from ..transport.messages import SAMPLE
 from ..workers.reserve import Reserve
+from .arrival import Arrival, OpenGuest
 from .blocking import to_its_end
 from .callbacks import tell
 from .control import Control
-from .destination import Arrival, Destination, OpenGuest
+from .destination import Destination
 from .parameters import default_workers
 from .security import Peer, same_peer
 from .state import Status

@@ -17,8 +17,9 @@ from helpers import pageferry as run
 from raw_peer import GREETING, RawPeer, long_frame, ready
 
 from pageferry.pipeline import api
+from pageferry.pipeline.arrival import Arrival
 from pageferry.pipeline.control import Control
-from pageferry.pipeline.destination import Arrival, Destination
+from pageferry.pipeline.destination import Destination
 from pageferry.pipeline.device_state import compose
 from pageferry.pipeline.restoring import Restoring
 from pageferry.transport import messages

@@ -28,7 +28,8 @@ from multiprocessing import forkserver, resource_tracker, util
 import psutil
 
 from pageferry.pipeline import api
-from pageferry.pipeline.destination import Arrival, Destination
+from pageferry.pipeline.arrival import Arrival
+from pageferry.pipeline.destination import Destination
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.source import Source
 from pageferry.transport.errors import DestinationError, PageferryError, SourceError
