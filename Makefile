@@ -16,6 +16,9 @@ TRIPS  ?= 1000
 SECONDS ?= 60
 TARGET  ?=
 
+# Hundreds of short processes: each would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test soak lint bench fuzz torture picture clean
 
 demo: $(VENV)/.demo
