@@ -35,7 +35,7 @@ from ..transport.errors import (
     as_ours,
 )
 from ..transport.handshake import refusal
-from ..transport.links import TOKEN_BYTES, Endpoint, connect
+from ..transport.links import TOKEN_BYTES, Endpoint, connect, stop_watching
 from ..transport.messages import Block
 from ..transport.pages import PAGE_SIZE, mark, runs_of
 from ..transport.session import Role
@@ -316,8 +316,7 @@ class Restoring:
             for task in (*tasks, handshake):
                 task.cancel()
             await asyncio.gather(*tasks, handshake, return_exceptions=True)
-            watching[0].close()
-            sock.disable_monitor()
+            stop_watching(sock, watching[0])
             if self._failure.done():
                 self._failure.exception()
             await self._drop_workers()

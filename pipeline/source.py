@@ -35,7 +35,7 @@ from ..transport.errors import (
     as_ours,
 )
 from ..transport.handshake import refusal
-from ..transport.links import TOKEN_BYTES, Endpoint, connect, parse_endpoint
+from ..transport.links import TOKEN_BYTES, Endpoint, connect, parse_endpoint, stop_watching
 from ..transport.pages import PAGE_SIZE, Bytes8, Pages, Runs, complement, runs_of, total_pages
 from ..transport.session import Phase, Role
 from ..transport.stream_addresses import is_stream, parse_stream
@@ -699,8 +699,7 @@ class Source:
         try:
             error = await refusal(watching, self.endpoint, curve)
         finally:
-            watching.close()
-            sock.disable_monitor()
+            stop_watching(sock, watching)
         if error is not None:
             raise error
         while self._dialling is not None:

@@ -25,11 +25,14 @@ def pytest_configure():
 
 @pytest.fixture(scope="session", autouse=True)
 def _warm():
-    """Start the fork server once: it stays, by design, until pytest ends."""
+    """Start the fork server once: it stays, by design, until pytest ends. And what is there before
+    the first test is no test's: the collector need not go through all of it after each."""
     warm_up()
     process = start_process(os.getpid, (), "warm-up")
     process.join()
     process.close()
+    gc.collect()
+    gc.freeze()
 
 
 def _own_helpers():

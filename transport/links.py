@@ -349,7 +349,7 @@ def connect(
 ) -> Any:
     """A DEALER whose identity is `token`, connecting to `endpoint`; `data`: pages come on it;
     `curve`: only with keys. `watched`: gets a socket for `refusal` (handshake.py), which the caller
-    closes."""
+    gives to `stop_watching`."""
     sock = context.socket(zmq.DEALER)
     largest = MAX_PAYLOAD + 65536 if data else 65536
     _prepare(sock, MAX_MESSAGE if control else largest, endpoint, tos)
@@ -365,6 +365,13 @@ def connect(
         watched.append(sock.get_monitor_socket(_HANDSHAKES))
     sock.connect(str(endpoint))
     return sock
+
+
+def stop_watching(sock: Any, watching: Any) -> None:
+    """Close what `connect(watched=…)` gave for `sock`. In this order: libzmq's thread waits for
+    somebody to read what it tells, holding a lock that `disable_monitor` wants."""
+    sock.disable_monitor()
+    watching.close()
 
 
 _HANDSHAKES = int(

@@ -5,16 +5,17 @@ import contextlib
 import os
 import resource
 import socket
+import threading
 import time
 
 import pytest
 import zmq
 import zmq.asyncio
 from helpers import until_async
-from raw_peer import RawPeer, long_frame
+from raw_peer import GREETING, RawPeer, long_frame, ready
 
 from pageferry.transport.doorkeeper import Doorkeeper
-from pageferry.transport.links import bind, parse_endpoint, unbind
+from pageferry.transport.links import bind, connect, parse_endpoint, stop_watching, unbind
 
 
 @contextlib.asynccontextmanager
@@ -112,3 +113,49 @@ def test_without_descriptors_they_are_cut_off_all_the_same(few_descriptors):
                 peer.wait_until_dropped()
 
     asyncio.run(main())
+
+
+class Attended:
+    """A monitor's socket. Once it is closed, or about to be, another connection is made."""
+
+    def __init__(self, events, again):
+        self._events, self._again = events, again
+
+    def close(self):
+        self._events.close()
+        self._again()
+
+
+def test_who_is_told_no_more_of_a_link_does_not_hold_it_up():
+    """A connection is made while its watching ends: libzmq's thread tells nobody, and waits for
+    nobody. (Closed in the other order, both wait for each other for ever.)"""
+    with socket.create_server(("127.0.0.1", 0)) as listener, zmq.Context() as context:
+        listener.settimeout(20)
+        made = []
+
+        def make():
+            peer, _ = listener.accept()
+            peer.settimeout(20)
+            made.append(peer)
+            peer.sendall(GREETING + ready())
+            while b"READY" not in peer.recv(256):
+                pass
+
+        def again():
+            made[0].close()
+            make()
+
+        where, watched = f"tcp://127.0.0.1:{listener.getsockname()[1]}", []
+        sock = connect(context, parse_endpoint(where), b"0" * 16, control=True, watched=watched)
+        make()
+        assert watched[0].poll(20_000)
+        ending = threading.Thread(
+            target=stop_watching, args=(sock, Attended(watched[0], again)), daemon=True
+        )
+        ending.start()
+        ending.join(40)
+        assert not ending.is_alive()
+        assert len(made) == 2
+        sock.close(0)
+        for peer in made:
+            peer.close()
