@@ -20,6 +20,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -310,6 +311,8 @@ class Lab:
         self._files: list[str] = []
         self._started = 0
         self._notes: dict[str, str] = {}
+        if sys.dont_write_bytecode:
+            self.note("modules", "compiled anew by each process: PYTHONDONTWRITEBYTECODE is set")
 
     def __enter__(self) -> Lab:
         if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
