@@ -1,6 +1,7 @@
 """A command of the operator's that makes this host ready for a guest (--before-switchover).
 
-Run without a shell, in a session of its own; what the peer said of itself is in its environment and
+Run without a shell, in a session of its own, which ends when we do, however that is
+(workers/tended.py); what the peer said of itself is in its environment and
 nowhere else. Its success is the destination's acknowledgement (switchover-ack), its failure ends
 the migration with the last that it wrote to stderr. Knows nothing of how memory arrives.
 """
@@ -14,10 +15,12 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 
 from ..transport.errors import DestinationError, UsageError
 from ..transport.messages import Hello, printable
+from ..workers import tended
 from .blocking import to_its_end
 
 # Makes this host ready for what Hello announced, or raises.
@@ -50,9 +53,11 @@ def command(text: str) -> BeforeSwitchover:
 async def _run(words: list[str], environment: dict[str, str]) -> None:
     """To its end; DestinationError if that is not 0. Cancelled, it is ended."""
     log = os.memfd_create("pageferry-hook", os.MFD_CLOEXEC)
+    leash, held = os.pipe()
     try:
         starting = asyncio.ensure_future(asyncio.create_subprocess_exec(
-            *words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
+            sys.executable, "-I", "-S", tended.__file__, *words,
+            stdin=leash, stdout=subprocess.DEVNULL, stderr=log,
             start_new_session=True, env=os.environ | environment,
         ))  # fmt: skip
         try:
@@ -69,7 +74,8 @@ async def _run(words: list[str], environment: dict[str, str]) -> None:
                 f"the destination does not become ready: {words[0]} {ended}: {_said(log)}"
             )
     finally:
-        os.close(log)
+        for fd in (log, leash, held):
+            os.close(fd)
 
 
 async def _end(starting: asyncio.Future[asyncio.subprocess.Process]) -> None:

@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import until_async
+from helpers import until, until_async
 
 from pageferry.pipeline import hooks
 from pageferry.pipeline.parameters import Parameters
@@ -130,7 +132,7 @@ def test_one_that_nobody_waits_for_any_more_is_ended(tmp_path, trap, monkeypatch
 
     async def main():
         running = asyncio.ensure_future(hook(HELLO))
-        pid = int(await asyncio.to_thread(fifo.read_text))
+        pid = os.getpgid(int(await asyncio.to_thread(fifo.read_text)))
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
@@ -138,3 +140,22 @@ def test_one_that_nobody_waits_for_any_more_is_ended(tmp_path, trap, monkeypatch
         await until_async(lambda: not alive_in(pid), "all of it has ended")
 
     asyncio.run(main())
+
+
+def test_one_whose_pageferry_is_killed_ends_with_it(tmp_path):
+    """It and what it has started: nobody is left who would wait for it."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    text = f"sh -c 'trap "" TERM; sleep 60 & echo $$ > {fifo}; while true; do sleep 60; done'"
+    code = f"""
+import asyncio
+from types import SimpleNamespace
+from pageferry.pipeline import hooks
+hello = SimpleNamespace(uuid="", kind="", name="")
+asyncio.run(hooks.command({text!r})(hello))
+"""
+    with subprocess.Popen([sys.executable, "-c", code]) as owner:
+        group = os.getpgid(int(fifo.read_text()))
+        assert len(alive_in(group)) > 2
+        owner.kill()
+        until(lambda: not alive_in(group), "all of it has ended")
