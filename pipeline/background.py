@@ -113,10 +113,14 @@ class Background:
         self.pool.say_all(jobs.Finish())
         await self._ready()
 
-    async def send_all(self, crew: Crew, workers: int) -> None:
-        """Send all dirty pages, by senders and postcopy process together, to the last one."""
+    async def send_all(
+        self, crew: Crew, workers: int, entered: Callable[[], object] = lambda: None
+    ) -> None:
+        """Send all dirty pages, by senders and postcopy process together, to the last one.
+        `entered`: called when all senders have said that they are in postcopy."""
         pages = self._table.remaining()
         await crew.all(jobs.Postcopy(), jobs.Ready)
+        entered()
         todo: Iterator[jobs.AnyJob] = (
             jobs.Extent(s.block, s.first, s.count, live=False)
             for s in extents(self._table, self._blocks, workers, pages)

@@ -106,6 +106,11 @@ class Deltas:
             }
         }
 
+    def drop(self) -> Iterator[None]:
+        """In a postcopy there are none, and memory is short: nothing is kept any more. When no
+        sender touches the cache again, with pauses for others to have a turn."""
+        yield from self.cache.drop()
+
     def close(self) -> None:
         self.cache.close()
 

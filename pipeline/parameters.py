@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..transport.codecs import CODECS, make_codec
+from ..transport.codecs import CODECS, codec_names, make_codec
 from ..transport.errors import UsageError
 from ..transport.messages import MAX_WORKERS, XBZRLE
 from ..transport.pages import PAGE_SIZE
@@ -113,6 +113,8 @@ class Parameters:
         if p.goal not in ("", *GOALS):
             raise UsageError(f"goal is {', '.join(GOALS)}, not {p.goal!r}")
         _within("xbzrle-cache-size (bytes)", p.xbzrle_cache_size, PAGE_SIZE, 1 << 50)
+        if p.page_codec not in ("auto", *CODECS):
+            raise UsageError(f"there is no codec {p.codec!r}; choose from {codec_names()}")
         if p.page_codec != "auto":
             make_codec(p.page_codec, p.level)
         elif p.level is not None:

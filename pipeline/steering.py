@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from ..transport.codecs import before
 from ..transport.pages import PAGE_SIZE
 from ..workers import jobs
 from ..workers.counters import Counters
@@ -39,11 +40,14 @@ class Steering:
         counters: Counters,
         receiver_cpu: Callable[[], float | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        deltas: bool = False,
     ) -> None:
-        """`receiver_cpu`: processor seconds of all receivers so far, if that is known here."""
+        """`receiver_cpu`: processor seconds of all receivers so far, if that is known here;
+        `deltas`: they are made before any codec."""
         self.seeker = seeker
         self._counters, self._receiver_cpu, self._clock = counters, receiver_cpu, clock
-        self._started = clock()
+        self._started, self._deltas = clock(), deltas
         self._pool: Pool | None = None
         self._learning = False
         self._turn = 0
@@ -158,7 +162,7 @@ class Steering:
         note = {
             "time": self._time(),
             "workers": used.workers,
-            "codec": used.codec,
+            "codec": before(self._deltas, used.codec),
             **({} if used.level is None else {"level": used.level}),
             "rate": round(found.pages * PAGE_SIZE / max(found.seconds, 1e-6)),
         }
@@ -176,7 +180,7 @@ class Steering:
         return {
             "goal": self.seeker.goal,
             "workers-active": kept.workers,
-            "codec": kept.codec,
+            "codec": before(self._deltas, kept.codec),
             **level,
             "goal-choices": list(self._choices),
             **left_out,

@@ -131,6 +131,18 @@ class PageCache:
         self._array("slots")[0] = self._slots
         self._give_back(self._slots, before)
 
+    def drop(self) -> Iterator[None]:
+        """When no sender touches it any more, and none will: one empty slot is left, the memory of
+        the others is given back, step by step. One that was broken off goes on where it was."""
+        before = self.slots
+        self._array("tags")[:before] = 0
+        self._array("slots")[0] = 1
+        while self._slots > 1:
+            first = max(1, self._slots - _STEP)
+            self._give_back(first, self._slots)
+            self._slots = first
+            yield
+
     def assign(self, generation: int, pages: Pages) -> None:
         """Between rounds: give slots to `pages`, ascending, which are to be sent in the round
         `generation`; call it for all of them, some at a time. Those of the first round, which are

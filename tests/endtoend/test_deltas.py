@@ -6,6 +6,7 @@ from helpers import Running, ask, until
 from helpers import pageferry as run
 
 import pageferry
+from pageferry.workers.page_cache import PageCache
 
 
 def test_a_larger_cache_makes_it_converge(tmp_path):
@@ -54,8 +55,14 @@ def test_pages_written_all_over_overflow_and_travel_whole():
     assert report["codec-pages"]["xbzrle"] == cache["pages"] - cache["overflow"]
 
 
-def test_no_deltas_in_a_postcopy():
-    """Rounds with, then pages that were discarded."""
+def test_no_deltas_in_a_postcopy(monkeypatch):
+    """Rounds with, then pages that were discarded; and the cache's memory is given back."""
+    dropped = []
+    monkeypatch.setattr(
+        PageCache,
+        "drop",
+        lambda self, drop=PageCache.drop: dropped.append(self.slots) or drop(self),
+    )
     report = pageferry.migrate(
         "demo:?size=16M&rate=40000&changes=64&content=text", "demo:", codec="xbzrle+zstd",
         postcopy="after=2", max_bandwidth=40_000_000, downtime_limit=0.001,
@@ -63,6 +70,7 @@ def test_no_deltas_in_a_postcopy():
     assert report["oracle"]["ok"]
     assert report["codec-pages"]["xbzrle"] > 0
     assert report["postcopy-requests"] > 0 or report["ram"]["dirty-sync-count"] >= 2
+    assert dropped == [4096]
 
 
 def test_an_image_is_sent_once(tmp_path):

@@ -580,12 +580,23 @@ def test_it_has_no_more_memory_than_it_was_given():
 
 
 def test_memory_is_taken_in_steps(monkeypatch):
-    """With turns for others in between."""
+    """With turns for others in between; and given back so when there are no deltas any more, in a
+    postcopy: also if that is broken off, and begun again after a recovery."""
     monkeypatch.setattr(page_cache, "_STEP", 64)
     cache = PageCache(1000)
     try:
         assert len(list(cache.make_room(1 + 3 * 64 * PAGE_SIZE))) == 3
         assert allocated(cache) >= 3 * 64 * PAGE_SIZE
+        cache.use_room()
+        pages = np.arange(192, dtype=np.int64)
+        cache.assign(2, pages)
+        cache.acknowledge(pages)
+        before = allocated(cache)
+        next(cache.drop())
+        assert cache.slots == 1 and not cache.find(pages)[1].any()
+        assert before - 64 * PAGE_SIZE >= allocated(cache) > 100 * PAGE_SIZE
+        assert len(list(cache.drop())) == 2 and not list(cache.drop())
+        assert allocated(cache) < 10 * PAGE_SIZE
     finally:
         cache.close()
 

@@ -6,6 +6,7 @@ import pytest
 
 from pageferry.pipeline.goals import FASTEST, LEAST_CPU, LEAST_PAGES, SLICE_SECONDS, Choice, Seeker
 from pageferry.pipeline.steering import Steering
+from pageferry.transport.codecs import before
 from pageferry.workers import jobs
 from pageferry.workers.counters import Counters
 
@@ -135,3 +136,12 @@ def test_what_is_said_of_it(ride):
         "goal": "fastest", "workers-active": 3, "codec": "none",
         "goal-choices": [{"time": 2000, "goal": "fastest"}],
     }  # fmt: skip
+
+
+def test_the_codec_is_named_with_the_deltas_before_it():
+    """As it would be asked for."""
+    assert [before(True, name) for name in ("none", "zstd")] == ["xbzrle", "xbzrle+zstd"]
+    counters = Counters(1)
+    steering = Steering(Seeker(FASTEST, 1, ("zstd", 3)), counters, deltas=True)
+    assert steering.report()["codec"] == "xbzrle+zstd"
+    counters.close()

@@ -60,7 +60,11 @@ def test_codecs_and_levels():
         ("none", 1, "none has levels"),
         ("xbzrle", 1, "none has levels"),
         ("xbzrle+auto", 1, "level needs a codec"),
-        ("xbzrle+brotli", None, "brotli"),
+        (
+            "xbzrle+brotli",
+            None,
+            r"'xbzrle\+brotli'; choose from auto, none, .*, xbzrle or xbzrle\+N",
+        ),
         ("xbzrle+xbzrle", None, "xbzrle"),
         ("xbzrle4", None, "xbzrle4"),
     ):

@@ -77,6 +77,25 @@ def test_a_whole_page():
     assert json.loads(text_of(page, ".//pre[@id='raw']")) == REPORT
     assert page.find(".//data[@id='fault-p90']").get("value") == "230.5"
     assert "no limit" in "".join(page.itertext())
+    assert page.find(".//*[@id='stall']") is None
+
+
+def test_what_only_some_have():
+    """A stall is told with what can be done about it; deltas have their figures."""
+    stall = {"text": "stalled: <b> Options: `pageferry set`", "over": False, "round": 7, "count": 1}
+    cache = {"cache-size": 1 << 26, "bytes": 9, "pages": 5, "cache-miss": 2, "overflow": 0}
+    for more, said in (
+        ({}, "Round 7: stalled: <b> Options: `pageferry set`"),
+        ({"over": True, "count": 3}, "Round 7, 3 times so far: stalled: <b> Options: `pageferry "
+                                     "set` It got on again later."),
+    ):  # fmt: skip
+        page = parsed(
+            replace(RECORD, report=REPORT | {"stall": stall | more, "xbzrle-cache": cache})
+        )
+        assert text_of(page, ".//*[@id='stall']") == said
+    assert page.find(".//data[@id='xbzrle-pages']").get("value") == "5"
+    ids = [element.get("id") for element in page.iter() if element.get("id")]
+    assert len(ids) == len(set(ids))
 
 
 def test_it_loads_nothing():

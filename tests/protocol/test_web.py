@@ -415,7 +415,12 @@ def test_a_stranger_chooses_no_path(tmp_path, name):
 
 def all_families():
     yield from metrics.about("copy")
+    cache = {
+        "cache-size": 1 << 26, "bytes": 9, "pages": 5, "cache-miss": 2, "overflow": 1,
+        "cache-miss-rate": 0.25, "encoding-rate": 8.0,
+    }  # fmt: skip
     report = LIVE | {"downtime": 70, "recoveries": 1, "cpu-throttle-percentage": 40}
+    report |= {"xbzrle-cache": cache}
     yield from metrics.migration(Record("a", "b", report, uses=RECORD.uses))
 
 

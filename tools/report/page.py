@@ -34,7 +34,7 @@ def parts(record: Record) -> list[tuple[str, str]]:
     report, end = record.report, s.end_of(record)
     facts = s.table(("what", "here"), list(record.host.items()))
     return [
-        ("figures", s.section("Key figures", s.figures(report))),
+        ("figures", s.section("Key figures", s.stall(report) + s.figures(report))),
         ("time-line", s.section("Time line", s.time_line(record, end))),
         ("throughput", s.section("Throughput", s.throughput(record.samples, end))),
         ("dirty", s.section("What the guest writes", s.dirty(record, end))),

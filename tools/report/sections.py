@@ -136,11 +136,23 @@ def done(report: Mapping[str, Any]) -> float | None:
     return None if not size or left is None else share(size - left, size) / 100
 
 
+def stall(report: Mapping[str, Any]) -> str:
+    """That it got nowhere, or had got nowhere, and what can be done."""
+    stall = mapping(report.get("stall"))
+    if not stall.get("text"):
+        return ""
+    text, count = str(stall.get("round", "")), number(stall.get("count")) or 1
+    before = f"Round {text}, {count:.0f} times so far: " if count > 1 else f"Round {text}: "
+    after = " It got on again later." if stall.get("over") else ""
+    return f'<p id="stall">{escape(before + str(stall["text"]) + after)}</p>'
+
+
 def figures(report: Mapping[str, Any]) -> str:
     ram, progress = mapping(report.get("ram")), mapping(report.get("progress"))
     seconds = milliseconds(report, "total-time")
     wire = number(report.get("wire-bytes"))
     throttle = mapping(report.get("throttle"))
+    cache = {f"xbzrle-{name}": of for name, of in mapping(report.get("xbzrle-cache")).items()}
     shown = [
         ("remaining", "Still to send", ram if progress else {}, "bytes"),
         ("rate", "Throughput", progress, "rate"),
@@ -156,6 +168,11 @@ def figures(report: Mapping[str, Any]) -> str:
         ("normal", "Pages sent", ram, ""),
         ("duplicate", "Zero pages", ram, ""),
         ("dirty-sync-count", "Rounds", ram, ""),
+        ("xbzrle-pages", "Pages in the cache of deltas", cache, ""),
+        ("xbzrle-cache-miss", "Pages that were not in it", cache, ""),
+        ("xbzrle-bytes", "Their deltas", cache, "bytes"),
+        ("xbzrle-overflow", "Deltas larger than a page", cache, ""),
+        ("xbzrle-cache-size", "What the cache may take", cache, "bytes"),
         ("cpu-throttle-percentage", "Guest slowed down by", report, "%"),
         ("max-percentage", "Slowed down, at the most", throttle, "%"),
         ("slow-down", "Guest did less", throttle, "%"),

@@ -119,6 +119,7 @@ def _sizes(
         "pageferry_codec_pages", "Pages with content by how they travelled", labels=["codec"]
     )
     yield from _by(codecs, mapping(report.get("codec-pages")))
+    yield from _deltas(mapping(report.get("xbzrle-cache")))
     yield from _counter("pageferry_rounds", "Rounds begun", ram.get("dirty-sync-count"))
     yield from _counter(
         "pageferry_lost_frames", "Frames lost and sent again", report.get("lost-frames")
@@ -130,6 +131,24 @@ def _sizes(
     ):
         metric = "guest_rate" if name == "rate" else name.replace("-", "_")
         yield from _gauge(f"pageferry_{metric}_bytes_per_second", text, progress.get(name))
+
+
+def _deltas(cache: Mapping[str, Any]) -> Iterator[Metric]:
+    """Pages sent before; names as in query-migrate."""
+    yield from _gauge("pageferry_xbzrle_cache_size_bytes", "What pages sent before may take",
+                      cache.get("cache-size"))  # fmt: skip
+    for name, text in (
+        ("bytes", "Of deltas, and of pages that overflowed"),
+        ("pages", "Pages with content that were in the cache"),
+        ("cache-miss", "Pages with content that were not"),
+        ("overflow", "Pages whose delta was larger than they are"),
+    ):
+        metric = name.replace("-", "_")
+        yield from _counter(f"pageferry_xbzrle_{metric}", text, cache.get(name))
+    yield from _gauge("pageferry_xbzrle_cache_miss_ratio", "Of this round's pages, those that were "
+                      "not in the cache", cache.get("cache-miss-rate"))  # fmt: skip
+    yield from _gauge("pageferry_xbzrle_encoding_ratio", "Bytes of this round's pages in the cache "
+                      "by those of their deltas", cache.get("encoding-rate"))  # fmt: skip
 
 
 def _times(report: Mapping[str, Any], progress: Mapping[str, Any]) -> Iterator[Metric]:

@@ -16,6 +16,7 @@ from ..errors import RemoteProtocolError, UsageError
 from ..wire import Buffer
 
 NONE_ID = 0
+DELTAS = "xbzrle"  # a layer before a codec, and no codec itself (xbzrle.py)
 
 
 class Codec(Protocol):
@@ -146,6 +147,16 @@ CODECS: dict[str, type[NoCodec] | type[Lz4Codec] | type[ZstdCodec] | type[ZlibCo
     cls.name: cls for cls in (NoCodec, Lz4Codec, ZstdCodec, ZlibCodec)
 }
 BY_WIRE_ID = {cls.wire_id: cls for cls in CODECS.values()}
+
+
+def codec_names() -> str:
+    """What may be asked for, for people."""
+    return f"auto, {', '.join(CODECS)}, {DELTAS} or {DELTAS}+NAME"
+
+
+def before(deltas: bool, codec: str) -> str:
+    """The name of `codec` where deltas are made first."""
+    return (DELTAS if codec == "none" else f"{DELTAS}+{codec}") if deltas else codec
 
 
 def make_codec(name: str, level: int | None = None) -> Codec:
