@@ -150,7 +150,7 @@ class Source:
             pauses=parameters.pause_before_switchover,
         )  # fmt: skip
         self._waits, self._ack = Waits(), Acknowledgement()
-        self.statistics = Statistics("source")
+        self.statistics = Statistics("source", guest.helpers)
         self.uuid = str(uuid.uuid4())
         self.journal = Journal("source", self.uuid)
         self._pressure = Pressure(guest, parameters.throttle, self._call, self.journal)
@@ -203,7 +203,7 @@ class Source:
         report |= self._pressure.report()
         if self._deltas is not None:
             report |= self._deltas.report(self.statistics.counters)
-        report |= self._waits.report()
+        report |= self._waits.report() | self._ack.report(self.statistics.stopped)
         if self._releasing is not None:
             report |= self._releasing.report()
         guest_rate, wire_rate = self.statistics.rates()
@@ -300,7 +300,7 @@ class Source:
 
     def link_broke(self, error: PageferryError) -> None:
         """What the connection is made over has ended."""
-        if self.core.status is Status.POSTCOPY_ACTIVE and self.carriage is not None:
+        if self.core.status in IN_POSTCOPY and self.carriage is not None:
             _log.warning("the guest runs at the destination: %s", self.carriage.recovery())
         if self._driving and self.core.status not in (Status.POSTCOPY_PAUSED, *FINAL):
             self._failed(error, link=True)
@@ -634,8 +634,9 @@ class Source:
             assert self._counters is not None
             only = None if p.page_codec == "auto" else (p.page_codec, p.level)
             self._steering = Steering(
-                Seeker(p.goal, p.workers, only), self._counters, self.receiver_cpu
-            )
+                Seeker(p.goal, p.workers, only), self._counters, self.receiver_cpu,
+                deltas=p.deltas,
+            )  # fmt: skip
 
     async def _greet(self) -> messages.Welcome:
         hello = messages.Hello(
@@ -1014,10 +1015,17 @@ class Source:
         beside = [self._task(self._background.keep_pace(self._counters, self._bandwidth))]
         if self._releasing is not None:  # the guest runs there: it has been confirmed
             beside.append(self._task(self._releasing.keep_on()))
-        await self._background.send_all(self._crew, self.parameters.workers)
+        await self._background.send_all(
+            self._crew, self.parameters.workers, lambda: self._task(self._drop_deltas())
+        )
         for task in beside:
             task.cancel()
         return core.BackgroundDone()
+
+    async def _drop_deltas(self) -> None:
+        if self._deltas is not None:
+            for _ in self._deltas.drop():
+                await asyncio.sleep(0)
 
     async def _end_postcopy(self) -> core.Event:
         self.guest.check_stopped()  # the last look: all has been read by now
@@ -1229,6 +1237,8 @@ class Source:
 
     def _freeze(self) -> None:
         """Keep the numbers, give the shared memory back."""
+        if self._releasing is not None:
+            self._releasing.close()
         if self._counters is not None:
             self.statistics.counters = self._counters.freeze()
         if self._background is not None:

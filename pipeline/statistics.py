@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,8 @@ class RoundCost:
 class Statistics:
     """Numbers of one end of a migration. Times: CLOCK_MONOTONIC seconds."""
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: str, helpers: Callable[[], list[dict[str, Any]]] = list) -> None:
+        """`helpers`: what processes that belong to no pool have cost (SourceGuest.helpers)."""
         self.role = role
         self.started = time.monotonic()
         self.set_up: float | None = None
@@ -63,6 +65,7 @@ class Statistics:
         self.peer: dict[str, int] = {}
         self.postcopy = False  # the guest was started before its memory was there
         self.processes: list[dict[str, Any]] = []
+        self._helpers = helpers
         self._peak = 0
         self._samples: list[tuple[float, int, int]] = []
         self._steady: list[tuple[float, int]] = []
@@ -155,7 +158,7 @@ class Statistics:
                     "codec-time": row["codec_ns"] // 1_000_000,
                 }
             )
-        return found
+        return found + self._helpers()
 
     def ram(self, convergence: Convergence | None) -> dict[str, Any]:
         """The `ram` object of query-migrate."""

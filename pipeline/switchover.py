@@ -67,7 +67,7 @@ class Acknowledgement:
 
     def __init__(self) -> None:
         self._promised: bool | None = None
-        self._heard = asyncio.Event()
+        self._heard, self._at = asyncio.Event(), 0.0
 
     @property
     def heard(self) -> bool:
@@ -88,6 +88,15 @@ class Acknowledgement:
         if self.heard or self._promised is False:
             raise RemoteProtocolError("nobody asked for SwitchoverAck")
         self._heard.set()
+        self._at = time.monotonic()
+
+    def report(self, stopped: float | None) -> dict[str, Any]:
+        """For query-migrate: milliseconds from it until the guest was `stopped` (CLOCK_MONOTONIC
+        seconds), which is how much earlier it might have come, or how late it came. QEMU has no
+        name for it."""
+        if not self.heard or stopped is None:
+            return {}
+        return {"switchover-ack-to-stop-time": round(max(0.0, stopped - self._at) * 1000)}
 
     async def wait(self) -> None:
         """Until it is there; at once if none will come."""

@@ -31,7 +31,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from ..transport.errors import HostLacks, WorkerDied
-from .leftovers import sweep
+from .leftovers import Leftover, sweep
 from .names import FOLDER_VARIABLE, Folder, stem
 
 _PRELOAD = ["pageferry.workers.preload"]
@@ -136,8 +136,16 @@ def warm_up() -> None:
                 forkserver.ensure_running()
     except OSError as e:
         raise HostLacks(f"cannot start worker processes ({e}): is TMPDIR usable?") from e
-    if first and (removed := sweep()):
-        _log.info("removed %d leftovers of processes that were killed", len(removed))
+    if first:
+        _tell_of(sweep())
+
+
+def _tell_of(leftovers: list[Leftover]) -> None:
+    for found in leftovers:
+        if not found.removed:
+            _log.warning("%s", found.why)
+    if removed := sum(found.removed for found in leftovers):
+        _log.info("removed %d leftovers of processes that were killed", removed)
 
 
 def let_the_server_end() -> None:

@@ -3,8 +3,9 @@
 Whether an owner is dead: names.py. What belongs to another user is left alone. Of a directory of
 images: hidden files that never got their name go, those that a next attempt would go on with are
 shown, and go only if that is asked for. Processes that one of ours stopped, and nobody let go on
-since, are shown: whether they may go on is not for this to know. Those that one of ours slowed down
-have all their time again: they run here and nowhere else (throttled.py).
+since, are shown: whether they may go on is not for this to know. Those whose memory was given back
+are shown too, until they have ended (hollow.py). Those that one of ours slowed down have all their
+time again: they run here and nowhere else (throttled.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .hollow import HOLLOW, what_is_hollow
 from .kernel.libc import lock_file
 from .kernel.tasks import began_at, pid_namespace
 from .names import SHARED_MEMORY
@@ -41,9 +43,9 @@ _LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 @dataclass
 class Leftover:
-    """`kind`: marker, segment, semaphore, folder, unnamed, partial, stopped or throttled. `size`:
-    bytes on disk or in memory; `age`: seconds since it was last written. `removed`; else `why` it
-    is kept."""
+    """`kind`: marker, segment, semaphore, folder, unnamed, partial, stopped, throttled or hollow.
+    `size`: bytes on disk or in memory; `age`: seconds since it was last written. `removed`; else
+    `why` it is kept."""
 
     path: str
     kind: str
@@ -55,11 +57,13 @@ class Leftover:
 
 
 def sweep() -> list[Leftover]:
-    """At a start: all that is certainly dead. Never raises."""
+    """At a start: all that is certainly dead, and what a person must know (`hollow`, which is
+    kept). Never raises."""
     try:
-        return [found for found in (*_shared_memory(True), *_folders(True)) if found.removed]
+        found = [*_shared_memory(True), *_folders(True)]
     except OSError:
         return []
+    return [one for one in found if one.removed or one.kind == HOLLOW]
 
 
 def clean(directories: list[str], *, partial: bool, dry_run: bool) -> list[Leftover]:
@@ -93,6 +97,9 @@ def _one_shared(name: str, what: str, act: bool) -> Leftover | None:
     kind = "semaphore" if name.startswith("sem.") else "segment" if what else "marker"
     found = _look(f"{SHARED_MEMORY}/{name}", kind, what if kind == "segment" else "")
     if found is not None and what == STOPPED and _still_stopped(found):
+        return found
+    if found is not None and what == HOLLOW and (why := what_is_hollow(found.path)):
+        found.kind, found.what, found.why = HOLLOW, "", why
         return found
     if found is not None and what == THROTTLED:
         found.kind, found.what = THROTTLED, ""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 
 
-def own_memory() -> int:
-    """Anonymous memory of this process, bytes (RssAnon in /proc/self/status).
+def own_memory(pid: int | str = "self") -> int:
+    """Anonymous memory of this process, or of another, bytes (RssAnon in /proc/self/status).
 
     Guest memory that a process maps is not its own: the resident set would count it again
     in every worker.
     """
-    with open("/proc/self/status", "rb") as f:
+    with open(f"/proc/{pid}/status", "rb") as f:
         for line in f:
             if line.startswith(b"RssAnon:"):
                 return int(line.split()[1]) * 1024

@@ -28,10 +28,11 @@ from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.source import Source
 from pageferry.pipeline.state import Status
 from pageferry.tools.bench.boot_guest import IDLE, IN_ORDER, BootGuest, rom_image
-from pageferry.transport.errors import PageferryError, PostcopyFailed, WorkerDied
+from pageferry.transport.errors import PageferryError, PostcopyFailed, SourceError, WorkerDied
 from pageferry.transport.links import Endpoint
 from pageferry.workers.guests.qemu import QemuDestination, QemuSource
 from pageferry.workers.guests.uri import GuestUri
+from pageferry.workers.hollow import HollowNote, hollow_note
 from pageferry.workers.ram import RamBlock
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="postcopy into qemu: needs root")
@@ -197,12 +198,13 @@ class Look(threading.Thread):
 def test_a_vm_s_memory_is_given_back_as_it_arrives(machine, guest_of):
     """With a break in the middle; what is said of the VM that stays here is right."""
     source, waiting = machine("src"), machine("dst", incoming="defer")
-    before = content(source)
+    guest, before = guest_of(source), content(source)
 
     async def run():
-        async with Ends(guest_of(source), Arriving(waiting), release_ram=True) as ends:
+        async with Ends(guest, Arriving(waiting), release_ram=True) as ends:
             ends.source.set_parameters({"max-postcopy-bandwidth": 2_000_000})
             await until_async(lambda: ends.source.core.released > 256, "something is given back")
+            noted = hollow_note(source.pid)
             ends.cut()
             await ends.both(Status.POSTCOPY_PAUSED)
             ends.source.recover(None)
@@ -210,11 +212,19 @@ def test_a_vm_s_memory_is_given_back_as_it_arrives(machine, guest_of):
         assert report["released-bytes"] == SIZE
         assert "given back" in report["source-vm"]
 
+        assert noted and not hollow_note(source.pid)  # the result has said it
+
     asyncio.run(run())
     assert blocks_on_disk(source.ram_files[0]) == 0
     assert source.status() == "postmigrate"
     assert content(waiting) == before
     runs_on(waiting)
+    guest.close()
+    note = HollowNote(source.pid)
+    note.write()  # as of a pageferry that was killed
+    with pytest.raises(SourceError, match="was given back when it moved"):
+        QemuSource(GuestUri("qemu", source.qmp_path))
+    note.drop()
 
 
 # ---- QEMU's main thread sleeps -----------------------------------------------------------------

@@ -66,8 +66,11 @@ def test_it_does_less_and_then_as_much_as_before(counting, slow):
     slow.set(95)
     used(counting.pid, 0.02)
     slow.check()
+    (cost,) = slow.processes()
     slow.lift()
     assert is_free(counting.pid)
+    assert cost["peak-memory"] > 0 and cost["cpu-time"] <= slow.processes()[0]["cpu-time"]
+    assert slow.processes()[0]["pid"] == cost["pid"]
     report = slow.meter.report()
     assert report["by"] in MEANS and report["max-percentage"] == 95
     assert 90 <= report["mean-percentage"] <= 95

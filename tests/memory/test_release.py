@@ -2,14 +2,17 @@
 what a recovery would send again."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pageferry.pipeline.releasing import Releasing
 from pageferry.transport.messages import Block
 from pageferry.transport.pages import runs_of
+from pageferry.workers import hollow
 from pageferry.workers.page_table import CLEAN, DIRTY, IN_FLIGHT, PageTable
 from pageferry.workers.ram import RamBlock, RamFile
 from pageferry.workers.release import Release
@@ -119,3 +122,23 @@ def test_when_all_has_arrived_all_goes():
         assert os.fstat(memory.file.fd).st_blocks == 0
         assert os.fstat(memory.file.fd).st_size == 16 * PAGE
         assert memory.release.pages == 16
+
+
+def test_no_page_goes_before_it_is_noted(monkeypatch, tmp_path, caplog):
+    """What is to say of the guest that it must not be resumed cannot be written: nothing goes."""
+    with Memory(8) as memory:
+        memory.table.view(0)[:] = CLEAN
+        guest = SimpleNamespace(
+            blocks=memory.blocks, can_release=True, released=False, process=os.getpid()
+        )
+        releasing = Releasing(guest, memory.table, SimpleNamespace(released=0))
+        monkeypatch.setattr(hollow, "SHARED_MEMORY", str(tmp_path / "full"))
+        releasing.everything()
+        assert memory.there(0) == [True] * 8 and not guest.released
+        assert "cannot be noted" in caplog.text
+        (tmp_path / "full").mkdir()
+        releasing.everything()
+        assert memory.there(0) == [False] * 8 and guest.released
+        assert len(list((tmp_path / "full").iterdir())) == 1
+        releasing.close()
+        assert not list((tmp_path / "full").iterdir())

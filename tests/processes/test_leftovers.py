@@ -1,6 +1,7 @@
 """What killed processes left goes, what a live one has stays: real processes, killed all at
 once."""
 
+import glob
 import json
 import os
 import signal
@@ -14,9 +15,10 @@ import psutil
 import pytest
 from helpers import Running, pageferry, until
 
-from pageferry.workers import leftovers, names
+from pageferry.workers import forking, leftovers, names
 from pageferry.workers.guests.files import NewFile, PartialFile
 from pageferry.workers.guests.stopping import WriterProcess
+from pageferry.workers.hollow import HollowNote, hollow_note
 from pageferry.workers.kernel.libc import lock_file
 from pageferry.workers.leftovers import clean, sweep
 
@@ -359,6 +361,30 @@ def test_one_that_goes_on_leaves_no_note():
         writer.close()
         assert not os.path.exists(f"/dev/shm/{notes[0]}")
         sleeper.kill()
+
+
+def test_a_guest_whose_memory_was_given_back(caplog):
+    """Shown as long as it is there, at each start too: it would run with holes in its memory."""
+    left = Path("/dev/shm/pageferry-1-0123456789abcdef-0-hollow")
+    note = HollowNote(os.getpid())
+    note.write()
+    (written,) = glob.glob("/dev/shm/pageferry-*-hollow")
+    assert not [f for f in clean([], partial=False, dry_run=False) if f.kind == "hollow"]
+    assert hollow_note(os.getpid()) == written
+    try:
+        left.write_text(Path(written).read_text())  # as of one that was killed
+        note.drop()
+        assert hollow_note(os.getpid()) == str(left)
+        (found,) = (f for f in clean([], partial=False, dry_run=False) if f.kind == "hollow")
+        assert not found.removed and "must not be resumed" in found.why
+        forking._tell_of(sweep())
+        assert f"the guest in process {os.getpid()}" in caplog.text
+        left.write_text(left.read_text().replace('"began": "', '"began": "1'))  # it has ended
+        assert str(left) in removed(sweep())
+        left.write_text('{"pid": 1')  # nothing had been given back yet
+        assert str(left) in removed(sweep())
+    finally:
+        left.unlink(missing_ok=True)
 
 
 def test_a_run_that_is_killed_and_the_next_start():

@@ -5,6 +5,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,8 @@ def test_an_acknowledgement_comes_once_and_was_promised():
     ack.hear()
     ack.promise(True)
     asyncio.run(ack.wait())
+    assert ack.report(None) == {}
+    assert ack.report(time.monotonic() + 9.0)["switchover-ack-to-stop-time"] > 8000
     with pytest.raises(RemoteProtocolError, match="nobody asked"):
         ack.hear()
     early = Acknowledgement()
@@ -51,7 +54,7 @@ def test_an_acknowledgement_comes_once_and_was_promised():
     none = Acknowledgement()
     none.promise(False)
     asyncio.run(none.wait())
-    assert not none.heard and not none.awaited
+    assert not none.heard and not none.awaited and none.report(1.0) == {}
     with pytest.raises(RemoteProtocolError, match="nobody asked"):
         none.hear()
 
@@ -146,7 +149,7 @@ def test_one_whose_pageferry_is_killed_ends_with_it(tmp_path):
     """It and what it has started: nobody is left who would wait for it."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    text = f"sh -c 'trap "" TERM; sleep 60 & echo $$ > {fifo}; while true; do sleep 60; done'"
+    text = f"""sh -c 'trap "" TERM; sleep 60 & echo $$ > {fifo}; while true; do sleep 60; done'"""
     code = f"""
 import asyncio
 from types import SimpleNamespace

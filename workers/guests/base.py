@@ -172,6 +172,11 @@ class SourceGuest(ABC):
         """How it was slowed down and what that did (slowing.py); nothing if it never was. Quick."""
         return {}
 
+    def helpers(self) -> list[dict[str, Any]]:
+        """What processes of its own have cost so far (slowing.py), as in `processes` of a report.
+        Quick."""
+        return []
+
     def stop(self) -> None:
         """No write happens after this returns. Idempotent."""
 

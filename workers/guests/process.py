@@ -119,6 +119,9 @@ class ProcessSource(SourceGuest):
     def slowed(self) -> dict[str, Any]:
         return self._slowing.meter.report()
 
+    def helpers(self) -> list[dict[str, Any]]:
+        return self._slowing.processes()
+
     def protect(self) -> ArmedMemory:
         if self._tracker is not None:
             self._tracker.close()

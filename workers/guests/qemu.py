@@ -32,6 +32,7 @@ from ...transport.errors import (
 )
 from ...transport.messages import POSTCOPY, Hello
 from ...transport.pages import PAGE_SIZE, Runs
+from ..hollow import hollow_note
 from ..kernel import remote
 from ..kernel.huge import may_be_huge
 from ..kernel.libc import TMPFS, file_system
@@ -236,6 +237,9 @@ class QemuSource(SourceGuest):
     def slowed(self) -> dict[str, Any]:
         return self._slowing.meter.report()
 
+    def helpers(self) -> list[dict[str, Any]]:
+        return self._slowing.processes()
+
     def start_tracking(self) -> None:
         self._slowing.begin()
         if self._tracker is not None:
@@ -254,6 +258,11 @@ class QemuSource(SourceGuest):
 
     def _check(self) -> None:
         """SourceError for a VM that cannot be moved; nothing has happened yet."""
+        if note := hollow_note(self._monitor.pid):
+            raise SourceError(
+                f"part of the VM's memory was given back when it moved (--release-ram; {note}): it "
+                f"cannot run here any more; `quit` it"
+            )
         status = self._monitor("query-status")
         if status["status"] == "postmigrate":
             raise SourceError(

@@ -76,6 +76,9 @@ class RamSource(SourceGuest):
     def slowed(self) -> dict[str, Any]:
         return self._slowing.meter.report() if self._slowing is not None else {}
 
+    def helpers(self) -> list[dict[str, Any]]:
+        return self._slowing.processes() if self._slowing is not None else []
+
     def protect(self) -> ArmedMemory:
         if self._writer is None:
             return super().protect()
