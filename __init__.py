@@ -14,15 +14,25 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .pipeline.api import migrate, migrate_async
+    from .pipeline.api import (
+        dirty_rate,
+        dirty_rate_async,
+        migrate,
+        migrate_async,
+        plan,
+        plan_async,
+    )
     from .pipeline.parameters import Parameters
     from .transport.errors import PageferryError
 
-__all__ = ["PageferryError", "Parameters", "__version__", "migrate", "migrate_async"]
+__all__ = [
+    "PageferryError", "Parameters", "__version__", "dirty_rate", "dirty_rate_async", "migrate",
+    "migrate_async", "plan", "plan_async",
+]  # fmt: skip
 
+_FUNCTIONS = ("dirty_rate", "dirty_rate_async", "migrate", "migrate_async", "plan", "plan_async")
 _WHERE = {
-    "migrate": "pipeline.api",
-    "migrate_async": "pipeline.api",
+    **dict.fromkeys(_FUNCTIONS, "pipeline.api"),
     "Parameters": "pipeline.parameters",
     "PageferryError": "transport.errors",
 }

@@ -133,7 +133,7 @@ async def send(
             )  # fmt: skip
             migration.receiver_cpu, migration.sections = receiver_cpu, tuple(state)
             migration.carriage = carriage
-            carriage.on_failure = migration.link_broke
+            carriage.on_failure, carriage.monitor = migration.link_broke, monitor or ""
             await _attach_monitor(stack, monitor, migration)
             if on_started is not None:
                 on_started(migration)
@@ -589,3 +589,54 @@ async def migrate_async(
 def migrate(source: str, destination: str, **parameters: Any) -> dict[str, Any]:
     """`migrate_async`, for programs without an event loop."""
     return asyncio.run(migrate_async(source, destination, **parameters))
+
+
+async def plan_async(
+    source: str,
+    endpoint: str | None = None,
+    *,
+    seconds: float = 2.0,
+    sample: int = 128 << 20,
+    profile: str | None = None,
+    **parameters: Any,
+) -> dict[str, Any]:
+    """Whether `source` would converge, in what time, and how it should be moved: to the receiver at
+    `endpoint`, or as if both ends were here. The report of `pageferry plan --json`
+    (docs/planning.md): times in milliseconds, rates in bytes a second.
+
+    Its writes are looked at for `seconds`, twice, and `sample` bytes of it are moved and thrown
+    away; it is neither stopped nor changed. `profile`, `parameters`: as of `migrate_async`; what
+    counts is max_bandwidth (the link's), downtime_limit, max_rounds, workers (0: as many as pay),
+    codec, level, batch_pages, and keys. Raises PageferryError's subclasses.
+    """
+    from .planning import plan, wanted_by  # who only migrates does not wait for it
+
+    if profile is not None:
+        from .profiles import parameters_of
+
+        parameters = parameters_of(profile, parameters)
+    wanted = wanted_by(Parameters(**parameters), seconds, sample)
+    there = None if endpoint is None else parse_endpoint(endpoint)
+    return await plan(parse_guest(source), there, wanted)
+
+
+def plan(source: str, endpoint: str | None = None, **how: Any) -> dict[str, Any]:
+    """`plan_async`, for programs without an event loop."""
+    return asyncio.run(plan_async(source, endpoint, **how))
+
+
+async def dirty_rate_async(
+    source: str, *, seconds: float = 1.0, mode: str = "", sample_pages: int = 0
+) -> dict[str, Any]:
+    """How fast `source` is written: query-dirty-rate (docs/planning.md). `mode`: page-sampling,
+    with `sample_pages` a GiB (0: the default), or dirty-bitmap; "" for what can be. It is neither
+    stopped nor changed. Raises PageferryError's subclasses."""
+    from .dirty_rate import Asked
+    from .measuring import dirty_rate
+
+    return await dirty_rate(parse_guest(source), Asked(seconds, mode, sample_pages))
+
+
+def dirty_rate(source: str, **how: Any) -> dict[str, Any]:
+    """`dirty_rate_async`, for programs without an event loop."""
+    return asyncio.run(dirty_rate_async(source, **how))

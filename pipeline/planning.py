@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from ..transport.errors import SourceError
+from ..transport.codecs import CODECS
+from ..transport.errors import SourceError, UsageError
 from ..transport.links import Endpoint
 from ..transport.pages import PAGE_SIZE, total_pages
 from ..workers.batches import page_hashes
@@ -47,6 +48,7 @@ _PAYS = 0.9
 # Trials of a setting that count.
 _REPEATS = 2
 _HASHED_PAGES = 1024
+_LEAST_SAMPLE, _LEAST_SECONDS, _MOST_SECONDS = 4 << 20, 0.1, 60
 # The share of a sample that is one piece of it; and what a later round may gain by.
 _LEAST, _MOST_GAIN = 1e-9, 2.0
 
@@ -67,6 +69,31 @@ class Wanted:
     batch_pages: int = 256
     bandwidth: str = ""
     common: Parameters = field(default_factory=Parameters)
+
+
+def wanted_by(
+    parameters: Parameters, seconds: float = 2.0, sample: int = 128 << 20, bandwidth: str = ""
+) -> Wanted:
+    """What a plan is for that is to be carried out with `parameters`, of which those that a plan
+    is made with count; UsageError. `bandwidth`: parameters.max_bandwidth as the user wrote it."""
+    checked = parameters.checked()
+    if sample < _LEAST_SAMPLE:
+        raise UsageError("sample must be at least 4M: less says nothing of a migration")
+    if not _LEAST_SECONDS <= seconds <= _MOST_SECONDS:
+        raise UsageError("seconds must be from 0.1 to 60")
+    if parameters.codec not in ("auto", *CODECS):
+        raise UsageError(
+            f"a plan is made without deltas ({parameters.codec}): its codec is auto, "
+            f"{', '.join(CODECS)}"
+        )
+    goal = Goal(checked.max_bandwidth, checked.downtime_limit, checked.max_rounds)
+    # trials find out what these hosts can, with no limit
+    trials = Parameters(keys=checked.keys, peer=checked.peer, insecure=checked.insecure)
+    return Wanted(
+        goal, seconds, sample=sample, workers=parameters.workers, codec=checked.codec,
+        level=checked.level, batch_pages=checked.batch_pages,
+        bandwidth=bandwidth if goal.bandwidth else "", common=trials,
+    )  # fmt: skip
 
 
 @dataclass

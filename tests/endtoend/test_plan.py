@@ -13,6 +13,7 @@ from qemu.qmp import ExecuteError, QMPClient
 from qemu_vm import Vm, require_qemu
 from shared_writer import SharedWriter
 
+from pageferry.pipeline import api
 from pageferry.pipeline.dirty_rate import Asked
 from pageferry.pipeline.measuring import RunningDirtyRate, dirty_rate
 from pageferry.pipeline.plan import Goal
@@ -109,7 +110,7 @@ def test_an_image_is_written_by_nobody_and_memory_without_owner_is_compared(tmp_
     (tmp_path / "vm.mem").write_bytes(pattern(300))
 
     def rate(source, **more):
-        return asyncio.run(dirty_rate(parse_guest(source), Asked(0.05, **more)))
+        return api.dirty_rate(source, seconds=0.05, **more)
 
     found = rate(f"image:{tmp_path}/vm.mem")
     assert (found["mode"], found["dirty-rate"], found["status"]) == ("none", 0, "measured")
@@ -230,8 +231,8 @@ def planned(source, wanted=WANTED):
 
 def test_a_plan_of_an_image_is_time_and_nothing_else(tmp_path):
     (tmp_path / "vm.mem").write_bytes(pattern(3072))
-    found = planned(
-        f"image:{tmp_path}/vm.mem", replace(WANTED, goal=Goal(5_000_000), bandwidth="5MB")
+    found = api.plan(
+        f"image:{tmp_path}/vm.mem", max_bandwidth=5_000_000, seconds=0.1, sample=8 << 20, workers=1
     )
     assert list(found["modes"]) == ["precopy"] and "downtime" not in found
     assert found["rounds"] == 1 and found["dirty-rate"]["mode"] == "none"
@@ -255,10 +256,20 @@ def test_a_plan_of_a_guest_is_what_can_be_run():
     assert json.loads(done.stdout)["oracle"]["ok"]
 
 
-def test_a_plan_of_a_process_leaves_it_as_it_was(writer):
+def test_a_plan_of_a_process_leaves_it_as_it_was(writer, tmp_path):
+    """With what a profile says, but for what is said here."""
+    profile = tmp_path / "p.toml"
+    profile.write_text('workers = 1\ncodec = "zstd"\nlevel = 3\nverify = true\n')
     writer.tell("write", *range(0, PAGES, 2))
     done = pageferry(
-        "plan", f"pid:{writer.pid}", "--seconds", "0.1", "--workers", "1", "--codec", "none"
+        "plan",
+        f"pid:{writer.pid}",
+        "--seconds",
+        "0.1",
+        "--profile",
+        str(profile),
+        "--codec",
+        "none",
     )
     assert done.returncode == 0, done.stderr
     assert "precopy, " in done.stdout and "--workers 1 --codec none" in done.stdout

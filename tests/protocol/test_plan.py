@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pageferry.pipeline.convergence import FIXED_SECONDS
 from pageferry.pipeline.dirty_rate import Look, WorkingSet
+from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.plan import (
     MODES,
     POSTCOPY,
@@ -26,7 +27,9 @@ from pageferry.pipeline.plan import (
     predict,
 )
 from pageferry.pipeline.plan_report import choose, options_of, report_of
+from pageferry.pipeline.planning import wanted_by
 from pageferry.pipeline.tuning import Setting
+from pageferry.transport.errors import UsageError
 
 examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -248,3 +251,19 @@ def test_an_image_is_time_and_nothing_else():
     assert list(report["modes"]) == [PRECOPY] and "downtime" not in report
     assert "--downtime-limit" not in report["settings"]
     assert report["why"][-1].startswith("Nobody writes this memory")
+
+
+def test_what_a_plan_may_be_asked_for():
+    """As many workers as pay, unless somebody says so; and nothing that it cannot predict."""
+    found = wanted_by(Parameters(max_bandwidth=10**6, level=3, codec="zstd"), 0.5, 4 << 20, "1MB")
+    assert (found.workers, found.codec, found.level) == (0, "zstd", 3)
+    assert (found.goal.bandwidth, found.bandwidth, found.seconds) == (10**6, "1MB", 0.5)
+    for parameters, how, why in (
+        ({"codec": "xbzrle+zstd"}, {}, "without deltas"),
+        ({"codec": "auto", "level": 3}, {}, "level needs a codec"),
+        ({"workers": 1 << 20}, {}, "workers"),
+        ({}, {"sample": 4096}, "at least 4M"),
+        ({}, {"seconds": 61.0}, "from 0.1 to 60"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            wanted_by(Parameters(**parameters), **how)

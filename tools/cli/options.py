@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from ...pipeline.goals import GOALS
 from ...pipeline.parameters import Parameters
-from ...transport.codecs import CODECS
+from ...transport.codecs import codec_names
 from ...transport.errors import UsageError
 from ...transport.quantities import parse_duration, parse_rate, parse_size
 
@@ -83,8 +83,8 @@ def memory_options(function: F) -> F:
             click.option("--workers", metavar="N", help="Channels, each with a process at both "
                          "ends (QEMU: multifd-channels). Default: one a CPU."),
             click.option("--codec", metavar="NAME", default="auto", show_default=True,
-                         help=f"auto, {', '.join(CODECS)}. auto takes what moves most. xbzrle, "
-                         "or xbzrle+NAME: what differs from what was sent before."),
+                         help=f"{codec_names()}. auto takes what moves most; xbzrle sends "
+                         "what differs from what was sent before."),
             click.option("--level", metavar="N", help="The codec's level."),
             click.option("--xbzrle-cache-size", metavar="SIZE", default="64M", show_default=True,
                          help="Pages sent before that xbzrle keeps."),
@@ -193,7 +193,7 @@ def parameters(options: dict[str, Any]) -> Parameters:
     if report and trace and os.path.realpath(report) == os.path.realpath(trace):
         raise UsageError("--report and --trace name the same file: each needs one of its own")
     if options.get("profile") is not None:
-        options = _with_profile(options)
+        options = profiled(options)
     return Parameters(
         workers=integer("workers", options["workers"]) or 0,
         codec=options["codec"],
@@ -235,7 +235,7 @@ def _throttle(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _with_profile(options: dict[str, Any]) -> dict[str, Any]:
+def profiled(options: dict[str, Any]) -> dict[str, Any]:
     """`options`, the profile's in place of those that nobody gave."""
     merged = dict(options)
     for shown, value in given_options(options).items():

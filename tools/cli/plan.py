@@ -10,12 +10,9 @@ from typing import Any
 import click
 
 from ...pipeline.parameters import Parameters
-from ...pipeline.plan import Goal
-from ...pipeline.planning import Wanted, plan
-from ...transport.codecs import make_codec
-from ...transport.errors import Cancelled, UsageError
+from ...pipeline.planning import Wanted, plan, wanted_by
+from ...transport.errors import Cancelled
 from ...transport.links import Endpoint, parse_endpoint
-from ...transport.messages import MAX_WORKERS
 from ...transport.pages import PAGE_SIZE
 from ...transport.quantities import (
     format_bytes,
@@ -28,16 +25,17 @@ from ...transport.quantities import (
 from ...workers.guests import parse_guest
 from .dirtyrate import seconds_of
 from .display import Display, PlainLines
-from .options import integer, key_options
+from .options import integer, key_options, profiled
 from .running import Interrupts
 
-_LEAST_SAMPLE = 4 << 20
 _WIDTH = 92
 
 
 @click.command("plan")
 @click.argument("source")
 @click.argument("endpoint", required=False)
+@click.option("--profile", metavar="NAME", help="Plan for what `pageferry tune` wrote: a name, or "
+              "a path. What is said here as well comes before.")  # fmt: skip
 @click.option("--bandwidth", metavar="RATE", default="0", help="Of the link: 10Gbit, 500MB. "
               "Default: what these hosts, or the link to ENDPOINT, carry.")  # fmt: skip
 @click.option("--downtime-limit", metavar="TIME", default="300ms", show_default=True,
@@ -86,32 +84,19 @@ def _endpoint(text: str | None) -> Endpoint | None:
 
 
 def _wanted(options: dict[str, Any]) -> Wanted:
-    common = Parameters(
+    if options["profile"] is not None:
+        options = profiled(options | {"batch_pages": "256"})
+    parameters = Parameters(
+        workers=integer("workers", options["workers"]) or 0,
+        codec=options["codec"], level=integer("level", options["level"]),
+        batch_pages=integer("batch-pages", options.get("batch_pages", "256")) or 0,
         max_bandwidth=parse_rate(options["bandwidth"]),
         downtime_limit=parse_duration(options["downtime_limit"]),
         max_rounds=integer("max-rounds", options["max_rounds"]) or 0,
         keys=options["keys"], peer=options["peer"], insecure=options["insecure"],
-    ).checked()  # fmt: skip
-    goal = Goal(common.max_bandwidth, common.downtime_limit, common.max_rounds)
-    sample, seconds = parse_size(options["sample"]), seconds_of(options["seconds"])
-    if sample < _LEAST_SAMPLE:
-        raise UsageError("--sample must be at least 4M: less says nothing of a migration")
-    if not 0.1 <= seconds <= 60:
-        raise UsageError("--seconds must be from 0.1 to 60")
-    workers = integer("workers", options["workers"]) or 0
-    if workers > MAX_WORKERS:
-        raise UsageError(f"--workers must be {MAX_WORKERS} at the most")
-    level = integer("level", options["level"])
-    if options["codec"] != "auto":
-        make_codec(options["codec"], level)
-    elif level is not None:
-        raise UsageError("--level needs --codec")
-    # trials find out what these hosts can, with no limit
-    trials = Parameters(keys=common.keys, peer=common.peer, insecure=common.insecure)
-    return Wanted(
-        goal, seconds, sample=sample, workers=workers, codec=options["codec"], level=level,
-        bandwidth=options["bandwidth"] if goal.bandwidth else "", common=trials,
     )  # fmt: skip
+    sample, seconds = parse_size(options["sample"]), seconds_of(options["seconds"])
+    return wanted_by(parameters, seconds, sample, options["bandwidth"])
 
 
 # ---- what a person sees ------------------------------------------------------------------------
