@@ -25,7 +25,7 @@ from ..transport.errors import (
     UsageError,
 )
 from ..transport.links import Endpoint, parse_endpoint
-from ..transport.stream_addresses import Stream, is_stream, parse_stream
+from ..transport.stream_addresses import Stream, is_stream, parse_stream, recover_words
 from ..transport.streams import ends_of
 from ..workers import carrier, jobs
 from ..workers.command import how_it_ended
@@ -33,6 +33,8 @@ from ..workers.counters import Counters
 from ..workers.pool import Pool, Worker
 from .blocking import to_its_end
 
+# Who started a command that never answers hears what is waited for. Most logins are quicker.
+_SAY_SECONDS = 4.0
 # What arrived with the end of a stream is heard before the end is.
 _HEARD_SECONDS = 0.3
 _LOOK_SECONDS = 0.5
@@ -50,12 +52,14 @@ class Carriage:
     def __init__(self, on_failure: Callable[[PageferryError], None] = lambda error: None) -> None:
         self.on_failure = on_failure
         self.peer = ""  # the path of the receiver, at its host
+        self.monitor = ""  # at which the migration is controlled, for who is told how to go on
         self._stream: Stream | None = None
         self._pool: Pool | None = None
         self._counters: Counters | None = None
         self._answer: asyncio.Future[jobs.AnyJob] | None = None
         self._over: asyncio.Future[jobs.StreamEnded] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._saying: asyncio.TimerHandle | None = None
         self._ended: Pool | None = None  # the last one, for what it has cost
         self._here = ""  # the path at which it is dialled
         self._met = False  # the other end has answered
@@ -98,11 +102,25 @@ class Carriage:
                 self._counters, str(stream), stream.command, given, dict(os.environ), os.getcwd(),
                 dials, path, patience,
             )  # fmt: skip
+            self._saying = asyncio.get_running_loop().call_later(
+                _SAY_SECONDS, self._say_what_is_waited_for, stream, dials, patience
+            )
             await self._pool.start(carrier.main, [job])
             self._watching = asyncio.get_running_loop().create_task(self._watch(self._pool))
         finally:
             if given is not None:
                 given.close()
+
+    def _say_what_is_waited_for(self, stream: Stream, dials: bool, patience: float | None) -> None:
+        whom = "`pageferry receive … -` (or relay)" if dials else "`pageferry send`"
+        long = "" if patience is None else f"; it is given up after {patience:.0f} s"
+        _log.warning(
+            "%s: no %s has answered at its other end yet%s", stream, whom, long
+        )  # fmt: skip
+
+    def _say_nothing(self) -> None:
+        if self._saying is not None:
+            self._saying.cancel()
 
     async def _watch(self, pool: Pool) -> None:
         with contextlib.suppress(asyncio.CancelledError):
@@ -143,10 +161,13 @@ class Carriage:
 
     def recovery(self) -> str:
         """How a postcopy goes on whose stream broke, for a person."""
-        return (
-            f"its receiver listens at ipc://{self.peer} of its host: `pageferry recover MONITOR "
-            f"'exec:ssh HOST pageferry relay ipc://{self.peer}'`"
-        )
+        assert self._stream is not None
+        try:
+            words = recover_words(self._stream, self.peer)
+        except UsageError as e:
+            return f"it cannot be said how to reach its receiver: {e}"
+        command = " ".join(filter(None, ("pageferry recover", self.monitor or "MONITOR", words)))
+        return f"its receiver listens at ipc://{self.peer} of its host: `{command}` goes on"
 
     def _on_job(self, worker: Worker, job: jobs.AnyJob) -> None:
         match job:
@@ -163,6 +184,7 @@ class Carriage:
                     self._failed(PeerLost(f"the other end has closed {self._stream}"))
             case jobs.Ready():
                 self._met = True
+                self._say_nothing()
                 if self._answer is not None and not self._answer.done():
                     self._answer.set_result(job)
             case _:
@@ -171,6 +193,7 @@ class Carriage:
     def _failed(self, error: Exception) -> None:
         assert isinstance(error, PageferryError)
         self._met = False  # and is told nothing any more
+        self._say_nothing()
         for waiting in (self._answer, self._over):
             if waiting is not None and not waiting.done():
                 waiting.set_exception(error)
@@ -205,6 +228,7 @@ class Carriage:
         if self._met and pool.alive:
             await self._finish(pool, hurry)
         self._pool, self._ended = None, pool
+        self._say_nothing()
         # not `pool.hurry()`: a carrier that is killed cannot end what its command has started
         if self._watching is not None:
             self._watching.cancel()

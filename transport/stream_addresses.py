@@ -9,12 +9,16 @@ the partner must be named.
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass, field
 
 from .errors import UsageError
 
 STDIO = "-"
 _FD = re.compile(r"fd:(\d{1,6})(?:,(\d{1,6}))?")
+_RECEIVE = re.compile(r"\bpageferry\s+receive\s")
+# What a receiver is called, where a person may copy it into a shell.
+_PLAIN = re.compile(r"@?[\w./-]{1,200}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -66,3 +70,23 @@ def parse_stream(text: str) -> Stream:
     if 2 in (reads, writes):
         raise UsageError(f"{text!r}: descriptor 2 is stderr, where messages go")
     return Stream(reads=reads, writes=writes)
+
+
+def recover_words(stream: Stream, peer: str) -> str:
+    """What to give `pageferry recover MONITOR`, as a shell takes it, to reach the receiver that was
+    at the other end of `stream` and listens at the path `peer` of its host; "": nothing, the
+    command is started again. What cannot be known is in capitals."""
+    if not _PLAIN.fullmatch(peer):  # it is a peer's word
+        raise UsageError("what the receiver is called is no name of pageferry's")
+    if re.search(r"\bpageferry\s+relay\s", stream.command):
+        return ""
+    relay = f"pageferry relay ipc://{peer}"
+    if (match := _RECEIVE.search(stream.command)) is not None:
+        for end in ("", "'", '"'):  # the remote command may be in quotes
+            command = f"{stream.command[: match.start()]}{relay}{end}"
+            try:
+                shlex.split(command)
+            except ValueError:
+                continue
+            return shlex.quote(f"exec:{command}")
+    return shlex.quote(f"exec:ssh HOST {relay}")

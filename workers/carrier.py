@@ -180,12 +180,20 @@ class _Carrying:
             self._broke()
         late = self._deadline is not None and time.monotonic() > self._deadline
         if late and not self.mux.greeted:
-            whom = "receive" if self.job.dials else "send"
             raise ConnectError(
                 f"nothing of pageferry came over {self.job.shown} within {self.job.patience:.0f} "
-                f"s: at its other end must be a `pageferry {whom}` that answers (into a file goes "
-                f"image:PATH){self._noise()}{self._last_words()}"
+                f"s. {self._what_to_do()}{self._noise()}{self._last_words()}"
             )
+
+    def _what_to_do(self) -> str:
+        whom = "receive" if self.job.dials else "send"
+        if not self.command:
+            return f"A `pageferry {whom} -` must be at its other end, and answer"
+        return (
+            f"The command must run `pageferry {whom} … -` at the other host, its stdin and stdout "
+            f"the stream (exec:ssh HOST pageferry {whom} … -), and start it without asking anything"
+            + ("; into a file goes image:PATH, a snapshot file:PATH" if self.job.dials else "")
+        )
 
     def _steps(self, seconds: float, enough: Any) -> None:
         """Go on until `enough()`, or so long."""

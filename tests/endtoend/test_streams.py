@@ -16,8 +16,8 @@ import pytest
 from helpers import Running, command, pageferry, pattern, same_file, sweep, until, until_async
 from key_ends import Ends as KeyEnds
 
-from pageferry.pipeline import api
-from pageferry.pipeline.carriage import Carriage, local_endpoint
+from pageferry.pipeline import api, carriage
+from pageferry.pipeline.carriage import local_endpoint
 from pageferry.pipeline.destination import Destination
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.state import Status
@@ -251,22 +251,26 @@ def test_a_paused_postcopy_goes_on_over_the_stream_that_is_whole():
         ("yes filler", RemoteProtocolError, "64 KiB came over the stream .* filler filler"),
         ("yes text | head -c 3000000 >&2; exit 4", ConnectError, "status 4.*said: text"),
         ("exec sleep 100", ConnectError, "nothing of pageferry came over .* within 1 s"),
-        ("echo hm; exec sleep 100", ConnectError, "within 1 s: .* was no pageferry's: hm"),
+        ("echo hm; exec sleep 100", ConnectError, "within 1 s.* was no pageferry's: hm"),
     ],
 )  # fmt: skip
-def test_a_command_that_is_no_receiver(text, error, says, monkeypatch):
-    """In one sentence, with what it said; and it is gone."""
+def test_a_command_that_is_no_receiver(text, error, says, monkeypatch, caplog):
+    """In one sentence, with what it said; and it is gone. Of one that never answers it is said
+    before what is waited for."""
     monkeypatch.setattr(carrier, "GREETING_SECONDS", 1.0 if "sleep" in text else 60.0)
+    monkeypatch.setattr(carriage, "_SAY_SECONDS", 0.3 if "sleep" in text else 60.0)
 
     async def run():
-        carriage = Carriage()
+        ours = carriage.Carriage()
         try:
-            await carriage.dial(parse_stream(f"exec:{text}"))
+            await ours.dial(parse_stream(f"exec:{text}"))
         finally:
-            await carriage.close(hurry=True)
+            await ours.close(hurry=True)
 
     with pytest.raises(error, match=says):
         asyncio.run(run())
+    waits = f"exec:{text}: no `pageferry receive … -` (or relay) has answered at its other end yet"
+    assert (waits in caplog.text) == ("sleep" in text)
 
 
 @pytest.mark.parametrize("limit", [40, 3000, 300_000])

@@ -1,6 +1,7 @@
 """Many connections over one byte stream: both ends of it without the stream, and whoever lies."""
 
 import random
+import shlex
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,12 @@ from pageferry.transport.errors import (
     UsageError,
 )
 from pageferry.transport.links import Endpoint
-from pageferry.transport.stream_addresses import Stream, is_stream, parse_stream
+from pageferry.transport.stream_addresses import (
+    Stream,
+    is_stream,
+    parse_stream,
+    recover_words,
+)
 from pageferry.transport.streams import (
     CHUNK,
     HEADER,
@@ -496,3 +502,27 @@ def test_whatever_comes_is_an_error_of_ours_or_bounded(pieces):
         pass
     assert there.mux.connections <= MAX_CONNECTIONS
     assert len(there.mux._head) <= 8192
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("ssh -o BatchMode=yes there sudo -n pageferry receive --into demo: -",
+         "'exec:ssh -o BatchMode=yes there sudo -n pageferry relay ipc://@pageferry-1-ab'"),
+        ("ssh there 'cd /srv && pageferry  receive --into demo: -'", None),
+        ("ssh there pageferry relay ipc:///run/p.sock", ""),
+        ("socat - OPENSSL:there:4444", "'exec:ssh HOST pageferry relay ipc://@pageferry-1-ab'"),
+        ("", "'exec:ssh HOST pageferry relay ipc://@pageferry-1-ab'"),
+    ],
+)  # fmt: skip
+def test_how_a_postcopy_whose_stream_broke_goes_on(command, words):
+    """By the command that there was, if it can be told what it runs; a shell takes it as it is."""
+    found = recover_words(Stream(command, 5), "@pageferry-1-ab")
+    if words is None:
+        assert shlex.split(found) == ["exec:ssh there 'cd /srv && pageferry relay "
+                                      "ipc://@pageferry-1-ab'"]  # fmt: skip
+    else:
+        assert found == words
+    for evil in ("@x'; rm -rf ~ '", "", "@a b", "@" + "x" * 300):
+        with pytest.raises(UsageError):
+            recover_words(Stream(command, 5), evil)
