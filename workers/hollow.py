@@ -10,13 +10,12 @@ it again. Knows no memory.
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
 from pathlib import Path
 
-from .kernel.tasks import began_at, pid_namespace
-from .names import PREFIX, SHARED_MEMORY, shared_name
+from .kernel.tasks import began_at, lives, pid_namespace
+from .names import SHARED_MEMORY, notes, shared_name
 
 HOLLOW = "hollow"
 
@@ -53,13 +52,8 @@ class HollowNote:
 
 def hollow_note(pid: int) -> str:
     """The note of whoever gave memory of this process back, alive or not; "" if nobody did."""
-    same = pid, began_at(pid), pid_namespace()
-    for path in glob.glob(f"{SHARED_MEMORY}/{PREFIX}*-{HOLLOW}"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            facts = json.loads(Path(path).read_text())
-            if (facts["pid"], facts["began"], facts["namespace"]) == same:
-                return path
-    return ""
+    same = {"pid": pid, "began": began_at(pid), "namespace": pid_namespace()}
+    return next((path for path, facts in notes(HOLLOW, pid) if facts == same), "")
 
 
 def what_is_hollow(path: str) -> str:
@@ -73,7 +67,7 @@ def what_is_hollow(path: str) -> str:
         return ""
     if elsewhere:
         return f"memory of process {pid} of another pid namespace was given back: look there"
-    if began_at(pid) != began:
+    if not lives(pid, began):
         return ""
     return (
         f"the guest in process {pid} was moving when its pageferry was killed, and part of its "

@@ -9,6 +9,7 @@ wanted for two rounds. Who writes, and when, so that no two ever touch the same 
   2. During a round a slot is its page's, and so its sender's (page_table.py says whose a page is).
      That sender alone writes, for each batch: (1) EMPTY, (2) the page, as its frame will make it,
      (3) the frame to ZeroMQ; later, on ACK, VALID. On NACK nothing: it stays EMPTY.
+  3. In a postcopy senders drop it, and say so. When all have, only the coordinator writes (`drop`).
 
 So what is VALID is what the destination has said that it placed, and nothing that came later was
 sent. Whoever sends a page without keeping it (the guest stands still: nobody will want it) stores

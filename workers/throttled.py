@@ -13,7 +13,6 @@ gone; by the coordinator, if that one is gone; by a sweep, if both are.
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
 import signal
@@ -23,7 +22,7 @@ from typing import Any
 
 from .kernel.cpu_quota import Group, group_of
 from .kernel.tasks import began_at, is_stopped, pid_namespace
-from .names import PREFIX, SHARED_MEMORY, shared_name
+from .names import SHARED_MEMORY, notes, shared_name
 
 THROTTLED = "throttled"
 
@@ -86,14 +85,8 @@ def note_of(pid: int, groups: tuple[Group, ...] = ()) -> Note:
 def stopped_now_and_then(pid: int) -> str:
     """The note of whoever has this process stand still for moments, to slow it down; "" if nobody
     does. Of two that stop it one would take the other's moment for its own."""
-    began = began_at(pid)
-    for path in glob.glob(f"{SHARED_MEMORY}/{PREFIX}*-{THROTTLED}"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            facts = json.loads(Path(path).read_text())
-            same = facts["pid"], facts["began"], facts["namespace"]
-            if not facts["groups"] and same == (pid, began, pid_namespace()):
-                return path
-    return ""
+    same = {"pid": pid, "began": began_at(pid), "namespace": pid_namespace(), "groups": []}
+    return next((path for path, facts in notes(THROTTLED, pid) if facts == same), "")
 
 
 def lift_what_was_left(path: str, *, act: bool) -> tuple[str, bool]:

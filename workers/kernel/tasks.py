@@ -20,6 +20,12 @@ def began_at(pid: int) -> str:
     return fields[19] if fields else ""
 
 
+def lives(pid: int, began: str) -> bool:
+    """Whether the process that `began_at` then has not ended: a zombie has."""
+    fields = _fields(f"/proc/{pid}/stat")
+    return bool(fields) and fields[19] == began and fields[0] not in "ZX"
+
+
 def threads_of(pid: int) -> list[int]:
     """None of one that has ended."""
     try:
