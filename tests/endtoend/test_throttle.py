@@ -175,6 +175,7 @@ def test_a_process(memory, writer, means):
     assert report["throttle"]["by"] == means
     assert report["throttle"]["max-percentage"] > 0
     assert {"slow-down", "processors-before", "processors-throttled"} <= set(report["throttle"])
+    assert "throttle" in {process["name"] for process in report["processes"]}
     assert report["source-process"].startswith(("stopped", "frozen"))
     assert same_file(*memory)
     assert notes() == []
