@@ -18,6 +18,7 @@ from shared_writer import SharedWriter
 
 from pageferry.pipeline import api
 from pageferry.pipeline.inspecting import inspect_saved
+from pageferry.pipeline.monitor import Conversation
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.snapshot import Snapshot
 from pageferry.tools.bench.boot_guest import BootGuest, rom_image
@@ -25,6 +26,7 @@ from pageferry.tools.cli.main import cli
 from pageferry.transport.errors import (
     HostLacks,
     NoSpace,
+    PeerLost,
     PostcopyFailed,
     SourceError,
     UsageError,
@@ -275,6 +277,97 @@ def runs_on(vm):
         vm.qmp("cont")
 
 
+# ---- while it is taken ------------------------------------------------------------------------
+
+
+def asked(tmp_path, *commands):
+    """A snapshot of an image that is told `commands` when it begins to save: answers, the events,
+    and what it ended with."""
+    (tmp_path / "vm").write_bytes(pattern(40))
+    answers, events = [], []
+
+    def started(taking):
+        talk, others = Conversation(taking), taking.on_event
+        talk.negotiated = True
+
+        def on_event(name, data):
+            others(name, data)
+            events.append(data.get("status", name))
+            if data.get("status") == "active":
+                for line in commands:
+                    answers.append(talk.answer(json.dumps({"execute": line}).encode()))
+
+        taking.on_event = on_event
+
+    async def take():
+        with contextlib.suppress(asyncio.CancelledError):
+            return await api.snapshot(
+                parse_guest(f"image:{tmp_path}/vm"), parse_guest(f"file:{tmp_path}/a"),
+                workers=1, on_started=started,
+            )  # fmt: skip
+
+    try:
+        report = asyncio.run(take())
+    except PeerLost as e:
+        report = e
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    return answers, events, report
+
+
+def test_a_monitor_asks_and_cancels(tmp_path):
+    """migrate_cancel: no file. What a snapshot cannot do says so."""
+    answers, events, report = asked(
+        tmp_path, "query-migrate", "query-migrate-parameters", "query-yank", "migrate-pause",
+        "migrate-set-parameters", "migrate_cancel",
+    )  # fmt: skip
+    assert answers[0]["return"]["status"] == "active"
+    assert answers[0]["return"]["ram"]["total"] == 40 * PAGE_SIZE
+    assert answers[1]["return"]["background-snapshot"] is False
+    assert answers[2]["return"] == [{"type": "migration"}]
+    assert "cannot pause" in answers[3]["error"]["desc"]
+    assert "nothing that can be set" in answers[4]["error"]["desc"]
+    assert answers[5] == {"return": {}}
+    assert [e for e in events if e != "MIGRATION_PASS"] == [
+        "setup", "active", "cancelling", "cancelled",
+    ]  # fmt: skip
+    assert report is None
+    assert os.listdir(tmp_path) == ["vm"]
+
+
+class Cancelled(Snapshot):
+    """By two Ctrl-C, `when`."""
+
+    when = ""
+
+    async def _finish(self, state):
+        await super()._finish(state)
+        if self.when == "on disk":
+            self.cancel()
+
+    async def _publish(self):
+        loop = asyncio.get_running_loop()
+        if self.when == "named":  # nothing of these runs before it waits for the name
+            loop.call_soon(self.cancel)
+            loop.call_soon(self._task.cancel)
+        await super()._publish()
+
+
+@pytest.mark.parametrize("when", ["on disk", "named"])
+def test_a_cancel_comes_before_its_name_or_too_late(tmp_path, when):
+    """What is said is true: cancelled, and nothing is there; or completed, and all of it is."""
+    (tmp_path / "vm").write_bytes(pattern(40))
+    with contextlib.closing(open_source(parse_guest(f"image:{tmp_path}/vm"))) as guest:
+        taking = Cancelled(guest, str(tmp_path / "a"), 1)
+        taking.when = when
+        if when == "on disk":
+            with pytest.raises(asyncio.CancelledError):
+                asyncio.run(taking.run())
+            assert os.listdir(tmp_path) == ["vm"]
+        else:
+            assert asyncio.run(taking.run())["status"] == "completed"
+            assert memory_in(tmp_path / "a", 40) == pattern(40)
+
+
 # ---- the command line ------------------------------------------------------------------------
 
 
@@ -282,9 +375,18 @@ def test_there_and_back_by_the_command_line(tmp_path):
     """An image; errors of one line; a disk that is full."""
     content = pattern(700)[:-100]
     (tmp_path / "vm.mem").write_bytes(content)
-    done = run("snapshot", f"image:{tmp_path}/vm.mem", f"file:{tmp_path}/a?direct=on")
+    done = run(
+        "snapshot", f"image:{tmp_path}/vm.mem", f"file:{tmp_path}/a?direct=on", "--trace",
+        f"{tmp_path}/t", "--report", f"{tmp_path}/r", "--monitor", f"unix:{tmp_path}/m", "-v",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "completed" in done.stdout and f"{tmp_path}/a" in done.stdout
+    assert "snapshot: completed after" in done.stderr
+    assert "Completed in" in (tmp_path / "r").read_text()
+    assert not (tmp_path / "m").exists()
+    events = json.loads((tmp_path / "t").read_text())
+    kept = [e["args"]["pages"] for e in events if e["name"] == "keep"]
+    assert sum(kept) == sum(e["args"]["pages"] for e in events if e["name"] == "extent") == 700
     done = run("restore", f"file:{tmp_path}/a", "--into", f"image:{tmp_path}/b", "--json")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "b").read_bytes() == content
@@ -299,6 +401,11 @@ def test_there_and_back_by_the_command_line(tmp_path):
         (["restore", "ram:x", "--into", "demo:"], UsageError, "is no snapshot"),
         (["snapshot", f"file:{tmp_path}/a", "file:b"], UsageError, "is a snapshot already"),
         (["snapshot", f"image:{tmp_path}/b", f"image:{tmp_path}/c"], UsageError, "file:PATH"),
+        (
+            ["snapshot", "demo:", f"file:{tmp_path}/c", "--trace", f"{tmp_path}/c"],
+            UsageError,
+            "that is the memory",
+        ),
     ]:
         with pytest.raises(kind, match=text):
             cli.main(arguments, standalone_mode=False)
