@@ -42,6 +42,7 @@ from ..workers.guests import (
     DestinationGuest,
     GuestUri,
     SourceGuest,
+    check_destination,
     open_destination,
     open_source,
     parse_guest,
@@ -357,6 +358,7 @@ async def copy(
     parameters = parameters.checked().on_this_host()
     check_sections(state)
     check_sections(state_there)
+    check_destination(destination)
     _not_the_same(source, destination)
     warm_up()
     endpoint = Endpoint("ipc", path=f"@pageferry-{os.getpid()}-{secrets.token_hex(8)}")
