@@ -42,6 +42,7 @@ from ..workers.guests import (
     DestinationGuest,
     GuestUri,
     SourceGuest,
+    check_destination,
     open_destination,
     open_source,
     parse_guest,
@@ -357,6 +358,7 @@ async def copy(
     parameters = parameters.checked().on_this_host()
     check_sections(state)
     check_sections(state_there)
+    check_destination(destination)
     _not_the_same(source, destination)
     warm_up()
     endpoint = Endpoint("ipc", path=f"@pageferry-{os.getpid()}-{secrets.token_hex(8)}")
@@ -500,9 +502,12 @@ async def snapshot(
     live: bool = False,
     on_progress: Progress | None = None,
     on_started: Callable[[Snapshot], None] | None = None,
+    monitor: str | None = None,
+    on_attached: Callable[[SourceGuest], None] | None = None,
 ) -> dict[str, Any]:
     """Save `source` as it is at one instant to the file `into` (file:PATH); it goes on, with `live`
-    all the time but for some milliseconds."""
+    all the time but for some milliseconds. `on_attached`: as in `send`; the file is made by whoever
+    this process is then."""
     if into.kind != "file":
         raise UsageError(f"{into} is no file for a snapshot: write file:PATH")
     if source.kind == "file":
@@ -511,17 +516,32 @@ async def snapshot(
         source = replace(source, options=source.options | {"tracking": TRACKING_HASH})
     direct = into.choice("direct", ("on", "off")) == "on"
     count = Parameters(workers=workers).checked().workers
-    warm_up()
+    if on_attached is None:
+        warm_up()
     guest = await _opened(source)
+    report: dict[str, Any] | None = None
     try:
-        taking = Snapshot(
-            guest, into.rest, count, live=live, direct=direct, on_progress=on_progress
-        )  # fmt: skip
-        if on_started is not None:
-            on_started(taking)
-        return await taking.run()
-    finally:
-        await to_its_end(asyncio.to_thread(guest.close))
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(lambda: to_its_end(asyncio.to_thread(guest.close)))
+            taking = Snapshot(
+                guest, into.rest, count, live=live, direct=direct, on_progress=on_progress
+            )  # fmt: skip
+            stack.push_async_callback(lambda: to_its_end(taking.close()))
+            if on_attached is not None:
+                await taking.attach()
+                on_attached(guest)
+                warm_up()
+            if monitor is not None:
+                where = await stack.enter_async_context(serve_monitor(monitor, taking))
+                taking.on_event = where.emit
+            if on_started is not None:
+                on_started(taking)
+            report = await taking.run()
+    except asyncio.CancelledError:
+        if report is None:
+            raise  # else it came too late: the file is there
+    assert report is not None
+    return report
 
 
 async def _end(task: asyncio.Future[Any]) -> None:

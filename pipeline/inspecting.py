@@ -25,7 +25,7 @@ from ..transport.messages import MAX_STATE
 from ..transport.pages import total_pages
 from ..workers.guests.image import ImageSource, image_pieces
 from ..workers.guests.uri import GuestUri
-from ..workers.snapshot_file import open_snapshot
+from ..workers.snapshot_file import CheckedBlock, open_snapshot
 from . import qemu_stream
 
 # What of a value is shown, unless all is asked for: bytes, and elements of a list.
@@ -103,11 +103,7 @@ def _snapshot(file: BinaryIO, path: str) -> dict[str, Any]:
     try:
         blocks = []
         for block in index.blocks:
-            bits = os.pread(
-                memory.fd, block.table_bytes - block.digest_bytes,
-                block.tables_at + block.digest_bytes,
-            )  # fmt: skip
-            there = int.from_bytes(bits, "little").bit_count()
+            there = total_pages(CheckedBlock(block, memory).data_runs())
             pages = {"total": block.pages, "data": there, "holes": block.pages - there}
             blocks.append(
                 {"name": block.spec.name, "size": block.spec.size, "offset": block.at,

@@ -26,7 +26,7 @@ import msgspec
 from ..transport.errors import HostLacks, UsageError
 from ..transport.links import parse_endpoint
 from ..transport.quantities import parse_duration, parse_rate, parse_size
-from ..workers.guests import GuestUri, is_directory, parse_guest
+from ..workers.guests import GuestUri, check_destination, is_directory, parse_guest
 from ..workers.guests.image_directory import IMAGE_NAME
 from .parameters import NEVER, Parameters
 from .planner import HostLimit, Limits, Task
@@ -43,7 +43,7 @@ LOCAL = "local"
 # dask takes a list of NAME=AMOUNT with commas and spaces in between.
 _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ADDRESSES = ("tcp://", "ipc://")
-_WITH_PATHS = ("image", "ram", "qemu")
+_WITH_PATHS = ("image", "file", "ram", "qemu")
 _FORMS = {".toml": "TOML", ".yaml": "YAML", ".yml": "YAML", ".json": "JSON"}
 
 # 10Gbit, 500MB; a number is bytes a second. 300ms, 2s; a number is milliseconds.
@@ -482,8 +482,7 @@ def _destination(text: str, folder: str, hosts: tuple[str, ...]) -> str:
     if uri.startswith(_ADDRESSES):
         return str(parse_endpoint(uri))
     guest = parse_guest(uri)
-    if guest.kind == "pid":
-        raise UsageError("pid: is a source only")
+    check_destination(guest)
     if guest.kind == "image" and not (hosts or is_directory(guest)) and os.path.isdir(guest.rest):
         return f"{guest}/"
     return str(guest)

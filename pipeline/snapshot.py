@@ -6,16 +6,18 @@ Without `live` it stands still while savers write. With it:
     2. stop the guest, take its device state, hold the guard, protect what was written since
     3. the guard saves from now on; the guest goes on. This pause is all that it notices
     4. savers go through all memory; what the guest writes before they come is saved by the guard
-    5. let go of everything, write the index, sync, and give the file its name
+    5. let go of everything, write the index, sync
+    6. give the file its name: from here on nothing that fails, and no cancel, changes how it ends
 
-Whatever fails: the file goes, everything is let go, the guest goes on. If this process is killed,
-the kernel lets go (guests keep no descriptor). Touches no memory itself.
+Whatever fails before that: the file goes, everything is let go, the guest goes on. If this process
+is killed, the kernel lets go (guests keep no descriptor). Touches no memory itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import time
@@ -23,21 +25,30 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 from .._version import __version__
-from ..transport.errors import LocalProtocolError, PageferryError, SourceError, UsageError, as_ours
+from ..transport.errors import (
+    LocalProtocolError,
+    PageferryError,
+    PeerLost,
+    SourceError,
+    UsageError,
+    as_ours,
+)
 from ..transport.pages import PAGE_SIZE
 from ..transport.snapshot_format import CHUNK_PAGES
 from ..workers import guard, jobs, saver
 from ..workers.claims import TODO, WRITTEN, Claims
 from ..workers.counters import Counters
-from ..workers.forking import context
+from ..workers.forking import context, end_a_hung_server
 from ..workers.guests.base import ArmedMemory, SourceGuest
 from ..workers.guests.protecting import changed, regions_of
 from ..workers.pool import Pool, Worker
 from ..workers.saver import LettingGo, SaverJob, stretches
 from ..workers.snapshot_file import SnapshotWriter
+from . import narration
 from .blocking import Blocking, to_its_end
 from .callbacks import tell
 from .crew import Crew
+from .journal import Journal
 from .state import Status
 from .statistics import Statistics
 
@@ -47,6 +58,9 @@ _PROTECTED_CHUNKS = 32
 _WATCH_SECONDS = 0.25
 # A guest that stands still and whose memory map stays about to change is not waited for.
 _CHANGING_SECONDS = 1.0
+# What has not come to an end so long after a yank is ended by force.
+_YANK_SECONDS = 0.5
+_log = logging.getLogger("pageferry")
 _T = TypeVar("_T")
 
 
@@ -69,10 +83,13 @@ class Snapshot:
                 "(ram:PATH?pid=PID)"
             )
         self.guest = guest
+        guest.stays = True
         self.live = live and guest.live  # what nobody writes needs no care
         self.statistics = Statistics("snapshot")
         self.status = Status.NONE
         self.on_progress = on_progress
+        self.on_event: Callable[[str, dict[str, Any]], None] = lambda name, data: None
+        self.journal = Journal("snapshot", "")
         self._path, self._workers, self._direct = path, workers, direct
         self._call = Blocking()
         self._failure: asyncio.Future[None] | None = None
@@ -84,15 +101,71 @@ class Snapshot:
         self._answers: asyncio.Queue[bytes] = asyncio.Queue()
         self._watching: asyncio.Task[None] | None = None
         self._stopped = self._resuming = self._saved = False
+        self._driving = self._publishing = False
         self._task: asyncio.Task[Any] | None = None
 
     def __repr__(self) -> str:
         return f"<Snapshot {self.guest.kind} to {self._path} {self.status.value}>"
 
+    # ---- what others may ask -------------------------------------------------------------
+
     def cancel(self) -> None:
-        """The file goes; the guest goes on."""
-        if self._task is not None:
-            self._task.cancel()
+        """The file goes; the guest goes on. Without effect once the file is to get its name."""
+        if self._task is None or self._publishing:
+            return
+        if self.status in (Status.SETUP, Status.ACTIVE):
+            self._become(Status.CANCELLING)
+        self._task.cancel()
+
+    def can_be_yanked(self) -> bool:
+        """Whether there is something to cut: from the start until everything is let go of."""
+        return self._driving
+
+    def yank(self) -> None:
+        """Cut everything that may hang: workers, the guest's monitor. It fails, and the guest goes
+        on. It may have failed before, and hang on its way to the end."""
+        _log.warning("yanked: nothing is waited for any more")
+        self.guest.yank()
+        for pool in self._pools():
+            if pool is not None:
+                pool.hurry()
+        asyncio.get_running_loop().call_later(_YANK_SECONDS, self._end_a_hung_start)
+        if not self._publishing:
+            self._fail(PeerLost("yanked: somebody had it cut, because it hung"))
+
+    def _end_a_hung_start(self) -> None:
+        """Others' processes end with the fork server: so only if we wait for it ourselves."""
+        if any(pool is not None and pool.is_starting for pool in self._pools()):
+            end_a_hung_server()
+
+    def _pools(self) -> tuple[Pool | None, Pool | None]:
+        return self._crew.pool if self._crew is not None else None, self._guard
+
+    def set_parameters(self, arguments: dict[str, Any]) -> None:
+        raise UsageError("a snapshot has nothing that can be set while it is taken")
+
+    def query_parameters(self) -> dict[str, Any]:
+        """QEMU's names for what it was asked to be like."""
+        return {
+            "multifd-channels": self._workers, "background-snapshot": self.live,
+            "direct-io": self._direct,
+        }  # fmt: skip
+
+    def query_processes(self) -> list[dict[str, Any]]:
+        """What each process has cost so far, as `processes` of the result."""
+        return self.statistics.processes_now(*self._pools())
+
+    def start_postcopy(self) -> None:
+        raise UsageError("a snapshot has no postcopy: `pageferry restore --lazy` is one")
+
+    def go_on(self) -> None:
+        """It never waits."""
+
+    def pause(self) -> None:
+        raise UsageError("a snapshot cannot pause: cancel it, and take it again")
+
+    def recover(self, where: str | None) -> None:
+        raise UsageError("a snapshot never pauses")
 
     def query(self) -> dict[str, Any]:
         """As query-migrate."""
@@ -106,27 +179,44 @@ class Snapshot:
         }  # fmt: skip
         return report
 
+    # ---- the run -------------------------------------------------------------------------
+
     async def run(self) -> dict[str, Any]:
         """Returns the report, raises the error."""
         self._task = asyncio.current_task()
         self._failure = asyncio.get_running_loop().create_future()
-        self.status = Status.SETUP
+        self._driving = True
+        self._become(Status.SETUP)
         try:
-            await self._unless_it_fails(self._run())
+            await self._unless_it_fails(self._save())
+            await self._publish()
         except Exception as e:
             error = as_ours(e)
-            self.status = Status.FAILED
+            self._become(Status.FAILED, error.message)
             await to_its_end(self._close(error))
+            error.data["report"] = self._last_report()
             raise error from e
         except asyncio.CancelledError:
-            self.status = Status.CANCELLED
             await to_its_end(self._close(None))
+            self._become(Status.CANCELLED)
+            self._last_report()
             raise
-        self.status = Status.COMPLETED
+        self._become(Status.COMPLETED)
         with contextlib.suppress(asyncio.CancelledError):  # too late: the file is there
             await to_its_end(self._close(None))
+        return self._last_report()
+
+    def _become(self, status: Status, why: str = "") -> None:
+        self.status = status
+        self.journal.became(status, why)
+        tell(self.on_event, "MIGRATION", {"status": status.value})
+
+    def _last_report(self) -> dict[str, Any]:
+        self._driving = False
         report = self.query()
         report.pop("progress")
+        self.journal.round_ends()
+        self.journal.over(narration.ended(report))
         return report
 
     async def _unless_it_fails(self, work: Awaitable[_T]) -> _T:
@@ -149,45 +239,85 @@ class Snapshot:
         if self._failure is not None and not self._failure.done():
             self._failure.set_exception(error)
 
-    async def _run(self) -> None:
-        await self._start()
-        self.status = Status.ACTIVE
-        self.statistics.set_up = time.monotonic()
-        self.statistics.total_pages = sum(block.pages for block in self.guest.blocks)
-        self.statistics.begin_round(1, self.statistics.total_pages)
+    def _failed(self, error: Exception) -> None:
+        """A process: when all is saved, none is needed any more."""
+        if not self._saved:
+            self._fail(error)
+
+    async def _save(self) -> None:
+        """All of it to disk, but without a name."""
+        during = self.journal.during
+        await during("start", self._start)
         self._watching = asyncio.ensure_future(self._watch())
-        state = await (self._instant() if self.live else self._stand_still())
-        assert self._crew is not None and self._claims is not None and self._writer is not None
+        pages = self.statistics.total_pages = sum(block.pages for block in self.guest.blocks)
+        self.statistics.begin_round(1, pages)  # what the guard saves in its first moments, too
+        if self.live:
+            state = await self._instant()
+            self._begin()
+        else:
+            self._begin()
+            state = await during("stand still", self._stand_still)
+        await during("save", self._save_all)
+        await during("go on", self._call, self._go_on)
+        await during("sync", self._finish, state)
+
+    def _begin(self) -> None:
+        """From now on memory is saved."""
+        self._become(Status.ACTIVE)
+        self.statistics.set_up = time.monotonic()
+        self.journal.round_begins(1, self.statistics.total_pages)
+        tell(self.on_event, "MIGRATION_PASS", {"pass": 1})
+
+    async def _save_all(self) -> None:
+        assert self._crew is not None and self._claims is not None
         await self._crew.distribute(self._extents(), jobs.ExtentDone, lambda reply: None)
         if self.live:
             await self._ask_guard(jobs.Finish())
         if not self._claims.all_saved():
             raise LocalProtocolError("some memory was saved by nobody")
-        await self._call(self._go_on)
+
+    async def _finish(self, state: bytes) -> None:
+        assert self._writer is not None
         guest = self.guest
         taken = await self._call(
             self._writer.finish, guest.kind, guest.running, guest.image_size, __version__, state
         )
-        self.statistics.ended = time.monotonic()
         self.statistics.extra |= {"file-bytes": taken, "file": self._path}
+
+    async def _publish(self) -> None:
+        """Whoever cancels it from here on comes too late: the file is there."""
+        assert self._writer is not None
+        self._publishing = True
+        with contextlib.suppress(asyncio.CancelledError):
+            await to_its_end(self._call(self._writer.publish))
+        self.statistics.ended = time.monotonic()
+
+    async def attach(self) -> None:
+        """All for which root may be needed. `run` does it, unless it is done."""
+        if self.live and self._memory is None:
+            self._memory = await self._call(self.guest.protect)
+
+    async def close(self) -> None:
+        """Let go of what was attached to and never ran. Idempotent."""
+        await self._let_go()
+        self._close_memory()
 
     # ---- processes -----------------------------------------------------------------------
 
     async def _start(self) -> None:
         guest = self.guest
         self._writer = await self._call(self._open)
-        if self.live:
-            self._memory = await self._call(guest.protect)
+        await self.attach()
         lock = context().Lock() if self.live else None
         chunks = [-(-block.pages // CHUNK_PAGES) for block in guest.blocks]
         self._claims = Claims(chunks, lock)
-        counters = self.statistics.counters = Counters(self._workers)
-        self._crew = Crew(counters, self._fail)
+        counters = self.statistics.counters = Counters(self._workers, self.journal.lane)
+        self._crew = Crew(counters, self._failed)
         self._crew.pool.role = "saver"
         await self._crew.pool.start(saver.main, [self._job(counters)] * self._workers)
         if self.live:
-            self.statistics.urgent = Counters(1)
-            self._guard = Pool("guard", self.statistics.urgent, self._on_guard, self._fail)
+            self.statistics.urgent = Counters(1, self.journal.lane)
+            self._guard = Pool("guard", self.statistics.urgent, self._on_guard, self._failed)
             await self._guard.start(guard.main, [self._job(self.statistics.urgent)])
             await self._answers.get()
         await self._crew.gather(jobs.Ready)
@@ -227,9 +357,8 @@ class Snapshot:
     async def _watch(self) -> None:
         try:
             while True:
-                assert self._crew is not None
-                for pool in (self._crew.pool, self._guard):
-                    if pool is not None:
+                for pool in self._pools():
+                    if pool is not None and not self._saved:
                         pool.check()
                 # that it goes on is no surprise then; nor, when all is saved, that it ends
                 if not (self._resuming or self._saved):
@@ -261,14 +390,16 @@ class Snapshot:
         """The guest stands still for as long as it takes to protect what it wrote since all was
         protected; its device state."""
         assert self._memory is not None
-        await self._call(self._protect_all)
-        await self._stop()
-        state = await self._call(self.guest.save_state)
+        during = self.journal.during
+        await during("protect", self._call, self._protect_all)
+        await during("stop", self._stop)
+        state: bytes = await during("device state", self._call, self.guest.save_state)
         # before its memory is protected: devices may write to it as they are saved
         await self._ask_guard(jobs.Hold(secrets.token_bytes(4), True))
-        self.statistics.extra["protected-again"] = await self._call(self._protect_again)
+        again = await during("protect again", self._call, self._protect_again)
+        self.statistics.extra["protected-again"] = again
         await self._ask_guard(jobs.Hold(secrets.token_bytes(4), False))
-        await self._call(self._resume)
+        await during("resume", self._call, self._resume)
         return state
 
     def _protect_all(self) -> None:
@@ -351,19 +482,24 @@ class Snapshot:
             self._writer = left
 
     async def _end_processes(self) -> None:
-        pools = [self._crew.pool if self._crew is not None else None, self._guard]
+        pools = self._pools()
         for pool in pools:
             if pool is not None:
                 if self.status is not Status.COMPLETED:
                     pool.hurry()
                 await pool.close()
         self.statistics.remember_processes(*pools)
-        if self._memory is not None:  # ours is the last: the kernel wakes who sleeps even so
-            self._memory.close()
+        self._close_memory()
         if self._claims is not None:
             self._claims.close()
         if self._writer is not None:
             self._writer.discard()
+
+    def _close_memory(self) -> None:
+        """Ours is the last descriptor: the kernel wakes who sleeps even so."""
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.close()
 
     async def _let_run(self) -> None:
         if self._stopped:

@@ -38,7 +38,9 @@ _TURN_SECONDS = 0.0001
 # The lines of a lane, from the top.
 LINES = ("states", "rounds", "work", "control")
 # Where processes are drawn: the way that pages go.
-_ORDER = {"sender": 100, "postcopy": 200, "receiver": 300, "fault": 400}
+_ORDER = {
+    "sender": 100, "postcopy": 200, "receiver": 300, "fault": 400, "saver": 500, "guard": 600,
+}  # fmt: skip
 _log = logging.getLogger("pageferry.trace")
 
 
@@ -134,7 +136,7 @@ class Trace:
 
     def began(self, name: str, pid: int, ring: Reader, scope: str, shown: str) -> None:
         """A worker has a ring; `shown`: what its process is called."""
-        self.note(*events.process_name(pid, shown, _ORDER.get(name.partition("-")[0], 500)))
+        self.note(*events.process_name(pid, shown, _ORDER.get(name.partition("-")[0], 900)))
         with self._lock:
             self._rings[pid] = _Ring(ring, shown, scope, ring.dropped)
 

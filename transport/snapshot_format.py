@@ -151,6 +151,9 @@ def decode_index(header: Header, data: bytes) -> Index:
 
 
 def _check(index: Index, end: int) -> None:
+    for text in (index.kind, index.version):  # they are shown
+        if not (1 <= len(text) <= _MAX_NAME and text.isprintable()):
+            raise _damaged("what kind of guest it is of, or who wrote it, cannot be shown")
     if not 1 <= len(index.blocks) <= MAX_BLOCKS:
         raise _damaged(f"it has {len(index.blocks)} blocks of memory")
     if len(index.state) > MAX_STATE:

@@ -31,7 +31,7 @@ from .claims import CLAIMED, FREE, SAVED, TODO, WRITTEN
 from .kernel.userfaultfd import READ_MESSAGES, Fault, Removed, read_messages, wake
 from .placing import GuestMap
 from .priority import become_urgent, collect_seldom
-from .process import HEARTBEAT_SECONDS, Desk, run_worker
+from .process import HEARTBEAT_SECONDS, Desk, run_worker, traced
 from .saver import Keeper, LettingGo, SaverJob, read_chunks
 
 # Copies that wait to be written: 64 MiB. When there are more, writers wait for storage.
@@ -44,7 +44,9 @@ _A_MOMENT = 0.00005
 
 
 def main(pipe: Connection, index: int, job: SaverJob) -> None:
-    run_worker("pf-guard", pipe, job.counters, index, lambda desk: Guard(desk, job).run())
+    run_worker(
+        "pf-guard", pipe, job.counters, index, lambda desk: traced(desk, Guard)(desk, job).run()
+    )
 
 
 class Guard:

@@ -29,7 +29,7 @@ from .guests.base import ArmedMemory, Region
 from .inspection import zero_pages
 from .kernel.userfaultfd import write_protect
 from .priority import become_background
-from .process import HEARTBEAT_SECONDS, Desk, run_worker
+from .process import HEARTBEAT_SECONDS, Desk, run_worker, traced
 from .ram import RamBlock
 from .snapshot_file import Tables
 
@@ -54,7 +54,13 @@ class SaverJob:
 
 
 def main(pipe: Connection, index: int, job: SaverJob) -> None:
-    run_worker(f"pf-save-{index}", pipe, job.counters, index, lambda desk: Saver(desk, job).run())
+    run_worker(
+        f"pf-save-{index}",
+        pipe,
+        job.counters,
+        index,
+        lambda desk: traced(desk, Saver)(desk, job).run(),
+    )
 
 
 class Saver:

@@ -104,8 +104,8 @@ class SnapshotWriter:
         return self._tables
 
     def finish(self, kind: str, running: bool, image_size: int, version: str, state: bytes) -> int:
-        """All of its memory is written: the rest, all of it to disk, and its name, in this order.
-        Bytes that it takes there."""
+        """All of its memory is written: the rest, and all of it to disk, in this order. Bytes that
+        it takes there. It has no name yet: `publish`."""
         blocks = []
         try:
             for i, block in enumerate(self.blocks):
@@ -119,12 +119,14 @@ class SnapshotWriter:
             os.fsync(self._new.fd)
         except OSError as e:
             raise RamBlock.write_error(e, self.path) from e
-        taken = os.fstat(self._new.fd).st_blocks * 512
+        return os.fstat(self._new.fd).st_blocks * 512
+
+    def publish(self) -> None:
+        """It is finished, and gets its name."""
         self._new.publish()
-        return taken
 
     def discard(self) -> None:
-        """Leave nothing, unless it is finished. Idempotent."""
+        """Leave nothing, unless it is published. Idempotent."""
         if self._tables is not None:
             self._tables.close()
         if self._file is not None:

@@ -52,6 +52,9 @@ class Kind(enum.IntEnum):
     KNOWN_PAGE = 44
     INSTALL = 45
     REMOVED = 46
+    # savers and the guard of a snapshot; savers have EXTENT too
+    KEEP = 50
+    HELD_BACK = 51
 
 
 class Shape(enum.Enum):
@@ -125,4 +128,6 @@ SPECS: dict[Kind, Spec] = {
         "install", "fault", (*_RANGE, _BYTES, ("number", "request")), flow=Flow.TO
     ),
     Kind.REMOVED: Spec("given back", "fault", (("page", "address"), _BYTES)),
+    Kind.KEEP: Spec("keep", "saver", _RANGE),
+    Kind.HELD_BACK: Spec("held back", "saver", _RANGE),
 }  # fmt: skip

@@ -16,17 +16,21 @@ import numpy.typing as npt
 from ..transport.channel import Acked, Data, Lost, ReceivingChannel
 from ..transport.codecs import Decoders
 from ..transport.pages import PAGE_SIZE, Pages, Runs
+from ..transport.snapshot_format import CHUNK_PAGES
 from ..transport.urgent import Page, Request
 from ..transport.wire import Buffer, Frame
 from . import jobs
 from .batches import Batch, BatchMaker, BlockReader
+from .counters import Row
 from .fault import FaultJob, FaultProcess
+from .guard import Guard
 from .guests.base import Region
 from .kernel.userfaultfd import Removed
 from .postcopy import PostcopyJob, PostcopyProcess
 from .process import Desk
 from .ram import RamBlock
 from .receiver import Receiver, ReceiverJob
+from .saver import Keeper, Saver, SaverJob
 from .sender import Sender, SenderJob
 from .trace_records import Kind
 from .tracing import Writer
@@ -319,9 +323,58 @@ class TracedFaultProcess(FaultProcess):
             self.trace.add(Kind.FAULT, wanted.since, block=block, page=page)
 
 
+# ---- a snapshot's saver and guard -------------------------------------------------------
+
+
+class _Keeper(Keeper):
+    """Looks for zeros, takes digests, writes."""
+
+    def __init__(self, job: SaverJob, row: Row, trace: Writer) -> None:
+        super().__init__(job, row)
+        self._trace = trace
+
+    def keep(self, block: int, first: int, content: memoryview) -> None:
+        begin = _now()
+        super().keep(block, first, content)
+        self._trace.add(
+            Kind.KEEP, begin, block=block, page=first * CHUNK_PAGES, pages=len(content) // PAGE_SIZE
+        )
+
+
+class TracedSaver(Saver):
+    def __init__(self, desk: Desk, job: SaverJob) -> None:
+        super().__init__(desk, job)
+        self.trace = _trace(desk)
+        self.keeper = _Keeper(job, desk.row, self.trace)
+
+    def _save(self, extent: jobs.Extent) -> None:
+        begin = _now()
+        super()._save(extent)
+        self.trace.add(
+            Kind.EXTENT, begin, block=extent.block, page=extent.first, pages=extent.count
+        )
+
+
+class TracedGuard(Guard):
+    """Its thread that writes is in no trace: a ring has one writer."""
+
+    def __init__(self, desk: Desk, job: SaverJob) -> None:
+        super().__init__(desk, job)
+        self.trace = _trace(desk)
+
+    def _save(self, block: int, chunk: int) -> None:
+        begin = _now()
+        super()._save(block, chunk)
+        self.trace.add(
+            Kind.HELD_BACK, begin, block=block, page=chunk * CHUNK_PAGES, pages=CHUNK_PAGES
+        )
+
+
 TRACED: dict[type[Any], type[Any]] = {
     Sender: TracedSender,
     Receiver: TracedReceiver,
     PostcopyProcess: TracedPostcopyProcess,
     FaultProcess: TracedFaultProcess,
+    Saver: TracedSaver,
+    Guard: TracedGuard,
 }

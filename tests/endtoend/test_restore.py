@@ -1,5 +1,6 @@
 """A snapshot restored lazily: a monitor hands over its userfaultfd, pages come from afar."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,6 +15,9 @@ from xml.etree import ElementTree
 import pytest
 from helpers import PAGE, Running, until
 from helpers import pageferry as run
+
+from pageferry.pipeline import api
+from pageferry.workers.guests import parse_guest
 
 HUGE = Path("/proc/sys/vm/nr_hugepages")
 
@@ -53,9 +57,9 @@ def restoring(source, path, *options):
 
 
 @contextlib.contextmanager
-def serving(image, listen, *options):
+def serving(image, listen, *options, kind="image"):
     """`pageferry serve`, listening."""
-    with Running("serve", f"image:{image}", "--listen", listen, "--json", *options) as server:
+    with Running("serve", f"{kind}:{image}", "--listen", listen, "--json", *options) as server:
         server.endpoint = json.loads(server.line())["endpoint"]
         yield server
 
@@ -103,9 +107,13 @@ def test_its_pages(snapshot, tmp_path):
 
 
 def test_memory_given_back_meanwhile_reads_as_zero(snapshot, tmp_path):
-    """A balloon inflates while pages arrive: nothing stale comes back."""
-    path = tmp_path / "u"
-    with serving(snapshot, f"ipc://{tmp_path}/s", "--max-postcopy-bandwidth", "20MB") as server:
+    """A balloon inflates while pages arrive: nothing stale comes back. Of what `pageferry snapshot`
+    wrote."""
+    path, file = tmp_path / "u", tmp_path / "file"
+    asyncio.run(api.snapshot(parse_guest(f"image:{snapshot}"), parse_guest(f"file:{file}")))
+    with serving(
+        file, f"ipc://{tmp_path}/s", "--max-postcopy-bandwidth", "20MB", kind="file"
+    ) as server:
         endpoint = server.endpoint
         for seed in range(3):
             with restoring(endpoint, path) as restore:

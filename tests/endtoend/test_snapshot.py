@@ -17,18 +17,25 @@ from qemu_vm import Vm, require_qemu
 from shared_writer import SharedWriter
 
 from pageferry.pipeline import api
+from pageferry.pipeline.batch import Batch
+from pageferry.pipeline.batch_state import BatchState
 from pageferry.pipeline.inspecting import inspect_saved
+from pageferry.pipeline.manifest import manifest
+from pageferry.pipeline.monitor import Conversation
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.snapshot import Snapshot
+from pageferry.pipeline.trials import take_sample
 from pageferry.tools.bench.boot_guest import BootGuest, rom_image
 from pageferry.tools.cli.main import cli
 from pageferry.transport.errors import (
     HostLacks,
     NoSpace,
+    PeerLost,
     PostcopyFailed,
     SourceError,
     UsageError,
     VerificationFailed,
+    WorkerDied,
 )
 from pageferry.transport.pages import PAGE_SIZE
 from pageferry.transport.snapshot_format import ALIGNMENT
@@ -240,21 +247,67 @@ def test_killed_in_the_middle_the_process_goes_on(tmp_path, writer):
     assert os.listdir(tmp_path) == []
 
 
+class Killed(Snapshot):
+    """After its instant `kill` is called with the process of its first `victim`."""
+
+    victim = "saver"
+    kill = staticmethod(lambda pid: None)
+
+    def _extents(self):
+        pool = self._guard if self.victim == "guard" else self._crew.pool
+        self.kill(pool.workers[0].process.pid)
+        return super()._extents()
+
+
+@pytest.mark.parametrize(("victim", "live"), [("saver", False), ("saver", True), ("guard", True)])
+def test_one_of_its_processes_is_killed(tmp_path, writer, victim, live):
+    """The process goes on, also where it sleeps on a page; no file, and it says who died."""
+
+    def kill(pid):
+        if victim == "guard":
+            os.kill(pid, signal.SIGSTOP)
+            writer.process.stdin.write(json.dumps(["write", 500]) + "\n")
+            writer.process.stdin.flush()
+            until(lambda: sleepers(os.getpid()) == 1, "it sleeps on its page")
+        if not live:  # if all of us were killed now, `pageferry clean` would let it go on
+            (note,) = Path("/dev/shm").glob(f"pageferry-{os.getpid()}-*-stopped")
+            assert json.loads(note.read_text())["stays"] is True
+            assert writer.state() == "T"
+        os.kill(pid, signal.SIGKILL)
+
+    uri = f"pid:{writer.pid}?tracking=content-hash"
+    with contextlib.closing(open_source(parse_guest(uri))) as guest:
+        taking = Killed(guest, str(tmp_path / "a"), 2, live=live)
+        taking.victim, taking.kill = victim, kill
+        with pytest.raises(WorkerDied, match=f"^{victim}-0 was killed") as caught:
+            asyncio.run(taking.run())
+    assert caught.value.exit_code == 9
+    assert victim != "guard" or json.loads(writer.line()) is None
+    writer.tell("write", *range(20))
+    assert writer.state() != "T"
+    assert os.listdir(tmp_path) == []
+
+
 def sleepers(pid):
     """Threads that wait for somebody to serve a userfaultfd that `pid` has."""
     found = 0
     for fd in os.listdir(f"/proc/{pid}/fdinfo"):
-        text = Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
+        text = ""
+        with contextlib.suppress(FileNotFoundError):  # that of the list itself
+            text = Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
         found += sum(int(line.split()[1]) for line in text.splitlines() if "pending" in line)
     return found
 
 
 def test_a_vm_goes_on_and_its_snapshot_too(tmp_path, protecting):
-    """Live, and restored lazily into another QEMU."""
+    """Live, and restored lazily into another QEMU. The first is another user's, who may not have a
+    userfaultfd by himself."""
     require_qemu()
+    may = os.geteuid() == 0 and os.path.exists("/dev/userfaultfd")
+    extra = ("-runas", "nobody") if may else ()
     rom = rom_image(tmp_path / "rom", mode=1, lo=MIB, hi=5 * MIB, delay=2000)
     with (
-        Vm("src", memory=64 * MIB, bios=rom) as source,
+        Vm("src", memory=64 * MIB, bios=rom, extra=extra) as source,
         Vm("dst", memory=64 * MIB, bios=rom, incoming="defer") as destination,
     ):
         source.wait_for_serial(b"B")
@@ -275,6 +328,111 @@ def runs_on(vm):
         vm.qmp("cont")
 
 
+def a_source_of_everything(tmp_path, content):
+    """file:a, in a batch, by a path that is relative to its manifest; and sampled, for `tune` and
+    `plan`. (`serve` has its own: test_restore.py.)"""
+    (tmp_path / "out").mkdir()
+    items = [{"source": "file:a", "destination": "image:out/", "verify": True}]
+    state = BatchState(str(tmp_path / "state"), manifest({"items": items}, str(tmp_path)))
+    with contextlib.closing(state):
+        assert asyncio.run(Batch(state).run())["status"] == "completed"
+    assert (tmp_path / "out" / "a").read_bytes() == content
+    sample = asyncio.run(take_sample(parse_guest(f"file:{tmp_path}/a"), 100 * PAGE_SIZE))
+    with contextlib.closing(sample):
+        assert not sample.live and sample.data >= 100 * PAGE_SIZE
+
+
+# ---- while it is taken ------------------------------------------------------------------------
+
+
+def asked(tmp_path, *commands):
+    """A snapshot of an image that is told `commands` when it begins to save: answers, the events,
+    and what it ended with."""
+    (tmp_path / "vm").write_bytes(pattern(40))
+    answers, events = [], []
+
+    def started(taking):
+        talk, others = Conversation(taking), taking.on_event
+        talk.negotiated = True
+
+        def on_event(name, data):
+            others(name, data)
+            events.append(data.get("status", name))
+            if data.get("status") == "active":
+                for line in commands:
+                    answers.append(talk.answer(json.dumps({"execute": line}).encode()))
+
+        taking.on_event = on_event
+
+    async def take():
+        with contextlib.suppress(asyncio.CancelledError):
+            return await api.snapshot(
+                parse_guest(f"image:{tmp_path}/vm"), parse_guest(f"file:{tmp_path}/a"),
+                workers=1, on_started=started,
+            )  # fmt: skip
+
+    try:
+        report = asyncio.run(take())
+    except PeerLost as e:
+        report = e
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    return answers, events, report
+
+
+def test_a_monitor_asks_and_cancels(tmp_path):
+    """migrate_cancel: no file. What a snapshot cannot do says so."""
+    answers, events, report = asked(
+        tmp_path, "query-migrate", "query-migrate-parameters", "query-yank", "migrate-pause",
+        "migrate-set-parameters", "migrate_cancel",
+    )  # fmt: skip
+    assert answers[0]["return"]["status"] == "active"
+    assert answers[0]["return"]["ram"]["total"] == 40 * PAGE_SIZE
+    assert answers[1]["return"]["background-snapshot"] is False
+    assert answers[2]["return"] == [{"type": "migration"}]
+    assert "cannot pause" in answers[3]["error"]["desc"]
+    assert "nothing that can be set" in answers[4]["error"]["desc"]
+    assert answers[5] == {"return": {}}
+    assert [e for e in events if e != "MIGRATION_PASS"] == [
+        "setup", "active", "cancelling", "cancelled",
+    ]  # fmt: skip
+    assert report is None
+    assert os.listdir(tmp_path) == ["vm"]
+
+
+class Cancelled(Snapshot):
+    """By two Ctrl-C, `when`."""
+
+    when = ""
+
+    async def _finish(self, state):
+        await super()._finish(state)
+        if self.when == "on disk":
+            self.cancel()
+
+    async def _publish(self):
+        loop = asyncio.get_running_loop()
+        if self.when == "named":  # nothing of these runs before it waits for the name
+            loop.call_soon(self.cancel)
+            loop.call_soon(self._task.cancel)
+        await super()._publish()
+
+
+@pytest.mark.parametrize("when", ["on disk", "named"])
+def test_a_cancel_comes_before_its_name_or_too_late(tmp_path, when):
+    """What is said is true: cancelled, and nothing is there; or completed, and all of it is."""
+    (tmp_path / "vm").write_bytes(pattern(40))
+    with contextlib.closing(open_source(parse_guest(f"image:{tmp_path}/vm"))) as guest:
+        taking = Cancelled(guest, str(tmp_path / "a"), 1)
+        taking.when = when
+        if when == "on disk":
+            with pytest.raises(asyncio.CancelledError):
+                asyncio.run(taking.run())
+            assert os.listdir(tmp_path) == ["vm"]
+        else:
+            assert asyncio.run(taking.run())["status"] == "completed"
+            assert memory_in(tmp_path / "a", 40) == pattern(40)
+
+
 # ---- the command line ------------------------------------------------------------------------
 
 
@@ -282,9 +440,18 @@ def test_there_and_back_by_the_command_line(tmp_path):
     """An image; errors of one line; a disk that is full."""
     content = pattern(700)[:-100]
     (tmp_path / "vm.mem").write_bytes(content)
-    done = run("snapshot", f"image:{tmp_path}/vm.mem", f"file:{tmp_path}/a?direct=on")
+    done = run(
+        "snapshot", f"image:{tmp_path}/vm.mem", f"file:{tmp_path}/a?direct=on", "--trace",
+        f"{tmp_path}/t", "--report", f"{tmp_path}/r", "--monitor", f"unix:{tmp_path}/m", "-v",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "completed" in done.stdout and f"{tmp_path}/a" in done.stdout
+    assert "snapshot: completed after" in done.stderr
+    assert "Completed in" in (tmp_path / "r").read_text()
+    assert not (tmp_path / "m").exists()
+    events = json.loads((tmp_path / "t").read_text())
+    kept = [e["args"]["pages"] for e in events if e["name"] == "keep"]
+    assert sum(kept) == sum(e["args"]["pages"] for e in events if e["name"] == "extent") == 700
     done = run("restore", f"file:{tmp_path}/a", "--into", f"image:{tmp_path}/b", "--json")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "b").read_bytes() == content
@@ -299,11 +466,20 @@ def test_there_and_back_by_the_command_line(tmp_path):
         (["restore", "ram:x", "--into", "demo:"], UsageError, "is no snapshot"),
         (["snapshot", f"file:{tmp_path}/a", "file:b"], UsageError, "is a snapshot already"),
         (["snapshot", f"image:{tmp_path}/b", f"image:{tmp_path}/c"], UsageError, "file:PATH"),
+        (["copy", f"file:{tmp_path}/a", "file:c"], UsageError, "file:c is a source: a snapshot is"),
+        (["receive", "--listen", "ipc://@x", "--into", "file:c"], UsageError, "is a source"),
+        (["tune", f"file:{tmp_path}/a", "file:c"], UsageError, "is a source"),
+        (
+            ["snapshot", "demo:", f"file:{tmp_path}/c", "--trace", f"{tmp_path}/c"],
+            UsageError,
+            "that is the memory",
+        ),
     ]:
         with pytest.raises(kind, match=text):
             cli.main(arguments, standalone_mode=False)
     with pytest.raises(UsageError, match="made by `pageferry snapshot SOURCE file:b`"):
         open_destination(parse_guest("file:b"))
+    a_source_of_everything(tmp_path, content)
     full = tmp_path / "full"
     full.mkdir()
     mounted = subprocess.run(

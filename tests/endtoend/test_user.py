@@ -17,6 +17,7 @@ from helpers import PAGE, Running, ask, pageferry, pattern, receiver, same_file,
 from shared_writer import one_step
 
 from pageferry.transport.keys import KeyDirectory
+from pageferry.transport.snapshot_format import ALIGNMENT
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="giving root up needs root")
 NOBODY = pwd.getpwnam("nobody")
@@ -175,6 +176,40 @@ def test_a_process_moves(folder, writer, kind):
     assert "stopped (SIGSTOP)" in report["source-process"]
     memory = Path(writer.memory).read_bytes()
     assert memory == (folder / "to").read_bytes() and one_step(memory)
+    assert nothing_left(folder)
+
+
+def test_a_snapshot_of_a_process(folder, writer):
+    """Its file is the user's. Live, what the process itself may not is said, and it goes on."""
+    file, monitor = folder / "a", f"unix:{folder}/m"
+    how = (f"pid:{writer.pid}", f"file:{file}", "--json", "--monitor", monitor)
+    with as_nobody(folder, "snapshot", *how) as taking:
+        report = finish(taking)
+    assert "downtime" in report and os.stat(file).st_uid == NOBODY.pw_uid
+    assert one_step(file.read_bytes()[ALIGNMENT : ALIGNMENT + 400 * PAGE])
+    file.unlink()
+    with as_nobody(folder, "snapshot", *how, "--live") as taking:
+        code, _, err = taking.finish()
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1":
+        assert code == 0, err
+    else:
+        assert (code, "vm.unprivileged_userfaultfd=1" in err) == (12, True), err
+        assert not file.exists()
+    assert psutil.Process(writer.pid).status() != psutil.STATUS_STOPPED
+    assert nothing_left(folder)
+
+
+def test_a_snapshot_without_root(folder):
+    """Of a guest of one's own: live, and lazily restored."""
+    saved = f"file:{folder}/a"
+    for arguments in (
+        ("snapshot", "demo:?size=8M&rate=0", saved, "--live"),
+        ("restore", saved, "--into", "demo:", "--lazy"),
+    ):
+        with Running(*arguments, "--json", within=(*within(folder), *AS_NOBODY)) as running:
+            report = finish(running)
+        assert report["status"] == "completed"
+    assert report["oracle"]["ok"]
     assert nothing_left(folder)
 
 

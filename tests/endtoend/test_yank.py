@@ -27,6 +27,7 @@ from qemu_vm import Vm, require_qemu
 from pageferry.pipeline import api
 from pageferry.pipeline.destination import Destination
 from pageferry.pipeline.parameters import Parameters
+from pageferry.pipeline.snapshot import Snapshot
 from pageferry.pipeline.source import Source
 from pageferry.pipeline.state import Status
 from pageferry.tools.bench.boot_guest import rom_image
@@ -127,6 +128,25 @@ def test_in_a_round_with_a_worker_that_hangs(guest, victim):
                     await ends.arriving
 
     asyncio.run(go())
+    runs(guest)
+
+
+class Hanging(Snapshot):
+    """Its saver stands still, and then it is yanked."""
+
+    def _extents(self):
+        os.kill(self._crew.pool.workers[0].process.pid, signal.SIGSTOP)
+        asyncio.get_running_loop().call_soon(self.yank)
+        return super()._extents()
+
+
+def test_a_snapshot_whose_saver_hangs(guest, tmp_path):
+    """The guest, which stands still, goes on; there is no file."""
+    taking = Hanging(guest, str(tmp_path / "a"), 1)
+    with pytest.raises(PeerLost, match="yanked"):
+        asyncio.run(taking.run())
+    assert not taking.can_be_yanked()
+    assert os.listdir(tmp_path) == []
     runs(guest)
 
 

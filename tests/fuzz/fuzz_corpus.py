@@ -15,11 +15,12 @@ from collections.abc import Iterator
 
 import fuzz_messages
 import fuzz_states
+import msgspec
 import numpy as np
 from fuzz_draw import INTERESTING
 from fuzz_targets import CORPUS, TARGETS
 
-from pageferry.transport import messages, streams, urgent, wire
+from pageferry.transport import messages, snapshot_format, streams, urgent, wire
 from pageferry.transport.codecs import CODECS
 from pageferry.transport.messages import Block, Hello
 from pageferry.transport.pages import PAGE_SIZE, Runs
@@ -125,6 +126,24 @@ def _states() -> Iterator[bytes]:
         yield bytes(parse(image_state(pieces))[0].content)
 
 
+def _snapshots() -> Iterator[bytes]:
+    """Indexes, and the first page of a file."""
+    state = save([Section(DEMO, Registers(5, 2, 0, "text", 1))])
+    for kind, specs in (
+        ("image", [Block("ram", 5 * PAGE_SIZE)]),
+        ("demo", [Block("ram", (4 << 20) + 17)]),
+        ("qemu", [Block("ram0", 2 << 20), Block("ram1", 2 << 20, 2 << 20, 2 << 20)]),
+        ("ram", [Block(f"load{i}", 100, offset=i << 12) for i in range(9)]),
+    ):
+        blocks, at = snapshot_format.place(specs)
+        blocks = [msgspec.structs.replace(block, sum=bytes(16)) for block in blocks]
+        header, body = snapshot_format.encode(
+            snapshot_format.Index("0.1.0", kind, True, 1 << 20, blocks, bytes(state)), at
+        )
+        yield body
+    yield header
+
+
 def _handovers() -> Iterator[bytes]:
     def mapping(address: int, size: int, offset: int, page: int = 4096) -> dict[str, int]:
         return {"base_host_virt_addr": address, "size": size, "offset": offset, "page_size": page,
@@ -214,7 +233,8 @@ def _talks(name: str) -> Iterator[bytes]:
 
 MAKERS = {
     "frame": _frames, "urgent-message": _urgents, "message": _messages, "codec": _codecs,
-    "core": _cores, "image-state": _states, "handover": _handovers, "qmp": _commands,
+    "core": _cores, "snapshot": _snapshots, "image-state": _states, "handover": _handovers,
+    "qmp": _commands,
     "batch": _manifests, "address": _addresses, "zap": _zap, "profile": _profiles,
     "key-file": _keys, "demo-state": _registers, "stream": _streams,
     "device-state": lambda: iter(fuzz_states.states()),

@@ -7,7 +7,9 @@ name, and nothing is left.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import struct
 import tempfile
 from types import SimpleNamespace
 from typing import Any
@@ -17,17 +19,20 @@ from fuzz_draw import Draw
 from fuzz_states import sealed
 
 from pageferry.pipeline import manifest, profiles
+from pageferry.pipeline.inspecting import inspect_saved
 from pageferry.pipeline.monitor import Conversation, Splitter, _line
 from pageferry.pipeline.restoring import regions_of
+from pageferry.transport import snapshot_format as form
 from pageferry.transport.errors import (
     HostLacks,
+    PageferryError,
     PeerRefused,
     RemoteProtocolError,
     SourceError,
     UsageError,
     VerificationFailed,
 )
-from pageferry.transport.messages import MAX_BLOCKS, Block, Hello
+from pageferry.transport.messages import MAX_BLOCKS, MAX_STATE, UNDECODABLE, Block, Hello
 from pageferry.transport.pages import PAGE_SIZE
 from pageferry.workers.guests.demo import registers_of
 from pageferry.workers.guests.handover import decode_mappings
@@ -37,6 +42,7 @@ from pageferry.workers.guests.image import (
     _skeleton,
 )
 from pageferry.workers.guests.image import image_state as state_of_image
+from pageferry.workers.guests.snapshot import SnapshotSource
 from pageferry.workers.guests.states import DEMO, IMAGE, state_into
 from pageferry.workers.guests.uri import GuestUri
 
@@ -68,6 +74,71 @@ def core(data: bytes) -> None:
     for offset, piece in pieces:
         out[offset : offset + len(piece)] = piece
     assert out == data
+
+
+# ---- snapshots -----------------------------------------------------------------------------
+
+_MOST_TABLES = 1 << 18  # of a block, bytes: what is behind it is the same again
+
+
+def snapshot(data: bytes) -> None:
+    """A snapshot: as it is; under a header that is right; and, if it is an index that can be laid
+    out, with digests that are right too. What is read of it stays within its blocks."""
+    _look_at(data)
+    draw = Draw(data)
+    at, length, size = draw.number(64, form.ALIGNMENT), draw.number(64), draw.number(64)
+    with contextlib.suppress(SourceError):
+        found = form.decode_header(_header(at, b"", length), size)
+        assert form.ALIGNMENT <= found.at <= found.at + found.length <= size
+    _look_at(_header(form.ALIGNMENT, data), (form.ALIGNMENT, data))
+    try:
+        index = msgspec.msgpack.decode(data, type=form.Index)
+    except UNDECODABLE:
+        return
+    if len(index.blocks) <= 16 and all(0 < b.table_bytes <= _MOST_TABLES for b in index.blocks):
+        _with_right_sums(index, data)
+
+
+def _header(at: int, body: bytes, length: int | None = None) -> bytes:
+    """One that is right."""
+    length = len(body) if length is None else length
+    head = struct.pack("<8sIIQQ16s", form.MAGIC, form.VERSION, 0, at, length, form.digest(body))
+    return (head + form.digest(head)).ljust(form.HEADER_BYTES, b"\0")
+
+
+def _with_right_sums(index: form.Index, data: bytes) -> None:
+    ends = [(b.at, b.spec.size) for b in index.blocks]
+    ends += [(b.tables_at, b.table_bytes) for b in index.blocks]
+    at = max([form.ALIGNMENT, *(begin + length for begin, length in ends)])
+    if at > 1 << 50 or any(begin < 0 for begin, _ in ends):
+        return
+    tables = [(b, (data * (b.table_bytes // len(data) + 1))[: b.table_bytes]) for b in index.blocks]
+    blocks = [msgspec.structs.replace(b, sum=form.digest(table)) for b, table in tables]
+    header, body = form.encode(msgspec.structs.replace(index, blocks=blocks), at)
+    _look_at(header, (at, body), *((b.tables_at, table) for b, table in tables))
+
+
+def _look_at(header: bytes, *pieces: tuple[int, bytes]) -> None:
+    """The file of these pieces is refused, or each part of it is read."""
+    with _file(header) as fd:
+        for at, piece in pieces:
+            os.pwrite(fd, piece, at)
+        path = f"/proc/self/fd/{fd}"
+        with contextlib.suppress(PageferryError):
+            json.dumps(inspect_saved(path))
+        try:
+            guest = SnapshotSource(GuestUri("file", path))
+        except SourceError:
+            return
+        with contextlib.closing(guest):
+            assert guest.kind.isprintable() and len(guest.save_state()) <= MAX_STATE
+            for block in guest.blocks:
+                starts, counts = block.data_runs()
+                assert all(starts >= 0) and all(starts + counts <= block.pages)
+                with contextlib.suppress(VerificationFailed):
+                    block.check([0, block.pages - 1])
+                with contextlib.suppress(VerificationFailed):
+                    block.check(starts[:8])
 
 
 # ---- an image's state, and the demo guest's ------------------------------------------------
@@ -204,5 +275,5 @@ def profile(data: bytes) -> None:
 
 TARGETS = {
     f.__name__.replace("_", "-"): f
-    for f in (core, image_state, demo_state, handover, qmp, batch, profile)
+    for f in (core, snapshot, image_state, demo_state, handover, qmp, batch, profile)
 }

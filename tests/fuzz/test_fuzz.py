@@ -10,7 +10,7 @@ from fuzz_draw import mutants
 
 MUTANTS = 2000
 # A target whose inputs are whole conversations has fewer of them.
-FEWER = {"placing": 500, "image-state": 500, "batch": 500, "codec": 1000}
+FEWER = {"snapshot": 1000, "placing": 500, "image-state": 500, "batch": 500, "codec": 1000}
 
 
 @pytest.fixture(autouse=True)

@@ -69,6 +69,7 @@ def save(path, blocks, state=b"state", *, direct=False, stop_before_the_end=Fals
                 keeper.keep(i, first, content)
         if not stop_before_the_end:
             writer.finish("ram", True, sum(b.size for b in blocks), "1", state)
+            writer.publish()
         return counters.read(0)
     finally:
         writer.discard()

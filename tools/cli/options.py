@@ -189,9 +189,7 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def parameters(options: dict[str, Any]) -> Parameters:
     """The options as Parameters; UsageError that names the option."""
-    report, trace = options.get("report"), options.get("trace")
-    if report and trace and os.path.realpath(report) == os.path.realpath(trace):
-        raise UsageError("--report and --trace name the same file: each needs one of its own")
+    check_files(options)
     if options.get("profile") is not None:
         options = profiled(options)
     return Parameters(
@@ -218,6 +216,13 @@ def parameters(options: dict[str, Any]) -> Parameters:
         insecure=options.get("insecure", False),
         **_throttle(options),
     ).checked()
+
+
+def check_files(options: dict[str, Any]) -> None:
+    """UsageError if two things are to be written to one file."""
+    report, trace = options.get("report"), options.get("trace")
+    if report and trace and os.path.realpath(report) == os.path.realpath(trace):
+        raise UsageError("--report and --trace name the same file: each needs one of its own")
 
 
 def _throttle(options: dict[str, Any]) -> dict[str, Any]:

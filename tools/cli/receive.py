@@ -15,7 +15,7 @@ from ...pipeline.reception import Reception
 from ...transport.errors import PageferryError, UsageError
 from ...transport.links import Endpoint
 from ...transport.quantities import format_bytes, format_seconds
-from ...workers.guests import GuestUri, is_directory, parse_guest
+from ...workers.guests import GuestUri, check_destination, is_directory, parse_guest
 from .copy import checked_oracle
 from .log_lines import escaped
 from .main import error_object
@@ -71,6 +71,8 @@ def receive_command(
     if into is not None and qemu_command is not None:
         raise UsageError("--into and --qemu-command: leave one of them out")
     guest = None if into is None else parse_guest(into)
+    if guest is not None:
+        check_destination(guest)
     expected = "demo" if guest is not None and guest.kind == "demo" else None
     as_json, quiet = options["as_json"], options["quiet"]
     hook = None if before_switchover is None else command(before_switchover)

@@ -14,7 +14,14 @@ from ...transport.errors import UsageError
 from ...transport.links import Endpoint, parse_endpoint
 from ...workers.guests import GuestUri, parse_guest
 from .copy import checked_oracle
-from .options import integer, key_options, output_options, page_options, user_option
+from .options import (
+    check_files,
+    integer,
+    key_options,
+    output_options,
+    page_options,
+    user_option,
+)
 from .reporting import recorded
 from .running import Interrupts, as_user, run
 from .view import View
@@ -48,6 +55,7 @@ def restore_command(
     """
     if (uffd_socket is None) == (into is None):
         raise UsageError("say where to restore: --uffd-socket PATH or --into GUEST, one of them")
+    check_files(options)
     if into is not None:
         _into(source, into, lazy, options)
         return

@@ -35,7 +35,7 @@ from ...transport.links import Endpoint, parse_endpoint
 from ...transport.messages import MAX_WORKERS
 from ...transport.quantities import parse_rate, parse_size
 from ...transport.wire import MAX_BATCH_PAGES
-from ...workers.guests import GuestUri, parse_guest
+from ...workers.guests import GuestUri, check_destination, parse_guest
 from ..report.tuning_curves import check_curves, draw_curves
 from .options import integer, key_options
 from .running import Interrupts
@@ -135,7 +135,7 @@ def _endpoint(destination: str | None) -> Endpoint | None:
     if destination is not None and destination.startswith(_ADDRESSES):
         return parse_endpoint(destination)
     if destination is not None:
-        parse_guest(destination)  # a guest of this host: its memory is not touched
+        check_destination(parse_guest(destination))  # of this host: its memory is not touched
     return None
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "DestinationGuest",
     "GuestUri",
     "SourceGuest",
+    "check_destination",
     "is_directory",
     "needs_process",
     "open_destination",
@@ -52,6 +53,7 @@ def open_source(uri: GuestUri) -> SourceGuest:
 def open_destination(uri: GuestUri, index: ContentIndex | None = None) -> DestinationGuest:
     """A guest at `uri` that nothing has been done for yet: `lay_out` does. `index`: for
     directories, what their images hold."""
+    check_destination(uri)
     if is_directory(uri):
         from .image_directory import DirectoryDestination
 
@@ -68,13 +70,20 @@ def open_destination(uri: GuestUri, index: ContentIndex | None = None) -> Destin
         from .qemu import QemuDestination
 
         return QemuDestination(uri)
-    if uri.kind == "file":
-        raise UsageError(f"{uri} is made by `pageferry snapshot SOURCE {uri}`")
-    if uri.kind == "pid":
-        raise UsageError("pid: is a source: memory arrives as ram:PATH, shm:NAME or image:PATH")
     from .shared_memory import RamDestination
 
     return RamDestination(uri)
+
+
+def check_destination(uri: GuestUri) -> None:
+    """UsageError for what is a source only."""
+    if uri.kind == "file":
+        raise UsageError(
+            f"{uri} is a source: a snapshot is made by `pageferry snapshot SOURCE {uri}`, at the "
+            f"guest's host"
+        )
+    if uri.kind == "pid":
+        raise UsageError("pid: is a source: memory arrives as ram:PATH, shm:NAME or image:PATH")
 
 
 def is_directory(uri: GuestUri) -> bool:

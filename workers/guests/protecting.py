@@ -10,10 +10,11 @@ too.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from ...transport.errors import HostLacks, SourceError
 from ...transport.pages import PAGE_SIZE
-from ..kernel.remote import plant_protecting
+from ..kernel.remote import Planted, plant_protecting
 from ..kernel.userfaultfd import register_write_protect
 from ..ram import RamBlock
 from .base import ArmedMemory, Region
@@ -21,15 +22,19 @@ from .process_memory import refuse_other_writers
 from .tracking import windows
 
 
-def protect_process(pid: int, blocks: list[RamBlock]) -> ArmedMemory:
+def protect_process(
+    pid: int, blocks: list[RamBlock], plant: Callable[[], Planted] | None = None
+) -> ArmedMemory:
     """The memory of `blocks` wherever process `pid` maps it, registered; nothing is protected yet.
-    One thread of it stands still for some milliseconds. AttachError, HostLacks, SourceError."""
+    One thread of it stands still for some milliseconds. AttachError, HostLacks, SourceError.
+    `plant`: how it gets its userfaultfd, if there is another way for it."""
     for block in blocks:
         if block.spec.page_size > PAGE_SIZE:
             raise no_huge_pages(block.file.name)
         refuse_other_writers(pid, block.file)
     regions = regions_of(pid, blocks)
-    memory = ArmedMemory(plant_protecting(pid).uffd, regions)
+    planted = plant() if plant is not None else plant_protecting(pid)
+    memory = ArmedMemory(planted.uffd, regions)
     try:
         for region in regions:
             _register(memory.uffd, region, blocks[region.block].file.name)

@@ -291,7 +291,9 @@ class QemuSource(SourceGuest):
         if self._tracker is not None:
             self._tracker.close()
             self._tracker = None
-        return protect_process(self._monitor.pid, self.blocks)
+        return protect_process(
+            self._monitor.pid, self.blocks, lambda: _plant(self._monitor, remote.plant_protecting)
+        )
 
     def stop(self) -> None:
         if not self._stopped:
@@ -552,7 +554,7 @@ class QemuDestination(DestinationGuest):
         assert self._monitor is not None
         pid = self._monitor.pid
         try:
-            planted = self._plant()
+            planted = _plant(self._monitor, remote.plant_missing)
         except (AttachError, HostLacks) as e:
             raise PeerRefused(
                 f"postcopy into this QEMU is not possible: {e.message}", field=POSTCOPY
@@ -580,25 +582,6 @@ class QemuDestination(DestinationGuest):
                         PAGE_SIZE,
                     )
                 )
-
-    def _plant(self) -> remote.Planted:
-        """The userfaultfd; by a descriptor of ours where QEMU's user may have none that catches
-        the kernel's touches."""
-        assert self._monitor is not None
-        try:
-            return remote.plant_missing(self._monitor.pid)
-        except HostLacks:
-            try:
-                device = os.open(remote.DEVICE, os.O_RDWR | os.O_CLOEXEC)
-            except OSError:
-                device = -1
-            if device < 0:
-                raise
-        try:
-            with self._monitor.lent(device) as there:
-                return remote.plant_missing(self._monitor.pid, there)
-        finally:
-            os.close(device)
 
     def _check(self) -> None:
         assert self._monitor is not None
@@ -744,6 +727,25 @@ class QemuDestination(DestinationGuest):
             self.memory.close()
         if self._monitor is not None:
             self._monitor.close()
+
+
+def _plant(monitor: Monitor, plant: Callable[..., remote.Planted]) -> remote.Planted:
+    """The userfaultfd in QEMU; by a descriptor of ours where QEMU's user may have none that catches
+    the kernel's touches."""
+    try:
+        return plant(monitor.pid)
+    except HostLacks:
+        try:
+            device = os.open(remote.DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            device = -1
+        if device < 0:
+            raise
+    try:
+        with monitor.lent(device) as there:
+            return plant(monitor.pid, there)
+    finally:
+        os.close(device)
 
 
 def _why_not_armed(e: OSError, name: str) -> str:

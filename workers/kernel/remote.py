@@ -50,14 +50,15 @@ def plant_tracking(pid: int) -> Planted:
     return _plant(pid, create, userfaultfd.enable_tracking, keep=False)
 
 
-def plant_protecting(pid: int) -> Planted:
+def plant_protecting(pid: int, device: int = -1) -> Planted:
     """A userfaultfd that protects memory of process `pid` from writes, those of the kernel (system
-    calls, KVM) included. If whoever holds ours dies, the kernel lets go of everything.
+    calls, KVM) included. If whoever holds ours dies, the kernel lets go of everything. `device`: as
+    for `plant_missing`.
 
     AttachError, or HostLacks.
     """
     return _plant(
-        pid, lambda target: _create(target, _FLAGS), userfaultfd.enable_protecting, keep=False
+        pid, lambda target: _new(target, device), userfaultfd.enable_protecting, keep=False
     )
 
 
@@ -69,12 +70,13 @@ def plant_missing(pid: int, device: int = -1) -> Planted:
     AttachError, or HostLacks.
     """
 
-    def create(target: Injection) -> int:
-        if device >= 0:
-            return target.syscall(NUMBERS["ioctl"], device, _IOCTL_NEW, _FLAGS)
-        return _create(target, _FLAGS)
+    return _plant(pid, lambda target: _new(target, device), userfaultfd.enable_missing, keep=True)
 
-    return _plant(pid, create, userfaultfd.enable_missing, keep=True)
+
+def _new(target: Injection, device: int) -> int:
+    if device >= 0:
+        return target.syscall(NUMBERS["ioctl"], device, _IOCTL_NEW, _FLAGS)
+    return _create(target, _FLAGS)
 
 
 def _plant(
