@@ -10,22 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import zmq
-import zmq.asyncio
 
 from .._version import __version__
 from ..transport import messages
 from ..transport.errors import (
     Cancelled,
-    ConnectError,
     LocalProtocolError,
     PageferryError,
     PeerLost,
@@ -34,11 +30,8 @@ from ..transport.errors import (
     UsageError,
     as_ours,
 )
-from ..transport.handshake import refusal
-from ..transport.links import TOKEN_BYTES, Endpoint, connect, parse_endpoint
+from ..transport.links import TOKEN_BYTES, Endpoint
 from ..transport.pages import PAGE_SIZE, Bytes8, Pages, Runs, complement, runs_of, total_pages
-from ..transport.session import Phase, Role
-from ..transport.stream_addresses import is_stream, parse_stream
 from ..transport.vmstate import Section
 from ..workers import jobs, sender
 from ..workers.bandwidth import Bandwidth
@@ -60,7 +53,7 @@ from .background import Background
 from .blocking import Blocking, MayHang, to_its_end
 from .callbacks import tell
 from .carriage import Carriage
-from .control import Control, find
+from .connection import Connection
 from .convergence import Convergence
 from .crew import Crew, extents
 from .deltas import Deltas
@@ -71,19 +64,17 @@ from .measuring import RunningDirtyRate
 from .parameters import NEVER, Parameters, changed
 from .pressure import Pressure
 from .releasing import Releasing
-from .security import LOOK_SECONDS, ChannelKeys, check_open, dialling
+from .security import dialling
 from .stalls import Stalls
 from .state import FINAL, IN_POSTCOPY, Status
 from .statistics import RoundCost, Statistics
 from .steering import Steering
 from .switchover import Acknowledgement, Waits
+from .tasks import Tasks
 
-HELLO_SECONDS = 5.0
 # A destination that has everything needs this long at the most to say that it runs.
 CONFIRM_SECONDS = 30.0
 WATCH_SECONDS = 0.5
-# Handing the last message to a link that may not take it any more.
-_LAST_WORD_SECONDS = 0.3
 # What has not come to an end so long after a yank is ended by force.
 _YANK_SECONDS = 1.0
 # Pages in a Scan job.
@@ -99,7 +90,6 @@ _LOOK_AHEAD_SHARE = 50
 # A settle that took less had nothing to wait for.
 _NOTHING_SECONDS = 0.0005
 
-T = TypeVar("T")
 _log = logging.getLogger("pageferry")
 
 
@@ -112,8 +102,6 @@ class Source:
     before_stop: Callable[[], Awaitable[None]] | None = None
     # What tools send beside memory (device_state.py).
     sections: Sequence[Section] = ()
-    # What makes connections over byte streams, and carries the one there is.
-    carriage: Carriage | None = None
     paused_by: PageferryError | None = None  # the last pause; for others to read
 
     def __init__(
@@ -128,12 +116,9 @@ class Source:
         reserve: Reserve | None = None,
     ) -> None:
         self.name, self._reserve = name, reserve
-        self._identity = identity or secrets.token_bytes(16)
         self.guest = guest
-        self.endpoint = endpoint
         self.parameters = parameters
-        self._dialling = dialling(parameters, endpoint)
-        self._channel_keys = ChannelKeys(False)
+        keys = dialling(parameters, endpoint)
         self.convergence = Convergence(
             parameters.downtime_limit, parameters.max_rounds, parameters.max_bandwidth
         )
@@ -159,7 +144,11 @@ class Source:
         self.on_event = on_event or (lambda name, data: None)
         self._hooks = MayHang(HOOK_SECONDS)
         self._events: asyncio.Queue[core.Event] = asyncio.Queue()
-        self._tasks: list[asyncio.Task[Any]] = []
+        self._tasks = Tasks(self._failed)
+        self._connection = Connection(
+            endpoint, keys, identity, self.journal, self._tasks, self._ack, self._needs_all,
+            insecure=parameters.insecure,
+        )  # fmt: skip
         self._table: PageTable | None = None
         self._counters: Counters | None = None
         self._bandwidth: Bandwidth | None = None
@@ -173,10 +162,6 @@ class Source:
         # processor seconds of the receivers, for whoever runs both ends
         self.receiver_cpu: Callable[[], float | None] = lambda: None
         self._cut = asyncio.Event()  # hand out no more of this round
-        self._connections, self._opened = 0, False
-        self._socket: Any = None
-        self._context: zmq.asyncio.Context | None = None
-        self._watching: list[Any] = []  # a socket that says what becomes of the handshake
         self._fresh: list[bool] = []
         self._have: list[bytes] = []  # digests of what the destination has already
         self._compares = False
@@ -189,6 +174,24 @@ class Source:
 
     def __repr__(self) -> str:
         return f"<Source {self.guest.kind} to {self.endpoint} {self.core.status.value}>"
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self._connection.endpoint
+
+    @property
+    def carriage(self) -> Carriage | None:
+        """What makes connections over byte streams; to be set before run()."""
+        return self._connection.carriage
+
+    @carriage.setter
+    def carriage(self, carriage: Carriage) -> None:
+        self._connection.carriage = carriage
+
+    def _needs_all(self) -> bool:
+        """Once the destination was told to run, nothing here is needed but the link to it. In
+        postcopy everything is needed to the end."""
+        return not self.core.run_said or self.core.leaving
 
     # ---- what others may ask, at any time ------------------------------------------------
 
@@ -329,12 +332,7 @@ class Source:
             raise UsageError(
                 f"there is nothing to recover: the migration is {self.core.status.value}"
             )
-        if where and is_stream(where):
-            parse_stream(where)
-        elif where:
-            there = parse_endpoint(where)
-            if self._dialling is None:
-                check_open(there, insecure=self.parameters.insecure, listens=False)
+        self._connection.check(where or "")
         self._events.put_nowait(core.RecoverAsked(where or ""))
 
     # ---- the run -------------------------------------------------------------------------
@@ -395,16 +393,16 @@ class Source:
                     case core.SendRun():
                         # Said here and now, not in a task that may never begin: the core and
                         # the session must agree on whether it was said.
-                        if not self._control.session.may_send(messages.Run):
+                        if not self._connection.control.session.may_send(messages.Run):
                             # the destination gave up just now; its word for it is in the queue
                             continue
-                        said = self._control.say_now(messages.Run())
+                        said = self._connection.control.say_now(messages.Run())
                         confirming = self.journal.during("SendRun", self._confirm, said)
-                        self._task(confirming, link=True)
-                        self._task(self._set_back())
+                        self._tasks.start(confirming, link=True)
+                        self._tasks.start(self._set_back())
                     case _:
                         name = type(instruction).__name__
-                        self._task(self.journal.during(name, self._execute, instruction))
+                        self._tasks.start(self.journal.during(name, self._execute, instruction))
 
     def _end_early(self, event: core.Event, error: PageferryError) -> core.Finish:
         """What the core makes of an end that it did not decide on."""
@@ -415,23 +413,8 @@ class Source:
                     return instruction
         return core.Finish(None, resume=False)  # it had completed
 
-    def _task(self, coroutine: Coroutine[Any, Any, T], *, link: bool = False) -> asyncio.Task[T]:
-        """Run `coroutine` beside; what it raises becomes an event. `link`: it speaks for the
-        control link, and is listened to after the destination was told to run as well."""
-
-        def done(task: asyncio.Task[T]) -> None:
-            if not task.cancelled() and (error := task.exception()) is not None:
-                self._failed(error, link=link)
-
-        task = asyncio.get_running_loop().create_task(coroutine)
-        task.add_done_callback(done)
-        self._tasks.append(task)
-        return task
-
     def _failed(self, error: BaseException, *, link: bool = False, by_peer: bool = False) -> None:
-        # Once the destination was told to run, nothing here is needed but the link to it.
-        # In postcopy everything is needed to the end.
-        if link or by_peer or not self.core.run_said or self.core.leaving:
+        if link or by_peer or self._needs_all():
             self._events.put_nowait(core.Failed(as_ours(error), by_peer))
 
     def _tell_status(self, why: str = "") -> None:
@@ -501,8 +484,8 @@ class Source:
             raise SourceError(f"a device state of {len(state)} bytes is above the bound")
         cut = max(0, len(state) - 1) // messages.STATE_PART * messages.STATE_PART
         for at in range(0, cut, messages.STATE_PART):
-            await self._control.say(messages.StatePart(state[at : at + messages.STATE_PART]))
-        await self._control.ask(messages.DeviceState(self.guest.kind, state[cut:], postcopy))
+            await self._connection.say(messages.StatePart(state[at : at + messages.STATE_PART]))
+        await self._connection.ask(messages.DeviceState(self.guest.kind, state[cut:], postcopy))
         self.statistics.control_bytes += len(state)
 
     async def _execute_postcopy(self, instruction: core.Instruction) -> core.Event:
@@ -540,10 +523,10 @@ class Source:
 
     async def _open_channels(self) -> core.Event:
         self.journal.info(narration.settings(self.parameters))
-        await find(self.endpoint)
+        await self._connection.find()
         self._make_shared_memory()
-        self._task(self._watch())
-        starting = self._task(self._start_senders())
+        self._tasks.start(self._watch())
+        starting = self._tasks.start(self._start_senders())
         welcome = await self._greet()
         await starting
         specs = [block.spec for block in self.guest.blocks]
@@ -569,12 +552,9 @@ class Source:
             raise RemoteProtocolError("the channels do not match what was asked for")
         if any(len(token) != TOKEN_BYTES for token in [*tokens, *([urgent[1]] if urgent else [])]):
             raise RemoteProtocolError("a channel's token is of another length than it can be")
-        curve = self._channel_keys.dials(key)
-        if self.carriage is not None:  # it listens where workers will dial
-            offered = [*endpoints, *([urgent[0]] if urgent is not None else [])]
-            await self.carriage.listen([self.endpoint.sibling(where) for where in offered])
+        curve = await self._connection.channels(endpoints, urgent, key)
         await self._crew.gather(jobs.Ready)
-        self._opened = True
+        self._connection.opened = True
         workers = self._crew.pool.workers
         for worker, where, token in zip(workers, endpoints, tokens, strict=True):
             worker.say(jobs.Open(str(self.endpoint.sibling(where)), token, curve))
@@ -650,91 +630,16 @@ class Source:
                 *(self._background.capabilities if self._background is not None else ()),
             ],
             name=self.name,
-            key=self._new_channel_keys(),
+            key=self._connection.new_channel_keys(),
             guest_uuid=self.guest.uuid,
             shared=list(self.guest.shared),
         )  # fmt: skip
-        answer = await self._first_words(hello)
+        answer = await self._connection.first_words(hello)
         assert isinstance(answer, messages.Welcome)
         n = len(self.guest.blocks)
         if len(answer.fresh) != n or len(answer.have) not in (0, n):
             raise RemoteProtocolError("Welcome does not match what was asked for")
         return answer
-
-    def _new_channel_keys(self) -> bytes:
-        """For a connection that begins; what the destination is to know of them."""
-        self._channel_keys = ChannelKeys(self._dialling is not None)
-        return self._channel_keys.public
-
-    async def _first_words(self, message: messages.Hello | messages.Resume) -> messages.AnyMessage:
-        """Connect the control link, say `message`; its answer, or the error in it."""
-        self._context = zmq.asyncio.Context()
-        # the first 16 bytes are who we are; a connection that broke is not to be taken up again
-        identity = self._identity + bytes([self._connections % 256] if self._connections else [])
-        self._connections += 1
-        curve = self._dialling.curve if self._dialling is not None else None
-        self._watching = []
-        self._socket = connect(
-            self._context, self.endpoint, identity, control=True, curve=curve,
-            watched=self._watching,
-        )  # fmt: skip
-        self._control = Control(Role.SOURCE, self._socket.send, f"the receiver at {self.endpoint}")
-        self._control.note = self.journal.control
-        self._task(self._read_control(), link=True)
-        self._task(self._watch_handshake(self._socket, self._watching[0]), link=True)
-        asking = self._task(self._control.ask(message))
-        if not await self._control.first_sign(HELLO_SECONDS):
-            raise self._no_pageferry()
-        # it is one; laying out memory may take it a while, and it says that it lives
-        self._task(self._control.keep_alive(), link=True)
-        answer = await asking
-        if isinstance(answer, messages.Refused):
-            raise messages.error_of(answer)
-        return answer
-
-    async def _watch_handshake(self, sock: Any, watching: Any) -> None:
-        """Not to be let in, or to find somebody else, is an error; and so is a peer whose key is
-        revoked, for as long as the connection is needed."""
-        curve = self._dialling.curve if self._dialling is not None else None
-        try:
-            error = await refusal(watching, self.endpoint, curve)
-        finally:
-            watching.close()
-            sock.disable_monitor()
-        if error is not None:
-            raise error
-        while self._dialling is not None:
-            await asyncio.sleep(LOOK_SECONDS)
-            if not self.core.run_said or self.core.leaving:
-                self._dialling.check()
-
-    def _no_pageferry(self) -> ConnectError:
-        return ConnectError(
-            f"something accepts connections at {self.endpoint} and does not answer as "
-            f"`pageferry receive` does: check the address"
-        )
-
-    async def _read_control(self) -> None:
-        while True:
-            await asyncio.sleep(0)  # all others have a turn, however much the peer says
-            data = await self._socket.recv()
-            try:
-                message = self._control.heard(data)
-            except RemoteProtocolError as e:
-                if self._control.session.phase in (Phase.IDLE, Phase.GREETING):
-                    raise self._no_pageferry() from e
-                raise
-            if isinstance(message, messages.Abort):
-                self._failed(messages.error_of(message), by_peer=True)
-                return
-            if isinstance(message, messages.Paused):
-                reason = f"the destination paused: {message.message}"
-                self._failed(PeerLost(reason), link=True)
-                return
-            if isinstance(message, messages.SwitchoverAck):
-                self._ack.hear()
-            elif message is not None:
-                raise RemoteProtocolError(f"nobody asked for {type(message).__name__}")
 
     async def _watch(self) -> None:
         """Look after the workers and tell the display."""
@@ -747,7 +652,7 @@ class Source:
                 self.guest.check_stopped()
             if self._background is not None:
                 self._background.check()
-            if self._opened:  # who is refused sees no progress
+            if self._connection.opened:  # who is refused sees no progress
                 self._look_ahead()
                 self._progress()
             await asyncio.sleep(WATCH_SECONDS / 2)
@@ -770,7 +675,7 @@ class Source:
     def _slow_down(self, percentage: int | None) -> None:
         """The guest loses so much of its time, if that is another percentage than before."""
         if percentage is not None:
-            self._task(self._pressure.set(percentage))
+            self._tasks.start(self._pressure.set(percentage))
 
     def _progress(self) -> None:
         if self.on_progress is not None:
@@ -861,7 +766,7 @@ class Source:
     async def _ask_for(self, index: int, pages: Pages, digests: bytes, sure: bytes = b"") -> Bytes8:
         """Which of these pages the destination may have; with `sure`, has."""
         starts, counts = runs_of(pages)
-        held = await self._control.ask(
+        held = await self._connection.ask(
             messages.Contents(index, starts.tolist(), counts.tolist(), digests, sure)
         )
         assert isinstance(held, messages.Held)
@@ -873,7 +778,7 @@ class Source:
         starts, counts = runs
         for at in range(0, len(starts), _DISCARD_RUNS):
             part = slice(at, at + _DISCARD_RUNS)
-            await self._control.ask(
+            await self._connection.ask(
                 messages.Discard(block, starts[part].tolist(), counts[part].tolist())
             )
 
@@ -925,7 +830,7 @@ class Source:
         self.statistics.begin_round(instruction.number, pages)
         self.journal.round_begins(instruction.number, pages)
         self._emit("MIGRATION_PASS", {"pass": instruction.number})
-        await self._control.say(
+        await self._connection.say(
             messages.Round(instruction.number, pages, round(self.convergence.dirty_rate))
         )
         spans = extents(self._table, self.guest.blocks, self.parameters.workers, pages)
@@ -999,7 +904,7 @@ class Source:
             starts, counts = runs_of(np.flatnonzero(self._table.view(i) != CLEAN))
             for at in range(0, len(starts), _DISCARD_RUNS):
                 part = slice(at, at + _DISCARD_RUNS)
-                await self._control.ask(
+                await self._connection.ask(
                     messages.Missing(i, starts[part].tolist(), counts[part].tolist())
                 )
         return core.MissingTold()
@@ -1012,9 +917,9 @@ class Source:
         self.statistics.extra |= self._background.describe()
         self.statistics.begin_round(self.core.round + 1, self._remaining())
         self.journal.round_begins(self.core.round + 1, self.statistics.round_pages)
-        beside = [self._task(self._background.keep_pace(self._counters, self._bandwidth))]
+        beside = [self._tasks.start(self._background.keep_pace(self._counters, self._bandwidth))]
         if self._releasing is not None:  # the guest runs there: it has been confirmed
-            beside.append(self._task(self._releasing.keep_on()))
+            beside.append(self._tasks.start(self._releasing.keep_on()))
         await self._background.send_all(self._crew, self.parameters.workers)
         for task in beside:
             task.cancel()
@@ -1022,7 +927,7 @@ class Source:
 
     async def _end_postcopy(self) -> core.Event:
         self.guest.check_stopped()  # the last look: all has been read by now
-        ended = await self._control.ask(messages.PostcopyEnd())
+        ended = await self._connection.ask(messages.PostcopyEnd())
         assert isinstance(ended, messages.Ended)
         await self._take_end(ended)
         return core.PostcopyEnded()
@@ -1039,13 +944,8 @@ class Source:
         self.paused_by = error
         _log.warning("postcopy paused: %s", error)
         self.statistics.extra["paused-because"] = error.message
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks.clear()
-        if self._socket is not None:
-            with contextlib.suppress(PageferryError, zmq.ZMQError, TimeoutError):
-                await asyncio.wait_for(self._control.pause(error), _LAST_WORD_SECONDS)
+        await self._tasks.end()
+        await self._connection.pause(error)
         await self._drop_connection()
         if self._table is not None:
             self.core.remaining = self._remaining()
@@ -1057,7 +957,7 @@ class Source:
                 asked.append(event)
         for event in asked:
             self._events.put_nowait(event)
-        self._task(self._show_paused())
+        self._tasks.start(self._show_paused())
         self._progress()
 
     async def _show_paused(self) -> None:
@@ -1070,33 +970,22 @@ class Source:
             await self._crew.pool.close()
         if self._background is not None:
             await self._background.stop()
-        for watching in self._watching:  # its task may have been cancelled before it began
-            watching.close()
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        if self._context is not None:
-            self._context.term()
-            self._context = None
+        self._connection.close()
 
     async def _reconnect(self, where: str) -> core.Event:
         """A new connection and new workers for the old page table."""
         assert self._table is not None and self._background is not None
-        if self.carriage is not None:
-            self.endpoint = await self.carriage.locate(where, self.endpoint)
-        elif where:
-            self.endpoint = parse_endpoint(where)
-        await find(self.endpoint)
+        await self._connection.locate(where)
+        await self._connection.find()
         # a worker that was killed may have taken a lock along
         self._table.renew_lock(context().Lock())
         assert self._bandwidth is not None
         self._bandwidth.renew_lock(context().Lock())
-        self._task(self._watch())
-        starting = self._task(self._start_senders())
-        answer = await self._first_words(
-            messages.Resume(
-                messages.PROTOCOL, self.uuid, self.parameters.workers, self._new_channel_keys()
-            )
+        self._tasks.start(self._watch())
+        starting = self._tasks.start(self._start_senders())
+        key = self._connection.new_channel_keys()
+        answer = await self._connection.first_words(
+            messages.Resume(messages.PROTOCOL, self.uuid, self.parameters.workers, key)
         )
         await starting
         if isinstance(answer, messages.Ended):  # its word for it was lost
@@ -1124,7 +1013,7 @@ class Source:
 
     async def _verify_sums(self) -> core.Event:
         """Each frame was compared when it was placed: what is left is what no frame was of."""
-        answer = await self._control.ask(
+        answer = await self._connection.ask(
             messages.DigestRequest([pack_chunks(kept) for kept in self._kept])
         )
         assert isinstance(answer, messages.Digests)
@@ -1136,7 +1025,7 @@ class Source:
         return core.Verified(wrong)
 
     async def _verify_digests(self) -> core.Event:
-        theirs = self._task(self._control.ask(messages.DigestRequest()))
+        theirs = self._tasks.start(self._connection.ask(messages.DigestRequest()))
         parts = [[b""] * part_count(block.pages) for block in self.guest.blocks]
         todo: Iterator[jobs.AnyJob] = (
             jobs.Digest(i, part) for i, digests in enumerate(parts) for part in range(len(digests))
@@ -1167,9 +1056,7 @@ class Source:
         Each step is taken whatever became of the others.
         """
         self.statistics.ended = time.monotonic()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.end()
         steps = (
             self._abort, self._lift, self._resume, self._quit_source, self._stop_workers,
             self._hang_up, self._give_back, self._last_words,
@@ -1184,9 +1071,8 @@ class Source:
         self._freeze()
 
     async def _abort(self, finish: core.Finish) -> None:
-        if finish.error is not None and self._socket is not None:
-            with contextlib.suppress(zmq.ZMQError, TimeoutError):  # nobody may take it
-                await asyncio.wait_for(self._control.abort(finish.error), _LAST_WORD_SECONDS)
+        if finish.error is not None:
+            await self._connection.abort(finish.error)
 
     async def _lift(self, finish: core.Finish) -> None:
         await self._pressure.lift()
@@ -1212,8 +1098,7 @@ class Source:
         self.statistics.remember_processes(*self._pools())
 
     async def _hang_up(self, finish: core.Finish) -> None:
-        if self._socket is not None and self._opened and self._control.lost:
-            self._socket.linger = 0  # there is nobody whom the last word could reach
+        self._connection.forget_the_lost()
         await self._drop_connection()
 
     async def _give_back(self, finish: core.Finish) -> None:

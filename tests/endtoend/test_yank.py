@@ -102,7 +102,7 @@ def test_in_setup_while_the_other_end_says_nothing(guest):
             endpoint = Endpoint("tcp", "127.0.0.1", server.getsockname()[1])
             source = Source(guest, endpoint, Parameters(workers=1).checked())
             sending = asyncio.ensure_future(source.run())
-            await until_async(lambda: source._connections == 1, "it has said Hello")
+            await until_async(lambda: source._connection.made == 1, "it has said Hello")
             assert source.core.status is Status.SETUP
             source.yank()
             with pytest.raises(PeerLost, match="yanked"):
@@ -183,12 +183,18 @@ def test_at_the_destination_while_the_guest_does_not_start(guest):
 class CutAtOnce(Source):
     """As if the cut came in the moment in which it begins to look at the handshake."""
 
-    def _task(self, coroutine, *, link=False):
-        task = super()._task(coroutine, link=link)
-        if coroutine.__name__ == "_watch_handshake":
-            task.cancel()
-            self.yank()
-        return task
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        start = self._tasks.start
+
+        def started(coroutine, *, link=False):
+            task = start(coroutine, link=link)
+            if coroutine.__name__ == "_watch_handshake":
+                task.cancel()
+                self.yank()
+            return task
+
+        self._tasks.start = started
 
 
 def test_before_anybody_has_looked_at_the_handshake(guest):
@@ -262,7 +268,8 @@ def test_a_postcopy_pauses_and_goes_on(guest, victim):
                 assert "yanked" in ends.source.query()["paused-because"]
                 ends.source.yank()  # there is nothing more to cut
                 await until_async(lambda: arrival.status is Status.POSTCOPY_PAUSED, "there too")
-                await until_async(lambda: ends.source._context is None, "the connection is gone")
+                connection = ends.source._connection
+                await until_async(lambda: not connection.is_open, "the connection is gone")
             ends.source.set_parameters({"max-postcopy-bandwidth": 0})
             ends.source.recover(None)
             report, arrived = await asyncio.gather(ends.sending, ends.arriving)
