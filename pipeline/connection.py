@@ -128,15 +128,13 @@ class Connection:
             raise messages.error_of(answer)
         return answer
 
-    async def channels(
-        self, endpoints: list[str], urgent: tuple[str, bytes] | None, key: bytes
-    ) -> Dials | None:
+    async def channels(self, offered: messages.Welcome | messages.Resumed) -> Dials | None:
         """The keys to dial the channels with that the destination offers, which are reached from
         here when this returns."""
-        curve = self._channel_keys.dials(key)
+        curve, urgent = self._channel_keys.dials(offered.key), offered.urgent
         if self.carriage is not None:  # it listens where workers will dial
-            offered = [*endpoints, *([urgent[0]] if urgent is not None else [])]
-            await self.carriage.listen([self.endpoint.sibling(where) for where in offered])
+            there = [*offered.endpoints, *([urgent[0]] if urgent is not None else [])]
+            await self.carriage.listen([self.endpoint.sibling(where) for where in there])
         return curve
 
     # ---- while it is there ---------------------------------------------------------------

@@ -58,8 +58,8 @@ class Ends(BothEnds):
     def kill(self, which):
         """SIGKILL for one of the processes that move pages."""
         pools = {
-            "sender": self.source._crew.pool,
-            "postcopy": self.source._background.pool,
+            "sender": self.source._equipment.crew.pool,
+            "postcopy": self.source._equipment.background.pool,
             "receiver": self.listening.arrival._pool,
             "fault": self.listening.arrival._faults.pool,
         }

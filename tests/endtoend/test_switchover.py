@@ -145,7 +145,7 @@ def test_a_sender_that_dies_after_run_was_said_changes_nothing(guest):
     def on_source(source, listening):
         async def kill_when_running():
             await asyncio.to_thread(slow.running.wait)
-            for worker in source._crew.pool.workers:
+            for worker in source._equipment.crew.pool.workers:
                 worker.process.kill()
                 await asyncio.to_thread(worker.process.join)
             slow.release.set()

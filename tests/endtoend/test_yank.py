@@ -118,7 +118,10 @@ def test_in_a_round_with_a_worker_that_hangs(guest, victim):
         async with Ends(guest, **SLOW) as ends:
             await ends.status(Status.ACTIVE)
             await until_async(lambda: ends.source.statistics.pages_done > 0, "pages move")
-            pools = {"sender": ends.source._crew.pool, "receiver": ends.listening.arrival._pool}
+            pools = {
+                "sender": ends.source._equipment.crew.pool,
+                "receiver": ends.listening.arrival._pool,
+            }
             pids = [pools[victim].workers[0].process.pid] if victim in pools else []
             with stopped(*pids):
                 ends.source.yank()
@@ -238,7 +241,7 @@ def test_a_postcopy_at_its_destination(guest):
             arrival = ends.listening.arrival
             await until_async(lambda: arrival.status is Status.POSTCOPY_ACTIVE, "there too")
             assert ends.listening.can_be_yanked()
-            with stopped(ends.source._crew.pool.workers[0].process.pid):
+            with stopped(ends.source._equipment.crew.pool.workers[0].process.pid):
                 ends.listening.yank()
                 assert arrival.status is Status.POSTCOPY_PAUSED
                 await ends.status(Status.POSTCOPY_PAUSED)
@@ -259,7 +262,8 @@ def test_a_postcopy_pauses_and_goes_on(guest, victim):
             await ends.status(Status.POSTCOPY_ACTIVE)
             arrival = ends.listening.arrival
             pools = {
-                "sender": ends.source._crew.pool, "postcopy": ends.source._background.pool,
+                "sender": ends.source._equipment.crew.pool,
+                "postcopy": ends.source._equipment.background.pool,
                 "receiver": arrival._pool, "fault": arrival._faults.pool,
             }  # fmt: skip
             with stopped(pools[victim].workers[0].process.pid):
