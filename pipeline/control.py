@@ -29,7 +29,8 @@ _FIND_SECONDS = 30.0
 # So long after the peer counts as lost it is looked again.
 _GRACE_SECONDS = 0.02
 
-# Says a message to the peer; the answer.
+# Says a message to the peer; and one that is answered.
+Say = Callable[[messages.AnyMessage], Coroutine[Any, Any, None]]
 Ask = Callable[[messages.AnyMessage], Coroutine[Any, Any, messages.AnyMessage]]
 
 

@@ -55,7 +55,7 @@ class Rounds:
         self._statistics, self._journal = statistics, journal
         self._convergence, self._pressure, self._announce = convergence, pressure, announce
         self.cut = asyncio.Event()  # hand out no more of this round
-        self.written = (0, 0.0)  # pages dirty again, after so many seconds of a round
+        self._written = (0, 0.0)  # pages dirty again, after so many seconds of a round
         self._written_due = 0.0
         self._taken_at = time.monotonic()
         self._scan_seconds = 0.0  # what the last scan of all memory took
@@ -146,7 +146,7 @@ class Rounds:
         if equipment.deltas is not None and instruction.live:
             for _ in equipment.deltas.begin_round(instruction.number, equipment.table, counters):
                 await asyncio.sleep(0)
-        self.written, self._sending = (0, 0.0), instruction.live
+        self._written, self._sending = (0, 0.0), instruction.live
         steering = self._steer(equipment, still=still)
         if steering is not None:
             todo = steering.pieces(todo, self._host_pages)
@@ -200,8 +200,22 @@ class Rounds:
         with contextlib.suppress(PageferryError):  # whoever takes them says it
             if (pages := self._guest.written_so_far()) is not None:
                 since = now - self._taken_at
-                self.written = pages, since
+                self._written = pages, since
                 moved = self._statistics.pages_done - self._statistics.round_base
                 percentage = self._pressure.look(pages, moved, since)
         self._written_due = now + _LOOK_AHEAD_SHARE * (time.monotonic() - now)
         return percentage
+
+    def eta(self, *, still: bool) -> float | None:
+        """Seconds, to the end: when the guest runs there, or all of its memory has come. `still`:
+        nobody writes."""
+        statistics, found = self._statistics, self._convergence
+        left, rate = statistics.remaining_pages, statistics.steady_rate()
+        if rate <= 0:
+            return None
+        if still:
+            return round(left * PAGE_SIZE / rate, 1)
+        written, since = self._written
+        dirty_rate = found.dirty_rate_now(written, since)
+        eta = found.eta(left, rate, written, dirty_rate, statistics.total_pages)
+        return None if eta is None else round(eta, 1)

@@ -1,8 +1,9 @@
-"""The coordinator on the source host: carries out what migration.py decides.
+"""The coordinator on the source host: has carried out what migration.py decides.
 
-One event loop, one queue of events. Instructions run one at a time; failures, cancels and
-the peer's messages come in between as events. Blocking work on the guest runs in a thread,
-memory is touched only by the workers.
+One event loop, one queue of events. Instructions run one at a time, each by the part whose it is
+("The source in parts", ARCHITECTURE.md); failures, cancels and the peer's messages come in between
+as events. Blocking work on the guest runs in a thread, memory is touched only by the workers. Must
+not know how a part does its work.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from ..transport.errors import (
     LocalProtocolError,
     PageferryError,
     PeerLost,
-    SourceError,
     UsageError,
     as_ours,
 )
@@ -35,12 +35,11 @@ from ..workers.pool import Pool
 from ..workers.reserve import Reserve
 from . import migration as core
 from . import narration
-from .blocking import Blocking, MayHang, to_its_end
+from .blocking import Blocking, to_its_end
 from .callbacks import tell
 from .carriage import Carriage
 from .connection import Connection
 from .convergence import Convergence
-from .device_state import HOOK_SECONDS, compose, run_state
 from .equipment import Equipment
 from .initial import InitialPages
 from .journal import Journal
@@ -54,12 +53,10 @@ from .security import dialling
 from .stalls import Stalls
 from .state import FINAL, IN_POSTCOPY, Status
 from .statistics import Statistics
-from .switchover import Acknowledgement, Waits
+from .switchover import Acknowledgement, Switchover, Waits
 from .tasks import Tasks
 from .verification import verify_digests, verify_sums
 
-# A destination that has everything needs this long at the most to say that it runs.
-CONFIRM_SECONDS = 30.0
 WATCH_SECONDS = 0.5
 # What has not come to an end so long after a yank is ended by force.
 _YANK_SECONDS = 1.0
@@ -114,7 +111,6 @@ class Source:
         self.core.throttling = self._pressure.throttling
         self.on_progress = on_progress
         self.on_event = on_event or (lambda name, data: None)
-        self._hooks = MayHang(HOOK_SECONDS)
         self._events: asyncio.Queue[core.Event] = asyncio.Queue()
         self._tasks = Tasks(self._failed)
         self._connection = Connection(
@@ -127,6 +123,10 @@ class Source:
         self._rounds = Rounds(
             guest, self._call, self.statistics, self.journal, self.convergence, self._pressure,
             self._announce,
+        )  # fmt: skip
+        self._switchover = Switchover(
+            guest, self._call, self.statistics, self._pressure, self._waits, self._ack,
+            self._connection.say, self._connection.ask,
         )  # fmt: skip
         # processor seconds of the receivers, for whoever runs both ends
         self.receiver_cpu: Callable[[], float | None] = lambda: None
@@ -174,24 +174,12 @@ class Source:
             "wire-rate": round(wire_rate),
             "dirty-rate": round(self.convergence.dirty_rate),
             "round-bytes": self.statistics.round_pages * PAGE_SIZE,
-            "eta": self._eta(),
+            "eta": self._rounds.eta(still=not self.core.live or self.core.stopped),
         }
         return report
 
     def _runs_here(self) -> bool:
         return not self.core.stopped
-
-    def _eta(self) -> float | None:
-        """Seconds, to the end: when the guest runs there, or all of its memory has come."""
-        left, rate = self.statistics.remaining_pages, self.statistics.steady_rate()
-        if rate <= 0:
-            return None
-        if not self.core.live or self.core.stopped:
-            return round(left * PAGE_SIZE / rate, 1)
-        written, since = self._rounds.written
-        dirty_rate = self.convergence.dirty_rate_now(written, since)
-        eta = self.convergence.eta(left, rate, written, dirty_rate, self.statistics.total_pages)
-        return None if eta is None else round(eta, 1)
 
     def query_parameters(self) -> dict[str, Any]:
         return self.parameters.qmp()
@@ -353,7 +341,7 @@ class Source:
                         said = self._connection.control.say_now(messages.Run())
                         confirming = self.journal.during("SendRun", self._confirm, said)
                         self._tasks.start(confirming, link=True)
-                        self._tasks.start(self._set_back())
+                        self._tasks.start(self._switchover.set_back())
                     case _:
                         name = type(instruction).__name__
                         self._tasks.start(self.journal.during(name, self._execute, instruction))
@@ -382,13 +370,6 @@ class Source:
             self.journal.became(self.core.status, why)
             self._emit("MIGRATION", {"status": self.core.status.value})
 
-    async def _ask_to_stop(self) -> None:
-        if self._ack.awaited:
-            with self._waits.acknowledgement():
-                await self._ack.wait()
-        if self.before_stop is not None and self.guest.can_stop:
-            await self.before_stop()
-
     async def _execute(self, instruction: core.Instruction) -> None:
         """Carry out one instruction and report its result as an event."""
         match instruction:
@@ -403,46 +384,21 @@ class Source:
                 pages, still = self.core.remaining, self.core.live and self.core.stopped
                 event = await self._rounds.send(self._equipped(), instruction, pages, still=still)
             case core.AskToStop():
-                asked = time.monotonic()
-                async with self._pressure.eased(core.SOON_SECONDS):
-                    await self._ask_to_stop()
-                event = core.MayStop(time.monotonic() - asked)
+                took = await self._switchover.may_stop(self.before_stop, core.SOON_SECONDS)
+                event = core.MayStop(took)
             case core.StopGuest():
-                begin = time.monotonic()
-                await self._call(self.guest.stop)
-                self._pressure.stopped()
-                self.statistics.stopped = self.guest.stopped_at or begin
+                await self._switchover.stop()
                 event = core.GuestStopped()
             case core.Verify():
                 event = await self._verify()
             case core.SendState():
-                await self._send_state(await self._save_state(), instruction.postcopy)
+                state = await self._switchover.save_state(self.sections)
+                await self._switchover.send_state(state, postcopy=instruction.postcopy)
                 self.guest.check()  # the last look: next is Run
                 event = core.StateLoaded()
             case _:
                 event = await self._execute_postcopy(instruction)
         self._events.put_nowait(event)
-
-    async def _save_state(self) -> bytes:
-        """Of the guest, and of tools: their hooks may take as long as they like, and hold up
-        nothing but this migration."""
-        state = await self._call(self.guest.save_state)
-        runs = run_state(live=self.guest.live, running=self.guest.running)
-        self.statistics.extra["run-state"] = runs
-        try:
-            return await self._hooks(compose, state, runs, self.sections)
-        except TimeoutError as e:
-            raise SourceError(f"hooks of device state took more than {HOOK_SECONDS:.0f} s") from e
-
-    async def _send_state(self, state: bytes, postcopy: bool) -> None:
-        """All of it, the last part with what makes the destination load it."""
-        if len(state) > messages.MAX_STATE:
-            raise SourceError(f"a device state of {len(state)} bytes is above the bound")
-        cut = max(0, len(state) - 1) // messages.STATE_PART * messages.STATE_PART
-        for at in range(0, cut, messages.STATE_PART):
-            await self._connection.say(messages.StatePart(state[at : at + messages.STATE_PART]))
-        await self._connection.ask(messages.DeviceState(self.guest.kind, state[cut:], postcopy))
-        self.statistics.control_bytes += len(state)
 
     async def _execute_postcopy(self, instruction: core.Instruction) -> core.Event:
         remainder = self._remainder
@@ -463,22 +419,8 @@ class Source:
             case _:
                 raise LocalProtocolError(f"unknown instruction {instruction!r}")
 
-    async def _set_back(self) -> None:
-        try:
-            await self._call(self.guest.moved)
-        except PageferryError as e:
-            _log.warning("the source is not set as before: %s", e)
-
     async def _confirm(self, said: asyncio.Future[messages.AnyMessage]) -> None:
-        """Wait for the destination's word that the guest runs there."""
-        try:
-            running = await asyncio.wait_for(said, CONFIRM_SECONDS)
-        except TimeoutError as e:
-            raise PeerLost("the destination does not answer") from e
-        self.statistics.running = time.monotonic()
-        assert isinstance(running, messages.Running)
-        self.statistics.extra["destination"] = running.detail
-        self.statistics.peer = running.statistics
+        await self._switchover.confirmed(said)
         self._events.put_nowait(core.Confirmed())
 
     # ---- setup ---------------------------------------------------------------------------

@@ -139,8 +139,12 @@ def test_while_the_guest_itself_does_not_stop(guest):
 
     async def go():
         async with Ends(guest, workers=1) as ends:
-            await ends.status(Status.ACTIVE)
-            with stopped(pid):
+            with contextlib.ExitStack() as hung:
+
+                async def hangs():
+                    hung.enter_context(stopped(pid))
+
+                ends.source.before_stop = hangs
                 await ends.status(Status.DEVICE)
                 ends.source.yank()
                 with pytest.raises(PeerLost, match=r"yanked.*does not answer"):
