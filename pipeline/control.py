@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from ..transport import messages
@@ -28,6 +28,10 @@ LAST_SECONDS = 1.0
 _FIND_SECONDS = 30.0
 # So long after the peer counts as lost it is looked again.
 _GRACE_SECONDS = 0.02
+
+# Says a message to the peer; and one that is answered.
+Say = Callable[[messages.AnyMessage], Coroutine[Any, Any, None]]
+Ask = Callable[[messages.AnyMessage], Coroutine[Any, Any, messages.AnyMessage]]
 
 
 async def find(endpoint: Endpoint) -> None:

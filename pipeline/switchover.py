@@ -1,23 +1,37 @@
-"""What a migration waits for before its switchover: the destination's acknowledgement (QEMU:
-switchover-ack), and somebody who says that it may go on (QEMU: pause-before-switchover).
+"""A source's switchover: what is waited for before it, which is the destination's acknowledgement
+(QEMU: switchover-ack) and somebody who says that it may go on (QEMU: pause-before-switchover); and
+the guest's going, until it runs there.
 
-Knows how long it waited, and what a peer may say of it; when it is waited for is migration.py's.
+Knows how long it waited, what a peer may say of it, and each step. Which is next, and whether, is
+migration.py's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
-from ..transport.errors import RemoteProtocolError
+from ..transport import messages
+from ..transport.errors import PageferryError, PeerLost, RemoteProtocolError, SourceError
+from ..transport.vmstate import Section
+from ..workers.guests.base import SourceGuest
+from .blocking import Blocking, MayHang
+from .control import Ask, Say
+from .device_state import HOOK_SECONDS, compose, run_state
+from .pressure import Pressure
 from .state import Status
+from .statistics import Statistics
 
 # What query-migrate calls the two.
 ACK, CONTINUE = "switchover-ack", "migrate-continue"
+# A destination that has everything needs this long at the most to say that it runs.
+CONFIRM_SECONDS = 30.0
 _TIMES = {ACK: "switchover-ack-time", CONTINUE: "pre-switchover-time"}
+_log = logging.getLogger("pageferry")
 
 
 class Waits:
@@ -102,3 +116,83 @@ class Acknowledgement:
         """Until it is there; at once if none will come."""
         if self._promised:
             await self._heard.wait()
+
+
+class Switchover:
+    """The guest's going, step by step. `call`: for what blocks; `say`, `ask`: the destination."""
+
+    def __init__(
+        self,
+        guest: SourceGuest,
+        call: Blocking,
+        statistics: Statistics,
+        pressure: Pressure,
+        waits: Waits,
+        acknowledgement: Acknowledgement,
+        say: Say,
+        ask: Ask,
+    ) -> None:
+        self._guest, self._call, self._statistics = guest, call, statistics
+        self._pressure, self._waits, self._ack = pressure, waits, acknowledgement
+        self._say, self._ask = say, ask
+        self._hooks = MayHang(HOOK_SECONDS)
+
+    async def may_stop(
+        self, before_stop: Callable[[], Awaitable[None]] | None, soon: float
+    ) -> float:
+        """Until all who are asked agree; the seconds that took. After `soon` seconds the guest has
+        all of its time meanwhile."""
+        asked = time.monotonic()
+        async with self._pressure.eased(soon):
+            if self._ack.awaited:
+                with self._waits.acknowledgement():
+                    await self._ack.wait()
+            if before_stop is not None and self._guest.can_stop:
+                await before_stop()
+        return time.monotonic() - asked
+
+    async def stop(self) -> None:
+        """The guest stands still."""
+        begin = time.monotonic()
+        await self._call(self._guest.stop)
+        self._pressure.stopped()
+        self._statistics.stopped = self._guest.stopped_at or begin
+
+    async def save_state(self, sections: Sequence[Section]) -> bytes:
+        """Of the guest, and of tools: their hooks may take as long as they like, and hold up
+        nothing but this migration."""
+        state = await self._call(self._guest.save_state)
+        runs = run_state(live=self._guest.live, running=self._guest.running)
+        self._statistics.extra["run-state"] = runs
+        try:
+            return await self._hooks(compose, state, runs, sections)
+        except TimeoutError as e:
+            raise SourceError(f"hooks of device state took more than {HOOK_SECONDS:.0f} s") from e
+
+    async def send_state(self, state: bytes, *, postcopy: bool) -> None:
+        """All of it, the last part with what makes the destination load it."""
+        if len(state) > messages.MAX_STATE:
+            raise SourceError(f"a device state of {len(state)} bytes is above the bound")
+        cut = max(0, len(state) - 1) // messages.STATE_PART * messages.STATE_PART
+        for at in range(0, cut, messages.STATE_PART):
+            await self._say(messages.StatePart(state[at : at + messages.STATE_PART]))
+        await self._ask(messages.DeviceState(self._guest.kind, state[cut:], postcopy))
+        self._statistics.control_bytes += len(state)
+
+    async def confirmed(self, said: asyncio.Future[messages.AnyMessage]) -> None:
+        """Wait for the destination's word that the guest runs there."""
+        try:
+            running = await asyncio.wait_for(said, CONFIRM_SECONDS)
+        except TimeoutError as e:
+            raise PeerLost("the destination does not answer") from e
+        self._statistics.running = time.monotonic()
+        assert isinstance(running, messages.Running)
+        self._statistics.extra["destination"] = running.detail
+        self._statistics.peer = running.statistics
+
+    async def set_back(self) -> None:
+        """The guest's host is as it was before, but for the guest."""
+        try:
+            await self._call(self._guest.moved)
+        except PageferryError as e:
+            _log.warning("the source is not set as before: %s", e)

@@ -76,3 +76,4 @@ class Bandwidth:
     def close(self) -> None:
         self._words = None
         self._segment.close()
+        self._lock = None  # its name goes with the last who has it

@@ -139,6 +139,7 @@ class PageTable:
     def close(self) -> None:
         self._views.clear()
         self._segment.close()
+        self._lock = None  # its name goes with the last who has it
 
 
 def candidates(table: Bytes8, first: int, count: int, most: int) -> Pages:

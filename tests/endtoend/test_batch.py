@@ -155,9 +155,9 @@ def test_a_worker_that_is_killed_is_replaced(images, tmp_path):
 
         def look_at(query):
             for entry in batch._entries.values():
-                crew = entry.migration and entry.migration._crew
-                if not killed and crew is not None and crew.pool.workers:
-                    killed.append(crew.pool.workers[0].process.pid)
+                equipment = entry.migration and entry.migration._equipment
+                if not killed and equipment and equipment.crew.pool.workers:
+                    killed.append(equipment.crew.pool.workers[0].process.pid)
                     os.kill(killed[0], signal.SIGKILL)
 
         batch.on_progress = look_at

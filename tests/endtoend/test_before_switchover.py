@@ -123,7 +123,7 @@ def test_whatever_ends_it_while_it_waits_lets_the_guest_go_on(guest):
                 case "yank":
                     ends.source.yank()
                 case "worker":
-                    ends.source._crew.pool.workers[0].process.kill()
+                    ends.source._equipment.crew.pool.workers[0].process.kill()
                 case "there":
                     ends.listening.cancel()
                 case "silence":
@@ -254,7 +254,9 @@ def test_rounds_that_a_wait_granted_stay_when_something_else_is_set(guest):
     """It would be given up at the next look. Nor is there looked for room that nobody asked for."""
     p = Parameters(codec="xbzrle", xbzrle_cache_size=1 << 42).checked()
     source = Source(guest, Endpoint("ipc", path="@nobody"), p)
-    source._deltas = Deltas([1 << 30], 4096)
+    equipment = source._equip()
+    equipment.deltas.close()
+    equipment.deltas = Deltas([1 << 30], 4096)  # as of a guest that is large
     try:
         source.convergence.max_rounds += 12
         source.set_parameters({"downtime-limit": 500})
@@ -264,7 +266,8 @@ def test_rounds_that_a_wait_granted_stay_when_something_else_is_set(guest):
         with pytest.raises(HostLacks):
             source.set_parameters({"xbzrle-cache-size": 1 << 42})
     finally:
-        source._deltas.close()
+        equipment.deltas.close()
+        equipment.close()
 
 
 def test_a_source_that_does_not_wait_is_refused(guest):
@@ -344,7 +347,7 @@ def test_memory_is_given_back_as_it_arrives(cut):
             await until_async(
                 lambda: ends.status is Status.POSTCOPY_PAUSED or ends.sending.done(), "paused"
             )
-            assert ends.source._releasing._release.lacking() == 0
+            assert ends.source._remainder.releasing._release.lacking() == 0
             ends.source.recover(None)
             report, arrived = await ends.whole()
             assert arrived["oracle"]["ok"]
@@ -364,8 +367,8 @@ def test_a_destination_that_has_all_of_it_may_leave_while_the_rest_is_given_back
 
     async def main():
         async with Ends(guest, postcopy="now", release_ram=True) as ends:
-            await until_async(lambda: ends.source._releasing is not None, "it will give back")
-            release = ends.source._releasing._release
+            await until_async(lambda: ends.source._remainder is not None, "it will give back")
+            release = ends.source._remainder.releasing._release
             everything = release.everything
 
             def slowly():

@@ -137,7 +137,7 @@ def test_what_fails_names_its_section_and_leaves_the_guest_where_it_was():
 @pytest.mark.parametrize("end", ["source", "destination"])
 def test_a_hook_that_hangs_ends_its_own_migration_only(monkeypatch, end):
     """Its thread is left behind, and calls no other hook; the guest goes on meanwhile."""
-    where = {"source": "source", "destination": "arrival"}[end]
+    where = {"source": "switchover", "destination": "arrival"}[end]
     monkeypatch.setattr(f"pageferry.pipeline.{where}.HOOK_SECONDS", 0.2)
     released, threads = threading.Event(), []
 

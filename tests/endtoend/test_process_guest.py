@@ -282,13 +282,13 @@ def counting_scans(scans):
     """An `on_started` that notes in which round all memory is compared with what was sent."""
 
     def on_started(migration):
-        scan = migration._scan
+        scan = migration._rounds.scan
 
-        async def counted():
+        async def counted(equipment):
             scans.append((migration.core.round, migration.core.stopped))
-            await scan()
+            await scan(equipment)
 
-        migration._scan = counted
+        migration._rounds.scan = counted
 
     return on_started
 
@@ -329,7 +329,7 @@ def test_rounds_in_between_ask_the_kernel_alone(target, obeying):
         )  # fmt: skip
     assert scans == [(1, False)]
     assert len(took) == 4
-    assert min(took) > seen[0]._scan_seconds > 0
+    assert min(took) > seen[0]._rounds._scan_seconds > 0
     assert obeying.state() != "T"
 
 

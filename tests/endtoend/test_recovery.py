@@ -58,8 +58,8 @@ class Ends(BothEnds):
     def kill(self, which):
         """SIGKILL for one of the processes that move pages."""
         pools = {
-            "sender": self.source._crew.pool,
-            "postcopy": self.source._background.pool,
+            "sender": self.source._equipment.crew.pool,
+            "postcopy": self.source._equipment.background.pool,
             "receiver": self.listening.arrival._pool,
             "fault": self.listening.arrival._faults.pool,
         }
@@ -224,7 +224,7 @@ def test_a_recover_that_the_destination_did_not_expect(guest):
     async def run():
         async with Ends(guest) as ends:
             await ends.moved(500)
-            ends.source._control.session.phase = Phase.CLOSED  # it cannot say goodbye
+            ends.source._connection.control.session.phase = Phase.CLOSED  # it cannot say goodbye
             ends.source.pause()
             await ends.paused()
             assert ends.listening.arrival.status is Status.POSTCOPY_ACTIVE
@@ -257,13 +257,13 @@ def test_a_stranger_cannot_resume(guest):
             await ends.moved(500)
             ends.source.pause()
             await ends.paused()
-            mine, ends.source._identity = ends.source._identity, bytes(16)
+            mine, ends.source._connection.identity = ends.source._connection.identity, bytes(16)
             ends.source.recover(None)
             await until_async(
                 lambda: "knows of no postcopy" in ends.source.query().get("paused-because", ""),
                 "refused",
             )
-            ends.source._identity = mine
+            ends.source._connection.identity = mine
             ends.source.recover(None)
             await ends.whole()
 

@@ -7,8 +7,7 @@ import threading
 import pytest
 import unsure_guest
 
-from pageferry.pipeline import api
-from pageferry.pipeline import source as source_module
+from pageferry.pipeline import api, switchover
 from pageferry.pipeline.destination import Destination
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.source import Source
@@ -75,7 +74,7 @@ def test_state_that_does_not_load_gives_the_guest_back(guest):
 
 def test_a_lost_confirmation_leaves_the_source_stopped(guest, monkeypatch):
     """The destination runs and cannot say so: the source must not run it a second time."""
-    monkeypatch.setattr(source_module, "CONFIRM_SECONDS", 0.5)
+    monkeypatch.setattr(switchover, "CONFIRM_SECONDS", 0.5)
     mute = unsure_guest.NeverConfirms(parse_guest("demo:"))
     with pytest.raises(ConfirmationLost, match="stays stopped") as caught:
         asyncio.run(_migrate(guest, mute))
@@ -145,7 +144,7 @@ def test_a_sender_that_dies_after_run_was_said_changes_nothing(guest):
     def on_source(source, listening):
         async def kill_when_running():
             await asyncio.to_thread(slow.running.wait)
-            for worker in source._crew.pool.workers:
+            for worker in source._equipment.crew.pool.workers:
                 worker.process.kill()
                 await asyncio.to_thread(worker.process.join)
             slow.release.set()

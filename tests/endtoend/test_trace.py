@@ -419,7 +419,9 @@ def test_a_postcopy_that_was_recovered(tmp_path, how):
                     if how == "pause":
                         ends.source.pause()
                     elif how == "sender":
-                        os.kill(ends.source._crew.pool.workers[0].process.pid, signal.SIGKILL)
+                        os.kill(
+                            ends.source._equipment.crew.pool.workers[0].process.pid, signal.SIGKILL
+                        )
                     else:
                         faults = ends.listening.arrival._faults.pool
                         os.kill(faults.workers[0].process.pid, signal.SIGKILL)

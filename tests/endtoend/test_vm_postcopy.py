@@ -166,7 +166,7 @@ class Ends(BothEnds):
         os.kill(self._postcopy_process(), signal.SIGKILL)
 
     def _postcopy_process(self):
-        return self.source._background.pool.workers[0].process.pid
+        return self.source._equipment.background.pool.workers[0].process.pid
 
     def somebody_waits(self):
         """Whether a page was asked for that has not come."""

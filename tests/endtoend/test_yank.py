@@ -103,7 +103,7 @@ def test_in_setup_while_the_other_end_says_nothing(guest):
             endpoint = Endpoint("tcp", "127.0.0.1", server.getsockname()[1])
             source = Source(guest, endpoint, Parameters(workers=1).checked())
             sending = asyncio.ensure_future(source.run())
-            await until_async(lambda: source._connections == 1, "it has said Hello")
+            await until_async(lambda: source._connection.made == 1, "it has said Hello")
             assert source.core.status is Status.SETUP
             source.yank()
             with pytest.raises(PeerLost, match="yanked"):
@@ -119,7 +119,10 @@ def test_in_a_round_with_a_worker_that_hangs(guest, victim):
         async with Ends(guest, **SLOW) as ends:
             await ends.status(Status.ACTIVE)
             await until_async(lambda: ends.source.statistics.pages_done > 0, "pages move")
-            pools = {"sender": ends.source._crew.pool, "receiver": ends.listening.arrival._pool}
+            pools = {
+                "sender": ends.source._equipment.crew.pool,
+                "receiver": ends.listening.arrival._pool,
+            }
             pids = [pools[victim].workers[0].process.pid] if victim in pools else []
             with stopped(*pids):
                 ends.source.yank()
@@ -156,8 +159,12 @@ def test_while_the_guest_itself_does_not_stop(guest):
 
     async def go():
         async with Ends(guest, workers=1) as ends:
-            await ends.status(Status.ACTIVE)
-            with stopped(pid):
+            with contextlib.ExitStack() as hung:
+
+                async def hangs():
+                    hung.enter_context(stopped(pid))
+
+                ends.source.before_stop = hangs
                 await ends.status(Status.DEVICE)
                 ends.source.yank()
                 with pytest.raises(PeerLost, match=r"yanked.*does not answer"):
@@ -203,12 +210,18 @@ def test_at_the_destination_while_the_guest_does_not_start(guest):
 class CutAtOnce(Source):
     """As if the cut came in the moment in which it begins to look at the handshake."""
 
-    def _task(self, coroutine, *, link=False):
-        task = super()._task(coroutine, link=link)
-        if coroutine.__name__ == "_watch_handshake":
-            task.cancel()
-            self.yank()
-        return task
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        start = self._tasks.start
+
+        def started(coroutine, *, link=False):
+            task = start(coroutine, link=link)
+            if coroutine.__name__ == "_watch_handshake":
+                task.cancel()
+                self.yank()
+            return task
+
+        self._tasks.start = started
 
 
 def test_before_anybody_has_looked_at_the_handshake(guest):
@@ -252,7 +265,7 @@ def test_a_postcopy_at_its_destination(guest):
             arrival = ends.listening.arrival
             await until_async(lambda: arrival.status is Status.POSTCOPY_ACTIVE, "there too")
             assert ends.listening.can_be_yanked()
-            with stopped(ends.source._crew.pool.workers[0].process.pid):
+            with stopped(ends.source._equipment.crew.pool.workers[0].process.pid):
                 ends.listening.yank()
                 assert arrival.status is Status.POSTCOPY_PAUSED
                 await ends.status(Status.POSTCOPY_PAUSED)
@@ -273,7 +286,8 @@ def test_a_postcopy_pauses_and_goes_on(guest, victim):
             await ends.status(Status.POSTCOPY_ACTIVE)
             arrival = ends.listening.arrival
             pools = {
-                "sender": ends.source._crew.pool, "postcopy": ends.source._background.pool,
+                "sender": ends.source._equipment.crew.pool,
+                "postcopy": ends.source._equipment.background.pool,
                 "receiver": arrival._pool, "fault": arrival._faults.pool,
             }  # fmt: skip
             with stopped(pools[victim].workers[0].process.pid):
@@ -282,7 +296,8 @@ def test_a_postcopy_pauses_and_goes_on(guest, victim):
                 assert "yanked" in ends.source.query()["paused-because"]
                 ends.source.yank()  # there is nothing more to cut
                 await until_async(lambda: arrival.status is Status.POSTCOPY_PAUSED, "there too")
-                await until_async(lambda: ends.source._context is None, "the connection is gone")
+                connection = ends.source._connection
+                await until_async(lambda: not connection.is_open, "the connection is gone")
             ends.source.set_parameters({"max-postcopy-bandwidth": 0})
             ends.source.recover(None)
             report, arrived = await asyncio.gather(ends.sending, ends.arriving)
