@@ -69,6 +69,7 @@ class Snapshot:
                 "(ram:PATH?pid=PID)"
             )
         self.guest = guest
+        guest.stays = True
         self.live = live and guest.live  # what nobody writes needs no care
         self.statistics = Statistics("snapshot")
         self.status = Status.NONE

@@ -3,8 +3,8 @@
 Whether an owner is dead: names.py. What belongs to another user is left alone. Of a directory of
 images: hidden files that never got their name go, those that a next attempt would go on with are
 shown, and go only if that is asked for. Processes that one of ours stopped, and nobody let go on
-since, are shown: whether they may go on is not for this to know. Those that one of ours slowed down
-have all their time again: they run here and nowhere else (throttled.py).
+since, are shown: whether they may go on is not for this to know, unless they were only to be saved.
+Those, and who was slowed down (throttled.py), run here and nowhere else: they go on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 import tempfile
 import time
@@ -92,7 +93,7 @@ def _shared_memory(act: bool) -> Iterator[Leftover]:
 def _one_shared(name: str, what: str, act: bool) -> Leftover | None:
     kind = "semaphore" if name.startswith("sem.") else "segment" if what else "marker"
     found = _look(f"{SHARED_MEMORY}/{name}", kind, what if kind == "segment" else "")
-    if found is not None and what == STOPPED and _still_stopped(found):
+    if found is not None and what == STOPPED and _still_stopped(found, act):
         return found
     if found is not None and what == THROTTLED:
         found.kind, found.what = THROTTLED, ""
@@ -127,8 +128,9 @@ def _held_if_dead(path: str) -> Iterator[bool]:
         os.close(fd)
 
 
-def _still_stopped(found: Leftover) -> bool:
-    """Whether the process that a note names still stands still; `found` says so then."""
+def _still_stopped(found: Leftover, act: bool) -> bool:
+    """Whether the process that a note names still stands still; `found` says so then. One that was
+    to be saved and nothing else runs here and nowhere else: with `act` it goes on."""
     try:
         note = json.loads(Path(found.path).read_text())
         pid, began = int(note["pid"]), str(note["began"])
@@ -137,15 +139,38 @@ def _still_stopped(found: Leftover) -> bool:
             return True
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    if began_at(pid) != began or not _stands_still(pid, str(note.get("folder", ""))):
+    folder = str(note.get("folder", ""))
+    if began_at(pid) != began or not _stands_still(pid, folder):
         return False
     found.kind, found.what = STOPPED, ""
+    if note.get("stays") and (not act or _let_go_on(pid, began, folder)):
+        found.why = f"process {pid} was stopped to be saved, and goes on"
+        return False
     how = note.get("folder") or "SIGSTOP"
     way = f"echo 0 > {how}/cgroup.freeze" if note.get("folder") else f"kill -CONT {pid}"
     found.why = (
         f"process {pid} was stopped ({how}) by a pageferry that was killed, and still stands "
         f"still: if its memory is not in use elsewhere, `{way}` lets it go on"
     )
+    return True
+
+
+def _let_go_on(pid: int, began: str, folder: str) -> bool:
+    """Undo what `stop` did (guests/stopping.py); False if we may not."""
+    try:
+        if folder:
+            Path(folder, "cgroup.freeze").write_text("0")
+            return True
+        pidfd = os.pidfd_open(pid)
+        try:
+            if began_at(pid) == began:
+                signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+        finally:
+            os.close(pidfd)
+    except ProcessLookupError:
+        pass  # it has ended
+    except OSError:
+        return False
     return True
 
 
@@ -158,10 +183,13 @@ def _stands_still(pid: int, folder: str) -> bool:
         return False
 
 
-def stopped_note(pid: int, folder: str) -> str:
+def stopped_note(pid: int, folder: str, *, stays: bool) -> str:
     """What is noted of a process that is about to be stopped; `folder`: of the cgroup that is
-    frozen, "" for SIGSTOP."""
-    facts = {"pid": pid, "began": began_at(pid), "namespace": pid_namespace(), "folder": folder}
+    frozen, "" for SIGSTOP; `stays`: whatever comes, it goes on here."""
+    facts = {
+        "pid": pid, "began": began_at(pid), "namespace": pid_namespace(), "folder": folder,
+        "stays": stays,
+    }  # fmt: skip
     return json.dumps(facts)
 
 

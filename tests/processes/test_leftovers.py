@@ -18,6 +18,7 @@ from pageferry.workers import leftovers, names
 from pageferry.workers.guests.files import NewFile, PartialFile
 from pageferry.workers.guests.stopping import WriterProcess
 from pageferry.workers.kernel.libc import lock_file
+from pageferry.workers.kernel.tasks import is_stopped
 from pageferry.workers.leftovers import clean, sweep
 
 OWNER = """
@@ -262,6 +263,7 @@ def test_a_file_that_is_being_written_for_long(tmp_path, monkeypatch):
 SWEPT = """
 import fcntl, os, sys, threading
 from pageferry.workers.kernel.libc import lock_file
+from pageferry.workers.kernel.tasks import is_stopped
 from pageferry.workers.names import Folder
 
 held = []
@@ -319,18 +321,20 @@ STOPPER = """
 import sys
 from pageferry.workers.guests.stopping import WriterProcess
 writer = WriterProcess(int(sys.argv[1]))
+writer.stays = len(sys.argv) > 2
 writer.stop()
 print("stopped", flush=True)
 sys.stdin.read()
 """
 
 
-def test_a_process_that_a_killed_one_stopped():
-    """Shown as long as it stands still, and left as it is."""
+@pytest.mark.parametrize("stays", [False, True], ids=["moved", "saved"])
+def test_a_process_that_a_killed_one_stopped(stays):
+    """Shown while it stands still, and left as it is; one that was only to be saved goes on."""
     with (
         subprocess.Popen(["sleep", "1000"]) as sleeper,
         subprocess.Popen(
-            [sys.executable, "-c", STOPPER, str(sleeper.pid)],
+            [sys.executable, "-c", STOPPER, str(sleeper.pid), *(["stays"] if stays else [])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         ) as stopper,
     ):  # fmt: skip
@@ -338,6 +342,13 @@ def test_a_process_that_a_killed_one_stopped():
         assert not [f for f in clean([], partial=False, dry_run=True) if f.kind == "stopped"]
         kill_family(stopper.pid)
         stopper.wait()  # until then a thread of it may hold its lock
+        if stays:
+            (found,) = (f for f in clean([], partial=False, dry_run=True) if f.kind == "stopped")
+            assert found.removed and os.path.exists(found.path) and is_stopped(sleeper.pid)
+            assert found.path in removed(sweep())
+            until(lambda: not is_stopped(sleeper.pid), "it goes on")
+            sleeper.kill()
+            return
         sweep()
         (found,) = (f for f in clean([], partial=False, dry_run=False) if f.kind == "stopped")
         assert not found.removed

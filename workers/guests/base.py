@@ -135,6 +135,8 @@ class SourceGuest(ABC):
     capabilities: tuple[str, ...] = ()
     # Whose memory it is, if that is another process: it is read, and stopped, until the end.
     process: int = 0
+    # It is saved and goes on here, whatever comes; so does a process that nobody let go on.
+    stays: bool = False
     # When it was told to stop (CLOCK_MONOTONIC, seconds), if `stop` does more before; else 0.
     stopped_at: float = 0.0
 

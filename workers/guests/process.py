@@ -127,6 +127,7 @@ class ProcessSource(SourceGuest):
 
     def stop(self) -> None:
         self._slowing.release()
+        self._process.stays = self.stays
         self._process.stop()
         self._slowing.lift()
         self.running = self._process.ran

@@ -84,6 +84,7 @@ class RamSource(SourceGuest):
     def stop(self) -> None:
         if self._writer is not None and self._slowing is not None:
             self._slowing.release()
+            self._writer.stays = self.stays
             self._writer.stop()
             self._slowing.lift()
             self.running = self._writer.ran

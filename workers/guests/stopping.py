@@ -40,6 +40,7 @@ class WriterProcess:
         self._freezer: Freezer | None = None
         self._signalled = False
         self._note = ""  # for whoever comes when we were killed
+        self.stays = False  # it is saved and no more: whatever comes, it goes on here
 
     def __repr__(self) -> str:
         return f"<WriterProcess {self.pid}>"
@@ -102,7 +103,7 @@ class WriterProcess:
         path = f"{SHARED_MEMORY}/{shared_name(STOPPED)}"
         with contextlib.suppress(OSError), open(path, "x") as note:  # no reason not to move it
             self._note = path
-            note.write(stopped_note(self.pid, folder))
+            note.write(stopped_note(self.pid, folder, stays=self.stays))
 
     def _drop_note(self) -> None:
         with contextlib.suppress(OSError):
