@@ -241,21 +241,24 @@ class _Carrying:
         """All was said: hand over what there is, end the stream, see how the command ends."""
         carrier = self.carrier
         flush = _FLUSH_SOON if self._hurry else _FLUSH_SECONDS
-        over = carrier.eof or carrier.broken
+        over, stuck = carrier.eof or carrier.broken, False
         carrier.stop_listening()
         if not over:
             with contextlib.suppress(PageferryError):  # whatever it says now
                 self._steps(flush, lambda: carrier.idle or carrier.eof or carrier.broken)
+                # in a hurry nobody waits for whoever takes nothing any more
+                stuck = self._hurry and not carrier.flushed
                 carrier.end()
-                self._steps(flush, lambda: carrier.flushed or carrier.broken)
+                self._steps(0.0 if stuck else flush, lambda: carrier.flushed or carrier.broken)
         carrier.shut()
         # the other end has something to say yet, and no use for a broken pipe
         with contextlib.suppress(PageferryError):
-            self._steps(flush, lambda: carrier.eof or carrier.broken)
+            self._steps(0.0 if stuck else flush, lambda: carrier.eof or carrier.broken)
         status, command = None, self.command
-        if command is not None:
+        if command is not None and not stuck:
             with contextlib.suppress(PageferryError):
                 patience = _COMMAND_SOON if self._hurry else _COMMAND_SECONDS
                 self._steps(patience, lambda: command.status is not None)
+        if command is not None:
             status = command.status
         self.desk.say(jobs.StreamEnded(status, self._last_words() if status else ""))

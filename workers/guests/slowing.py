@@ -36,7 +36,7 @@ MEANS = (QUOTA, STOPS)
 _ANSWER_SECONDS = 2.0
 _START_SECONDS = 10.0
 # It answers at once, unless somebody has stopped it.
-_STALL_SECONDS, _LOOK_SECONDS = 4.0, 1.0
+_STALL_SECONDS, _LOOK_SECONDS = 4.0, 0.5
 _POLL_SECONDS = 0.0005
 # How long it was stopped in all is good to know, and no more.
 _SOON_SECONDS = 0.05
