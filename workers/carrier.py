@@ -40,6 +40,7 @@ _FLUSH_SOON, _COMMAND_SOON = 0.5, 2.0
 FINISH_SECONDS = 3 * _FLUSH_SECONDS + _COMMAND_SECONDS
 HURRY_SECONDS = 3 * _FLUSH_SOON + _COMMAND_SOON
 HURRY = b"hurry"
+_SILENT_SECONDS = 3.0
 _LOOK_SECONDS = 0.1
 # As much as a frame has: a pipe of 64 KiB is a change of processes for each.
 PIPE = LARGE_CHUNK + HEADER.size
@@ -241,21 +242,23 @@ class _Carrying:
         """All was said: hand over what there is, end the stream, see how the command ends."""
         carrier = self.carrier
         flush = _FLUSH_SOON if self._hurry else _FLUSH_SECONDS
-        over, stuck = carrier.eof or carrier.broken, False
+        # in a hurry nobody waits for whoever is silent: both ends speak each second
+        silent = self._hurry and time.monotonic() - carrier.heard > _SILENT_SECONDS
+        if silent:
+            flush = 0.0
+        over = carrier.eof or carrier.broken
         carrier.stop_listening()
         if not over:
             with contextlib.suppress(PageferryError):  # whatever it says now
                 self._steps(flush, lambda: carrier.idle or carrier.eof or carrier.broken)
-                # in a hurry nobody waits for whoever takes nothing any more
-                stuck = self._hurry and not carrier.flushed
                 carrier.end()
-                self._steps(0.0 if stuck else flush, lambda: carrier.flushed or carrier.broken)
+                self._steps(flush, lambda: carrier.flushed or carrier.broken)
         carrier.shut()
         # the other end has something to say yet, and no use for a broken pipe
         with contextlib.suppress(PageferryError):
-            self._steps(0.0 if stuck else flush, lambda: carrier.eof or carrier.broken)
+            self._steps(flush, lambda: carrier.eof or carrier.broken)
         status, command = None, self.command
-        if command is not None and not stuck:
+        if command is not None and not silent:
             with contextlib.suppress(PageferryError):
                 patience = _COMMAND_SOON if self._hurry else _COMMAND_SECONDS
                 self._steps(patience, lambda: command.status is not None)

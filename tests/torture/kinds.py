@@ -99,6 +99,11 @@ class Throttled(_OfAProcess):
         for end in self.ends:
             end.look()
 
+    @property
+    def _went_on(self):
+        """It stood still already when it had moved, and it was us who let it go on."""
+        return (self.cell.fault, self.cell.hit) == (Fault.STOP, Victim.SOURCE_GUEST)
+
     async def _facts(self):
         if self.cell.hit is Victim.SOURCE and self.cell.fault is Fault.KILL:
             await self._until_dead(self.source.pid)
@@ -119,6 +124,9 @@ class Throttled(_OfAProcess):
             if self.image_there.read_bytes() != self.ring.memory():
                 return "completed, and is not what the process has"
             return Outcome.COMPLETES
+        if arrived and process == "runs" and self._went_on:
+            fault = self.ring.fault(self.image_there.read_bytes())
+            return fault or Outcome.COMPLETES
         return f"the process {process}; source {source}, destination {there}"
 
 
