@@ -21,7 +21,8 @@ from pageferry.transport.errors import PageferryError
 from pageferry.transport.snapshot_format import ALIGNMENT
 from pageferry.workers.snapshot_file import CheckedBlock, open_snapshot
 
-_PAGES = {"4M": 256, "32M": 2048}  # of a process that is moved or saved
+_PAGES = {"4M": 256, "32M": 2048}  # of a process that is saved
+_FEW = 256  # of one that is slowed down: after a second or two of two rounds
 _RATE = 2000  # pages that it writes a second
 
 
@@ -31,10 +32,10 @@ class _OfAProcess(Running):
     ring = None
     _has_demo_guest = False
 
-    async def _start_ring(self):
+    async def _start_ring(self, pages):
         path = f"/dev/shm/pf-torture-{os.getpid()}-{self.number}"
         self.stack.callback(lambda: os.path.exists(path) and os.unlink(path))
-        self.ring = Ring(path, _PAGES[self.size], self.seed)
+        self.ring = Ring(path, pages, self.seed)
         spec = {"end": "ring", "path": path, "rate": _RATE}
         self.ring.end = await End.start(self.nursery, spec)
         self.stack.push_async_callback(self.ring.end.close)
@@ -72,7 +73,7 @@ class Throttled(_OfAProcess):
     """A process that is slowed down, by either means: in the end it has all of its time."""
 
     async def _start(self):
-        await self._start_ring()
+        await self._start_ring(_FEW)
         self.image_there = self._folder() / "there.mem"
         there = {"end": "destination", "endpoint": "tcp://127.0.0.1:0",
                  "into": f"image:{self.image_there}"}  # fmt: skip
@@ -80,9 +81,10 @@ class Throttled(_OfAProcess):
         parameters = {
             "workers": self.workers, "codec": "none", "batch_pages": 16, "insecure": True,
             "postcopy": "never", "max_rounds": 1000, "downtime_limit": 0.001,
-            "auto_converge": stops, "dirty_limit": not stops, "max_cpu_throttle": 50,
+            "max_bandwidth": 4 * SLOW, "auto_converge": stops, "dirty_limit": not stops,
+            "max_cpu_throttle": 50,
         }  # fmt: skip
-        here = {"end": "source", "parameters": parameters, "slows": True, "slow_from_2": 4 * SLOW}
+        here = {"end": "source", "parameters": parameters, "slows": True}
         if self.cell.hit is Line.WIRE:
             self.network = self.stack.enter_context(hosts.Network(self.number))
             there["network"], here["network"] = (
@@ -132,6 +134,8 @@ class Throttled(_OfAProcess):
 
 class Streamed(Running):
     """Both ends are at one stream. It goes through here."""
+
+    _turn_seconds = 2.0  # before a new way is gone the stream is closed
 
     async def _start(self):
         folder = self._folder()
@@ -208,7 +212,7 @@ class Saved(_OfAProcess):
     """A process that is saved to a file: that is whole, or not there; and the process goes on."""
 
     async def _start(self):
-        await self._start_ring()
+        await self._start_ring(_PAGES[self.size])
         folder = self._folder()
         self.disk = self.stack.enter_context(hosts.small_disk(folder / "disk", 24 << 20))
         self.path = self.disk / "a.snapshot"

@@ -129,6 +129,7 @@ class Running:
         return isinstance(self.cell.hit, Line) and self.cell.hit not in direct
 
     _recovers_itself = False
+    _turn_seconds = 0.0  # after a recover that is tried
 
     @property
     def _has_demo_guest(self):
@@ -446,6 +447,7 @@ class Running:
             elif len(paused) == 2 and asked < _TURNS:
                 asked += 1
                 self._recover()
+                await asyncio.sleep(self._turn_seconds)
             await asyncio.sleep(0.1)
 
     def _gone_for_good(self):
