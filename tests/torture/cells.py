@@ -527,6 +527,8 @@ def allowed(cell: Cell) -> set[Outcome]:
             found.add(OUTCOMES[Loss.LINK][cell.moment.run])
         if (cell.moment, cell.hit) == (POSTCOPY, Line.MEMORY):
             found.add(Outcome.RECOVERS)
+        if (cell.moment, cell.fault, cell.hit) == (STOPS, Fault.STOP, Victim.SLOWER):
+            found.add(Outcome.COMPLETES)  # stopped by it just then it writes nothing, and has moved
         if (cell.fault, cell.hit) == (Fault.STOP, Victim.COORDINATOR):
             found |= {expected(cell)} if loss(cell) is Loss.NOTHING else {Outcome.COMPLETES}
         return found
