@@ -207,7 +207,8 @@ async def receive_stream(
     def failed(error: PageferryError) -> None:
         arrival = destination.arrival
         if arrival is not None:
-            arrival.fail(error)
+            if not arrival.resumed:  # else perhaps by another way than this; if not, silence tells
+                arrival.fail(error)
             if arrival.status in IN_POSTCOPY:
                 _log.warning(
                     "the guest runs here, and its memory can still come: this receiver listens at "

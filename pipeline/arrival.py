@@ -140,6 +140,7 @@ class Arrival:
         self._postcopy = False  # the source named what is to come after the guest runs
         self._pausing: asyncio.Task[None] | None = None
         self._setting_back: asyncio.Task[None] | None = None
+        self.resumed = False  # its source came back on another connection, once at least
         self._early: BaseException | None = None
         self.ended: messages.Ended | None = None
         self._dirty_rate = 0  # bytes a second, as the source says
@@ -706,6 +707,7 @@ class Arrival:
         elif self.status is Status.POSTCOPY_RECOVER:
             self._pause(PeerLost("the source has connected once more"))
         self._become(Status.POSTCOPY_RECOVER)
+        self.resumed = True
         self.journal.info("the source is back")
         self.control = control
         control.note = self.journal.control

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -229,7 +230,9 @@ class Carriage:
             await self._finish(pool, hurry)
         self._pool, self._ended = None, pool
         self._say_nothing()
-        # not `pool.hurry()`: a carrier that is killed cannot end what its command has started
+        # else not `pool.hurry()`: a carrier that is killed cannot end what its command has started
+        if hurry and any(worker.silent(time.monotonic_ns()) for worker in pool.workers):
+            pool.hurry()
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)

@@ -442,6 +442,8 @@ class Snapshot:
 
     def _go_on(self) -> None:
         """All is saved: hold nothing back any more."""
+        if self._stopped:
+            self.guest.check()  # somebody let it go on since the last look: of no one instant
         if self._memory is not None:
             pid = self.guest.process
             if pid and regions_of(pid, self.guest.blocks) != self._memory.regions:

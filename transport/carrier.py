@@ -53,6 +53,7 @@ class Carrier:
         self.path = path
         self.name = ""  # the other end's
         self.eof = False  # nothing comes any more
+        self.heard = time.monotonic()  # when something came last
         self.broken = ""  # why nothing can be sent any more
         self._reads, self._writes = reads, writes
         self._epoll = select.epoll()
@@ -157,9 +158,10 @@ class Carrier:
             self.eof = True
             self.unwatch(self._reads)
             return
+        self.heard = time.monotonic()
         # a short read took all there was; after it the end is only told if it was not yet
         self._readable = size == len(self._buffer) or self._hung_up
-        for event in self.mux.receive(self._buffer[:size], time.monotonic()):
+        for event in self.mux.receive(self._buffer[:size], self.heard):
             self._handle(event)
 
     def _pump(self) -> bool:

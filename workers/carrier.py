@@ -40,6 +40,7 @@ _FLUSH_SOON, _COMMAND_SOON = 0.5, 2.0
 FINISH_SECONDS = 3 * _FLUSH_SECONDS + _COMMAND_SECONDS
 HURRY_SECONDS = 3 * _FLUSH_SOON + _COMMAND_SOON
 HURRY = b"hurry"
+_SILENT_SECONDS = 3.0
 _LOOK_SECONDS = 0.1
 # As much as a frame has: a pipe of 64 KiB is a change of processes for each.
 PIPE = LARGE_CHUNK + HEADER.size
@@ -249,6 +250,10 @@ class _Carrying:
         """All was said: hand over what there is, end the stream, see how the command ends."""
         carrier = self.carrier
         flush = _FLUSH_SOON if self._hurry else _FLUSH_SECONDS
+        # in a hurry nobody waits for whoever is silent: both ends speak each second
+        silent = self._hurry and time.monotonic() - carrier.heard > _SILENT_SECONDS
+        if silent:
+            flush = 0.0
         over = carrier.eof or carrier.broken
         carrier.stop_listening()
         if not over:
@@ -261,9 +266,10 @@ class _Carrying:
         with contextlib.suppress(PageferryError):
             self._steps(flush, lambda: carrier.eof or carrier.broken)
         status, command = None, self.command
-        if command is not None:
+        if command is not None and not silent:
             with contextlib.suppress(PageferryError):
                 patience = _COMMAND_SOON if self._hurry else _COMMAND_SECONDS
                 self._steps(patience, lambda: command.status is not None)
+        if command is not None:
             status = command.status
         self.desk.say(jobs.StreamEnded(status, self._last_words() if status else ""))

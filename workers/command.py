@@ -120,6 +120,7 @@ class Command:
                 # a pageferry that was killed has helpers: they see that, tidy up and end
                 self._gone_after(_ALONE_SECONDS)
             self._signal(signal.SIGTERM)
+            self._signal(signal.SIGCONT)  # what stands still hears of it then
             self._gone_after(_TERM_SECONDS)
             self._signal(signal.SIGKILL)
             self._process.wait()

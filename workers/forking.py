@@ -39,6 +39,7 @@ _main_lock = threading.Lock()
 _starting: list[float] = []  # since when (time.monotonic) a start is under way
 _HUNG_SECONDS = 0.9
 _folders: dict[int, str] = {}  # of a process that has, or had, a fork server: its folder
+_closing: dict[int, util.Finalize] = {}  # those folders, at the end
 _log = logging.getLogger("pageferry.workers")
 
 
@@ -114,7 +115,9 @@ def _own_folder(gone: str) -> str:
         return ""
     folder = Folder()
     config["tempdir"] = folder.path
-    util.Finalize(None, folder.close, exitpriority=-100)
+    if (last := _closing.pop(os.getpid(), None)) is not None:
+        last()  # its descriptor is open still
+    _closing[os.getpid()] = util.Finalize(None, folder.close, exitpriority=-100)
     return folder.path
 
 

@@ -18,7 +18,7 @@ import time
 
 from cells import cells, cells_at_random
 from hosts import Nursery
-from runner import run_cell
+from kinds import run_cell
 from table import write
 
 # Cells that are being started at the same time, and that are there.

@@ -3,6 +3,9 @@
 A cell is a moment of a migration, a fault, and what it hits. What comes of it follows from two
 things, each a table below: what the fault takes away (`loss`), and how far the guest has gone
 (`Moment.run`). Rules, not hands, leave out what there cannot be (`exists`).
+
+Most moments are of one kind of run: a demo guest over a network. The others (`Kind`) have what is
+their own: who there is, and what comes of it where that is something else.
 """
 
 from __future__ import annotations
@@ -25,6 +28,17 @@ class RunSaid(enum.Enum):
     POSTCOPY = "the guest runs, memory is to come"
 
 
+class Kind(enum.Enum):
+    """What is run, and what its moments have only those faults for that its own parts are in: all
+    else is as over a network."""
+
+    NETWORK = "a demo guest, over a network"
+    THROTTLED = "a process that is slowed down, into an image"
+    STREAM = "a demo guest, over one byte stream (exec: here, a descriptor there)"
+    SAVING = "a process, saved to a file"
+    RESTORING = "a demo guest, restored from a file by one process"
+
+
 @dataclass(frozen=True)
 class Moment:
     """A state that is held open while the fault comes. `status`: the source's (state.py);
@@ -34,6 +48,7 @@ class Moment:
     status: Status
     run: RunSaid
     by: str
+    kind: Kind = Kind.NETWORK
 
     def __str__(self) -> str:
         return self.name
@@ -62,9 +77,23 @@ RECOVER = Moment(
     "the destination starts no receivers",
 )
 
+STOPS = Moment("auto-converge, by stops", _PRE, _NO, "max-bandwidth", Kind.THROTTLED)
+QUOTA = Moment("dirty-limit, by a quota", _PRE, _NO, "max-bandwidth", Kind.THROTTLED)
+STREAM = Moment("stream, active", _PRE, _NO, "max-bandwidth", Kind.STREAM)
+STREAM_POSTCOPY = Moment(
+    "stream, postcopy-active", _POST, RunSaid.POSTCOPY, "max-postcopy-bandwidth", Kind.STREAM
+)
+_EXTENTS = "savers are given a half of it"
+SAVING = Moment("snapshot, stopped", _PRE, _NO, _EXTENTS, Kind.SAVING)
+SAVING_LIVE = Moment("snapshot, live", _PRE, _NO, _EXTENTS, Kind.SAVING)
+RESTORING = Moment("restore", _PRE, _NO, "max-bandwidth", Kind.RESTORING)
+LAZILY = Moment(
+    "restore, lazily", _POST, RunSaid.POSTCOPY, "max-postcopy-bandwidth", Kind.RESTORING
+)
+
 MOMENTS = (
     SETUP, ROUND_1, ROUND_N, ASKING, WAITING, LOADING, STARTING, LEAVING, JUMPING, POSTCOPY, PAUSED,
-    RECOVER,
+    RECOVER, STOPS, QUOTA, STREAM, STREAM_POSTCOPY, SAVING, SAVING_LIVE, RESTORING, LAZILY,
 )  # fmt: skip
 
 # States of state.py that have no moment, and why.
@@ -90,6 +119,19 @@ class Victim(enum.Enum):
     DESTINATION_SERVER = "destination fork server"
     SOURCE_GUEST = "source guest"
     DESTINATION_GUEST = "destination guest"
+    # a guest that is slowed down
+    SLOWER = "throttle process"
+    SOURCE_AND_SLOWER = "source coordinator and throttle process"
+    # a byte stream
+    COMMAND = "command"
+    SOURCE_CARRIER = "source carrier"
+    DESTINATION_CARRIER = "destination carrier"
+    # snapshots: both ends, if there are two, are one process
+    COORDINATOR = "coordinator"
+    SERVER = "fork server"
+    SAVER = "saver"
+    GUARD = "guard"
+    GUEST = "guest"
 
 
 class Line(enum.Enum):
@@ -103,6 +145,8 @@ class Line(enum.Enum):
     REQUESTS = "urgent, requests"
     DISK = "destination disk"
     MEMORY = "destination memory"
+    STREAM = "the stream, in the middle of a frame"
+    FILE = "the file that is read"
 
 
 class Fault(enum.Enum):
@@ -115,6 +159,11 @@ class Fault(enum.Enum):
     REPEAT = "duplicate"
     REORDER = "reorder"
     EXHAUST = "exhaust"
+    CANCEL = "cancel"
+    TWICE = "cancel, twice"
+
+
+CANCELS = (Fault.CANCEL, Fault.TWICE)
 
 
 @dataclass(frozen=True)
@@ -130,10 +179,34 @@ class Cell:
     def what(self) -> str:
         """The fault, and what it hits: both ways of a connection that breaks."""
         hit = self.hit.value
+        if self.fault in CANCELS:
+            return self.fault.value
         return f"{self.fault.value} {hit.partition(',')[0] if self.fault is Fault.RESET else hit}"
 
 
 WORKERS = (Victim.SENDER, Victim.RECEIVER, Victim.URGENT, Victim.FAULT)
+_ENDS = (Victim.SOURCE, Victim.DESTINATION)
+_PEERS = (
+    *_ENDS, *WORKERS, Victim.SOURCE_SERVER, Victim.DESTINATION_SERVER, Victim.SOURCE_GUEST,
+    Victim.DESTINATION_GUEST,
+)  # fmt: skip
+# Of other kinds of runs: who there is, and what else is hit.
+OTHERS: dict[Kind, tuple[Victim, ...]] = {
+    Kind.THROTTLED: (*_ENDS, Victim.SENDER, Victim.RECEIVER, Victim.SOURCE_SERVER,
+                     Victim.SOURCE_GUEST, Victim.SLOWER),
+    Kind.STREAM: (*_ENDS, Victim.COMMAND, Victim.SOURCE_CARRIER, Victim.DESTINATION_CARRIER),
+    Kind.SAVING: (Victim.COORDINATOR, Victim.SERVER, Victim.SAVER, Victim.GUARD, Victim.GUEST),
+    Kind.RESTORING: (Victim.COORDINATOR, Victim.SERVER, *WORKERS, Victim.GUEST),
+}  # fmt: skip
+MORE: dict[Kind, tuple[tuple[Fault, Victim | Line], ...]] = {
+    Kind.THROTTLED: ((Fault.KILL, Victim.SOURCE_AND_SLOWER), (Fault.CANCEL, Victim.SOURCE),
+                     (Fault.CUT, Line.WIRE)),
+    Kind.STREAM: ((Fault.CUT, Line.STREAM),),
+    Kind.SAVING: ((Fault.CANCEL, Victim.COORDINATOR), (Fault.EXHAUST, Line.DISK)),
+    Kind.RESTORING: ((Fault.CANCEL, Victim.COORDINATOR), (Fault.TWICE, Victim.COORDINATOR),
+                     (Fault.EXHAUST, Line.DISK), (Fault.CORRUPT, Line.FILE),
+                     (Fault.CUT, Line.FILE)),
+}  # fmt: skip
 # The control message that is hit: the next that counts when the moment is no longer held.
 NEXT_MESSAGE: dict[Moment, str] = {
     SETUP: "Welcome",
@@ -160,12 +233,18 @@ def _frames(moment: Moment) -> bool:
 def exists(cell: Cell) -> bool:
     """Whether there can be such a cell."""
     moment, fault, hit = cell.moment, cell.fault, cell.hit
+    if moment.kind is not Kind.NETWORK:
+        return _exists_elsewhere(moment, fault, hit)
     if isinstance(hit, Victim):
-        if fault not in (Fault.KILL, Fault.STOP):
+        if fault not in (Fault.KILL, Fault.STOP) or hit not in _PEERS:
             return False
         if hit in WORKERS and moment is PAUSED:
             return hit is Victim.FAULT  # the others end with their connection
         return not (hit is Victim.RECEIVER and moment in (SETUP, RECOVER))  # they are started next
+    return _on_a_line(moment, fault, hit)
+
+
+def _on_a_line(moment: Moment, fault: Fault, hit: Line) -> bool:
     match hit:
         case Line.WIRE:
             return fault is Fault.CUT
@@ -185,6 +264,23 @@ def exists(cell: Cell) -> bool:
             return fault in _FRAME_FAULTS and _frames(moment)
         case Line.URGENT | Line.REQUESTS:  # somebody waits for a page
             return fault in _FRAME_FAULTS and moment is POSTCOPY
+        case _:  # of another kind of run
+            return False
+
+
+def _exists_elsewhere(moment: Moment, fault: Fault, hit: Victim | Line) -> bool:
+    if (fault, hit) in MORE[moment.kind]:
+        if fault is Fault.TWICE:
+            return moment is LAZILY  # elsewhere once is enough
+        # what is restored onto a disk is an image, and nobody runs it
+        return not (moment is LAZILY and hit is Line.DISK)
+    if fault not in (Fault.KILL, Fault.STOP) or hit not in OTHERS[moment.kind]:
+        return False
+    if hit is Victim.GUARD:
+        return moment is SAVING_LIVE  # nobody writes what stands still
+    if hit in (Victim.URGENT, Victim.FAULT):
+        return moment is LAZILY
+    return True
 
 
 # Not held: a fault comes when it comes.
@@ -194,8 +290,9 @@ ANYWHERE = Moment("at random", Status.NONE, RunSaid.NO, "nothing")
 def cells_at_random() -> list[Cell]:
     """What may happen at any time."""
     lines = (Line.CONTROL, Line.DATA, Line.URGENT)
+    there = [hit for hit in Victim if exists(Cell(ROUND_1, Fault.KILL, hit))]
     return [
-        *(Cell(ANYWHERE, fault, hit) for hit in Victim for fault in (Fault.KILL, Fault.STOP)),
+        *(Cell(ANYWHERE, fault, hit) for hit in there for fault in (Fault.KILL, Fault.STOP)),
         *(Cell(ANYWHERE, Fault.RESET, hit) for hit in lines),
     ]
 
@@ -207,6 +304,26 @@ def cells() -> Iterator[Cell]:
             for fault in Fault:
                 if exists(cell := Cell(moment, fault, hit)):
                     yield cell
+
+
+# Of other kinds of runs the quick form has only these: the suite has a time that it may take.
+IN_EACH_TEST = (
+    (STOPS, Fault.KILL, Victim.SOURCE_AND_SLOWER),
+    (QUOTA, Fault.KILL, Victim.SOURCE),
+    (STREAM, Fault.KILL, Victim.COMMAND),
+    (STREAM_POSTCOPY, Fault.CUT, Line.STREAM),
+    (SAVING, Fault.KILL, Victim.COORDINATOR),
+    (SAVING_LIVE, Fault.EXHAUST, Line.DISK),
+    (SAVING_LIVE, Fault.KILL, Victim.GUARD),
+    (RESTORING, Fault.KILL, Victim.RECEIVER),
+    (LAZILY, Fault.CORRUPT, Line.FILE),
+)
+
+
+def in_each_test(cell: Cell) -> bool:
+    """Whether the quick form has it."""
+    which = (cell.moment, cell.fault, cell.hit)
+    return cell.moment.kind is Kind.NETWORK or which in IN_EACH_TEST
 
 
 # ---- what is to come of it --------------------------------------------------------------
@@ -223,6 +340,9 @@ class Loss(enum.Enum):
     SOURCE_END = "the source"
     DESTINATION_GUEST = "the guest's process at the destination"
     DESTINATION_END = "the destination"
+    CANCELLED = "the wish to go on"
+    GUEST = "the guest's process"
+    FILE = "the file that is read"
 
 
 class Outcome(enum.Enum):
@@ -233,6 +353,12 @@ class Outcome(enum.Enum):
     UNCONFIRMED = "source stays stopped"
     GUEST_DIES = "guest dies with its host process"
     LOST = "guest lost"
+    # of snapshots
+    SAVED = "saved, guest runs on"
+    NOT_SAVED = "no file, guest runs on"
+    SAVED_ALONE = "saved, guest is gone"
+    NO_GUEST = "no file, guest is gone"
+    NOT_RESTORED = "not restored"
 
 
 _KILLED = {
@@ -243,6 +369,16 @@ _KILLED = {
     Victim.SOURCE_GUEST: Loss.SOURCE_GUEST,
     Victim.DESTINATION_GUEST: Loss.DESTINATION_GUEST,
     **dict.fromkeys(WORKERS, Loss.PART),
+    Victim.SLOWER: Loss.PART,
+    Victim.SOURCE_AND_SLOWER: Loss.SOURCE_END,
+    Victim.COMMAND: Loss.LINK,
+    Victim.SOURCE_CARRIER: Loss.LINK,
+    Victim.DESTINATION_CARRIER: Loss.LINK,
+    Victim.COORDINATOR: Loss.SOURCE_END,
+    Victim.SERVER: Loss.SOURCE_SERVER,
+    Victim.SAVER: Loss.PART,
+    Victim.GUARD: Loss.PART,
+    Victim.GUEST: Loss.GUEST,
 }
 # A process that goes on after a while was only late, unless its heartbeat was missed.
 _STOPPED = {
@@ -253,6 +389,14 @@ _STOPPED = {
     Victim.SOURCE_GUEST: Loss.NOTHING,
     Victim.DESTINATION_GUEST: Loss.NOTHING,
     **dict.fromkeys(WORKERS, Loss.PART),
+    Victim.SLOWER: Loss.PART,
+    Victim.COMMAND: Loss.LINK,
+    Victim.SOURCE_CARRIER: Loss.LINK,
+    Victim.DESTINATION_CARRIER: Loss.LINK,
+    Victim.SERVER: Loss.NOTHING,
+    Victim.SAVER: Loss.PART,
+    Victim.GUARD: Loss.PART,
+    Victim.GUEST: Loss.NOTHING,
 }
 # Checksums, numbers and second requests make good what a link loses or damages. What no link does
 # (TCP neither repeats nor turns round) is a peer that breaks the protocol. That an answer was lost
@@ -279,6 +423,9 @@ _ON_THE_WAY = {
     (Line.WIRE, Fault.CUT): Loss.LINK,
     (Line.DISK, Fault.EXHAUST): Loss.PART,
     (Line.MEMORY, Fault.EXHAUST): Loss.DESTINATION_END,
+    (Line.STREAM, Fault.CUT): Loss.LINK,
+    (Line.FILE, Fault.CORRUPT): Loss.FILE,
+    (Line.FILE, Fault.CUT): Loss.FILE,
     # a connection that comes back: what was under way is sent again, and nothing else was
     (Line.CONTROL, Fault.RESET): Loss.NOTHING,
     (Line.DATA, Fault.RESET): Loss.NOTHING,
@@ -288,6 +435,10 @@ _ON_THE_WAY = {
 
 def loss(cell: Cell) -> Loss:
     """What is gone after it."""
+    if cell.fault in CANCELS:
+        return Loss.CANCELLED
+    if (cell.fault, cell.hit) == (Fault.STOP, Victim.COORDINATOR):  # both ends of a restore
+        return Loss.LINK if cell.moment.kind is Kind.RESTORING else Loss.NOTHING
     if isinstance(cell.hit, Victim):
         return (_KILLED if cell.fault is Fault.KILL else _STOPPED)[cell.hit]
     return _ON_THE_WAY[cell.hit, cell.fault]
@@ -316,6 +467,33 @@ OUTCOMES: dict[Loss, dict[RunSaid, Outcome]] = {
 }  # fmt: skip
 
 
+# Where it is something else. A process outlives who moves it, so it runs on whoever dies.
+_P_RUNS, _P_GONE = Outcome.SOURCE_RUNS, Outcome.GUEST_DIES
+THROTTLED: dict[Loss, Outcome] = {
+    Loss.NOTHING: Outcome.COMPLETES, Loss.PART: _P_RUNS, Loss.LINK: _P_RUNS,
+    Loss.SOURCE_GUEST: _P_GONE, Loss.SOURCE_SERVER: _P_RUNS, Loss.SOURCE_END: _P_RUNS,
+    Loss.DESTINATION_END: _P_RUNS, Loss.CANCELLED: _P_RUNS,
+}  # fmt: skip
+SNAPSHOTS: dict[Loss, dict[Moment, Outcome]] = {
+    Loss.NOTHING: {SAVING: Outcome.SAVED, SAVING_LIVE: Outcome.SAVED,
+                   RESTORING: Outcome.COMPLETES, LAZILY: Outcome.COMPLETES},
+    Loss.PART: {SAVING: Outcome.NOT_SAVED, SAVING_LIVE: Outcome.NOT_SAVED,
+                RESTORING: Outcome.NOT_RESTORED, LAZILY: Outcome.RECOVERS},
+    # the guest that was restored is a child of the fork server; one that is saved is not
+    Loss.SOURCE_SERVER: {SAVING: Outcome.NOT_SAVED, SAVING_LIVE: Outcome.NOT_SAVED,
+                         RESTORING: Outcome.NOT_RESTORED, LAZILY: Outcome.LOST},
+    Loss.SOURCE_END: {SAVING: Outcome.NOT_SAVED, SAVING_LIVE: Outcome.NOT_SAVED,
+                      RESTORING: Outcome.NOT_RESTORED, LAZILY: Outcome.LOST},
+    # what stands still is there as long as somebody has it open
+    Loss.GUEST: {SAVING: Outcome.SAVED_ALONE, SAVING_LIVE: Outcome.NO_GUEST,
+                 RESTORING: Outcome.NOT_RESTORED, LAZILY: Outcome.LOST},
+    Loss.CANCELLED: {SAVING: Outcome.NOT_SAVED, SAVING_LIVE: Outcome.NOT_SAVED,
+                     RESTORING: Outcome.NOT_RESTORED, LAZILY: Outcome.LOST},
+    Loss.LINK: {RESTORING: Outcome.NOT_RESTORED, LAZILY: Outcome.RECOVERS},
+    Loss.FILE: {RESTORING: Outcome.NOT_RESTORED, LAZILY: Outcome.LOST},
+}  # fmt: skip
+
+
 # A StateLoaded that comes twice is seen when it comes again: the source has said Run by then.
 _SEEN_LATER = {LOADING: STARTING, LEAVING: JUMPING}
 
@@ -323,6 +501,14 @@ _SEEN_LATER = {LOADING: STARTING, LEAVING: JUMPING}
 def expected(cell: Cell) -> Outcome:
     """What is to come of it."""
     moment = cell.moment
+    if moment.kind is Kind.THROTTLED:
+        return THROTTLED[loss(cell)]
+    if cell.moment is LAZILY and cell.fault is Fault.CANCEL:
+        return Outcome.COMPLETES  # it says that the guest would be lost
+    if moment is SAVING and (cell.fault, cell.hit) == (Fault.STOP, Victim.GUEST):
+        return Outcome.NOT_SAVED  # somebody lets it go on while it is saved
+    if moment.kind in (Kind.SAVING, Kind.RESTORING):
+        return SNAPSHOTS[loss(cell)][moment]
     if (cell.hit, cell.fault) == (Line.CONTROL, Fault.REPEAT):
         moment = _SEEN_LATER.get(moment, moment)
     found = OUTCOMES[loss(cell)][moment.run]
@@ -341,21 +527,29 @@ def allowed(cell: Cell) -> set[Outcome]:
             found.add(OUTCOMES[Loss.LINK][cell.moment.run])
         if (cell.moment, cell.hit) == (POSTCOPY, Line.MEMORY):
             found.add(Outcome.RECOVERS)
+        if (cell.moment, cell.fault, cell.hit) == (STOPS, Fault.STOP, Victim.SLOWER):
+            found.add(Outcome.COMPLETES)  # stopped by it just then it writes nothing, and has moved
+        if (cell.fault, cell.hit) == (Fault.STOP, Victim.COORDINATOR):
+            found |= {expected(cell)} if loss(cell) is Loss.NOTHING else {Outcome.COMPLETES}
         return found
     if cell.fault is Fault.RESET:  # it may come while something is on its way
         return {Outcome.COMPLETES, *OUTCOMES[Loss.LINK].values()}
-    at = [Cell(moment, cell.fault, cell.hit) for moment in MOMENTS]
+    at = [Cell(moment, cell.fault, cell.hit) for moment in MOMENTS if moment.kind is Kind.NETWORK]
     return {expected(one) for one in at if exists(one)} | {Outcome.COMPLETES}
 
 
 # Seconds from a fault to the error at an end that lives: a process of its own that is dead is
 # seen at once, all else by silence.
 BOUND_SECONDS, LOCAL_SECONDS = 5.0, 2.0
-SOURCE_SIDE = (Victim.SENDER, Victim.URGENT, Victim.SOURCE_SERVER, Victim.SOURCE_GUEST)
+SOURCE_SIDE = (
+    Victim.SENDER, Victim.URGENT, Victim.SOURCE_SERVER, Victim.SOURCE_GUEST, Victim.SLOWER,
+    Victim.COMMAND, Victim.SOURCE_CARRIER,
+)  # fmt: skip
 
 
 def bound(cell: Cell) -> float:
     """Within how many seconds both ends are to know."""
-    if cell.fault is Fault.KILL and cell.hit not in (Victim.SOURCE, Victim.DESTINATION):
+    ends = (Victim.SOURCE, Victim.DESTINATION, Victim.SOURCE_AND_SLOWER)
+    if cell.fault is Fault.KILL and cell.hit not in ends:
         return LOCAL_SECONDS  # a dead local process; the other end is told at once
     return BOUND_SECONDS

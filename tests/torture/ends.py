@@ -1,6 +1,6 @@
-"""One end of a migration in a process of its own, as `pageferry send` and `receive` are, that says
-what happens and can be told what to do: JSON lines over a socket, each event with its time
-(CLOCK_MONOTONIC, which all processes share).
+"""One end of a migration in a process of its own, as `pageferry send` and `receive` are (and
+`snapshot` and `restore`: ends_of_files.py), that says what happens and does what it is told
+(telling.py).
 
 Ends are forked off a process that has imported everything (`serve`): a matrix starts hundreds.
 After its end each says what it has left behind, and the source what has become of its guest.
@@ -21,60 +21,33 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from multiprocessing import forkserver, resource_tracker, util
 
+import ends_of_files
 import psutil
+import ring
+from telling import HELD_SECONDS, End, Wire
 
 from pageferry.pipeline import api
 from pageferry.pipeline.arrival import Arrival
+from pageferry.pipeline.carriage import dialled, local_endpoint
 from pageferry.pipeline.destination import Destination
 from pageferry.pipeline.parameters import Parameters
 from pageferry.pipeline.source import Source
-from pageferry.transport.errors import DestinationError, PageferryError, SourceError
+from pageferry.transport.errors import SourceError
 from pageferry.transport.links import parse_endpoint
+from pageferry.transport.stream_addresses import Stream
 from pageferry.workers.forking import warm_up
 from pageferry.workers.guests import demo, demo_process, open_source, parse_guest
 from pageferry.workers.guests.demo import DemoDestination
 
 _CLONE_NEWNET = 0x40000000  # <linux/sched.h>
-_HELD_SECONDS = 60.0
 _LOOK_SECONDS = 0.02
 # How often a guest wakes that has a rate: by default each millisecond, and dozens run here.
 _TICK_SECONDS = 0.02
-
-
-class Wire:
-    """To whoever runs the matrix."""
-
-    def __init__(self, sock):
-        self.sock = sock
-        self._lock = threading.Lock()
-
-    def say(self, event, **data):
-        data = {"event": event, "t": time.monotonic()} | data
-        with self._lock, contextlib.suppress(OSError):
-            self.sock.sendall(json.dumps(data, default=str).encode() + b"\n")
-
-
-class Gate:
-    """Holds a guest's call until it is told to go on, or nobody waits for that call any more."""
-
-    def __init__(self, wire, held):
-        self._wire, self._held = wire, held
-        self.open, self.given_up = threading.Event(), False
-
-    def pass_by(self, name):
-        if name != self._held:
-            return
-        self._wire.say("held")
-        if not self.open.wait(_HELD_SECONDS) or self.given_up:
-            raise DestinationError("held for too long")
-
-    def give_up(self):
-        self.given_up = True
-        self.open.set()
 
 
 class HeldGuest(DemoDestination):
@@ -100,74 +73,13 @@ class HeldGuest(DemoDestination):
 # ---- the two ends -----------------------------------------------------------------------
 
 
-class End:
-    """What both have in common: commands, and the end."""
-
-    def __init__(self, wire, spec):
-        self.wire, self.spec = wire, spec
-        self.gate = Gate(wire, spec.get("hold"))
-        self.quit = asyncio.Event()
-
-    async def obey(self):
-        reader, _ = await asyncio.open_connection(sock=self.wire.sock.dup())
-        try:
-            while line := await reader.readline():
-                command = json.loads(line)
-                try:
-                    self.do(**command)
-                except PageferryError as e:
-                    self.wire.say("refused", message=e.message)
-        finally:
-            self.quit.set()
-
-    def do(self, what, **data):
-        match what:
-            case "release":
-                self.gate.open.set()
-            case "quit":
-                self.quit.set()
-            case _:
-                self.act(what, **data)
-
-    def event(self, name, data):
-        self.wire.say("status" if name == "MIGRATION" else name, **data)
-
-    async def until_over(self, migration):
-        """The migration to its end; how it ended."""
-        obeying = asyncio.ensure_future(self.obey())
-        try:
-            report, error = await migration(), None
-        except PageferryError as e:
-            report, error = e.data.get("report") or {}, e
-        found = {
-            "error": type(error).__name__ if error else None,
-            "exit-code": error.exit_code if error else 0,
-            "message": error.message if error else "",
-            "recoveries": report.get("recoveries", 0),
-            "oracle": report.get("oracle", {}).get("ok"),
-        }
-        self.wire.say("ended", **found)
-        return obeying
-
-    async def stay(self, obeying):
-        await self.quit.wait()
-        obeying.cancel()
-        await asyncio.gather(obeying, return_exceptions=True)
-
-
 class SourceEnd(End):
     async def run(self):
         uri = parse_guest(self.spec["guest"])
         guest = await asyncio.to_thread(open_source, uri)
         try:
             parameters = Parameters(**self.spec["parameters"]).checked()
-            self.source = Source(guest, parse_endpoint(self.spec["endpoint"]), parameters)
-            self.source.on_event = self.event
-            if self.spec.get("hold") == "ask":
-                self.source.before_stop = self.ask
-            moving = asyncio.ensure_future(self.say_when_pages_move())
-            obeying = await self.until_over(self.source.run)
-            moving.cancel()
+            obeying = await self.until_over(lambda: self.move(guest, parameters))
             if uri.kind == "demo":
                 try:
                     found = await asyncio.to_thread(self.look_at, guest)
@@ -180,9 +92,23 @@ class SourceEnd(End):
         finally:
             await asyncio.to_thread(guest.close)
 
+    async def move(self, guest, parameters):
+        """As api.send."""
+        async with dialled(api.parse_target(self.spec["endpoint"])) as (there, carriage):
+            self.source = Source(guest, there, parameters)
+            self.source.carriage, carriage.on_failure = carriage, self.source.link_broke
+            self.source.on_event = self.event
+            if self.spec.get("hold") == "ask":
+                self.source.before_stop = self.ask
+            moving = asyncio.ensure_future(self.say_when_pages_move())
+            try:
+                return await self.source.run()
+            finally:
+                moving.cancel()
+
     async def ask(self):
         self.wire.say("held")
-        await asyncio.to_thread(self.gate.open.wait, _HELD_SECONDS)
+        await asyncio.to_thread(self.gate.open.wait, HELD_SECONDS)
 
     def event(self, name, data):
         if name == "MIGRATION_PASS" and data["pass"] == 2 and self.spec.get("slow_from_2"):
@@ -190,9 +116,13 @@ class SourceEnd(End):
         super().event(name, data)
 
     async def say_when_pages_move(self):
-        """Of each round, once."""
-        told = 0
+        """Of each round, once; and when the guest is slowed down."""
+        told = slowed = 0
         while True:
+            if not slowed and self.spec.get("slows"):
+                slowed = self.source.query().get("cpu-throttle-percentage", 0)
+                if slowed:
+                    self.wire.say("throttled", percentage=slowed)
             statistics = self.source.statistics
             if statistics.rounds != told and statistics.pages_done > statistics.round_base:
                 told = statistics.rounds
@@ -210,7 +140,7 @@ class SourceEnd(End):
             case "continue":
                 self.source.go_on()
             case "recover":
-                self.source.recover(None)
+                self.source.recover(data.get("where"))
             case "cancel":
                 self.source.cancel()
 
@@ -253,7 +183,8 @@ class DestinationEnd(End):
     async def run(self):
         if self.spec.get("hold") in ("hello", "resume"):
             self.hold_before_receivers(recovering=self.spec["hold"] == "resume")
-        endpoint = parse_endpoint(self.spec["endpoint"])
+        stream = self.spec.get("stream")
+        endpoint = local_endpoint() if stream else parse_endpoint(self.spec["endpoint"])
         into = self.spec["into"]
         opener = api.opener(parse_guest(into))
         if into == "demo:":
@@ -261,9 +192,19 @@ class DestinationEnd(End):
         self.listening = Destination(endpoint, opener, on_event=self.event, insecure=True)
         try:
             self.wire.say("listening", endpoint=str(self.listening.endpoint))
-            await self.stay(await self.until_over(lambda: api.receive_one(self.listening)))
+            arriving = self.arrive_over(stream) if stream else api.receive_one(self.listening)
+            await self.stay(await self.until_over(lambda: arriving))
         finally:
             self.listening.close()
+
+    async def arrive_over(self, path):
+        """A stream: what is at `path`."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(path)
+        reports = []
+        told = lambda report, error: reports.append(report)  # noqa: E731
+        await api.receive_stream(Stream(reads=sock.detach()), self.listening, told)
+        return reports[-1]
 
     def act(self, what, **data):
         match what:
@@ -276,10 +217,12 @@ class DestinationEnd(End):
 
 def _descriptors():
     """How many of each kind."""
-    kinds = collections.Counter()
+    kinds, ours = collections.Counter(), f"{tempfile.gettempdir()}/pageferry-"
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            kinds[os.readlink(f"/proc/self/fd/{fd}").partition(":")[0]] += 1
+            kind = os.readlink(f"/proc/self/fd/{fd}").partition(":")[0]
+            # a fork server that has ended has taken its folder along, and the next has another
+            kinds[ours if kind.startswith(ours) else kind] += 1
     return kinds
 
 
@@ -336,6 +279,8 @@ def _helpers_are_forked():
 def main(spec, sock):
     """The process of an end."""
     wire = Wire(sock)
+    if spec["end"] == "ring":
+        ring.serve(spec, wire)
     demo.RUN_ON_SECONDS = 0.1
     logging.getLogger("pageferry").addHandler(logging.NullHandler())
     demo_process._TICK = _TICK_SECONDS  # before the fork server is forked
@@ -344,10 +289,10 @@ def main(spec, sock):
     wire.say("up", pid=os.getpid(), server=forkserver._forkserver._forkserver_pid)
     names = [n for n in os.listdir("/dev/shm") if f"pageferry-{os.getpid()}-" in n]
     before = (_descriptors(), {t.name for t in threading.enumerate()}, set(names))
-    end = SourceEnd if spec["end"] == "source" else DestinationEnd
+    ends = {"source": SourceEnd, "destination": DestinationEnd, **ends_of_files.ENDS}
 
     async def go():
-        await end(wire, spec).run()
+        await ends[spec["end"]](wire, spec).run()
 
     asyncio.run(go())
     wire.say("left", **_left(before))

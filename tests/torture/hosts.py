@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,6 +41,30 @@ class Nursery:
             env=os.environ | quiet, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         theirs.close()
+        self._snapshots, self._saving = {}, asyncio.Lock()
+
+    async def snapshot(self, guest):
+        """One of such a guest: made once of each kind."""
+        async with self._saving:
+            kind = guest.partition(":")[0]
+            if kind not in self._snapshots:
+                self._snapshots[kind] = await self._save(guest)
+            return self._snapshots[kind]
+
+    async def _save(self, guest):
+        with tempfile.TemporaryDirectory(prefix="pf-torture-") as folder:
+            path = f"{folder}/a.snapshot"
+            spec = {"end": "saving", "guest": guest, "into": f"file:{path}", "live": False,
+                    "workers": 1}  # fmt: skip
+            end = await End.start(self, spec)
+            try:
+                ended = await end.until(lambda: end.ended, "its end")
+                assert not ended["error"], ended
+                end.tell("quit")
+                await end.heard("left")
+            finally:
+                await end.close()
+            return Path(path).read_bytes()
 
     def fork(self, spec):
         """An end that does what `spec` says: its pid, and a socket to it."""

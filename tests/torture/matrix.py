@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cells import cells
+from cells import cells, in_each_test
 
 # Cells at the same time: two such processes (pytest -n 2) keep two processors busy.
 AT_ONCE = 12
@@ -15,9 +15,9 @@ _HERE = Path(__file__).parent
 
 
 def of(*moments):
-    """pytest's parameters: all cells at these moments."""
+    """pytest's parameters: all cells at these moments that are in the quick form."""
     return pytest.mark.parametrize(
-        "cell", [cell for cell in cells() if cell.moment in moments], ids=str
+        "cell", [c for c in cells() if c.moment in moments and in_each_test(c)], ids=str
     )
 
 

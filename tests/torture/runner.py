@@ -1,5 +1,6 @@
-"""Runs one cell: holds a moment open, does the fault, sees to it that what can go on does, and says
-what has come of it. What it finds is a fact (`observed`); whether that is right is cells.py's."""
+"""Runs one cell of a migration: holds a moment open, does the fault, sees to it that what can go on
+does, and says what has come of it. What it finds is a fact (`observed`); whether that is right is
+cells.py's."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ import psutil
 from cells import (
     ANYWHERE,
     ASKING,
+    CANCELS,
     JUMPING,
     LEAVING,
     LOADING,
@@ -53,13 +55,22 @@ _PROCESS = {
     Victim.FAULT: "pf-fault",
     Victim.SOURCE_GUEST: "pf-demo-guest",
     Victim.DESTINATION_GUEST: "pf-demo-guest",
+    Victim.SLOWER: "pf-throttle",
+    Victim.COMMAND: "pf-command",
+    Victim.SOURCE_CARRIER: "pf-carrier",
+    Victim.DESTINATION_CARRIER: "pf-carrier",
+    Victim.SAVER: "pf-save-0",
+    Victim.GUARD: "pf-guard",
+    Victim.GUEST: "pf-demo-guest",
 }
 _GATES = {
     SETUP: "hello", LOADING: "load_state", LEAVING: "load_state", STARTING: "run", JUMPING: "run",
     RECOVER: "resume",
 }  # fmt: skip
+_UNDISTURBED = (Outcome.COMPLETES, Outcome.SAVED, Outcome.SAVED_ALONE)
+KILLS_SOURCE = (Victim.SOURCE, Victim.SOURCE_AND_SLOWER, Victim.COORDINATOR)
 # Bytes a second while a moment is held: a guest of 4 MiB takes 28 s.
-_SLOW = 150_000
+SLOW = 150_000
 # A guest of 32 MiB moves in a few seconds, and so long is waited at the most for a random moment.
 _IN_SECONDS = {"max_bandwidth": 20_000_000, "max_postcopy_bandwidth": 10_000_000}
 _AT_RANDOM_SECONDS = 2.0
@@ -91,8 +102,8 @@ class Result:
         return asdict(self)
 
 
-class _Cell:
-    """One cell while it runs."""
+class Running:
+    """One cell while it runs. Other kinds of runs: kinds.py."""
 
     def __init__(self, cell, nursery, starting, size, workers, seed, varied):
         self.cell, self.nursery, self.starting = cell, nursery, starting
@@ -101,6 +112,7 @@ class _Cell:
         self.stack = contextlib.AsyncExitStack()
         self.relay = self.network = self.group = self.image = None
         self.source = self.destination = None
+        self.ends = []  # those there are
         self.number, self.draw = next(_numbers), random.Random(seed)
         self.at = 0.0  # when the fault came
         self.stopped = 0  # a pid
@@ -116,6 +128,13 @@ class _Cell:
         direct = (Line.WIRE, Line.DISK, Line.MEMORY)
         return isinstance(self.cell.hit, Line) and self.cell.hit not in direct
 
+    _recovers_itself = False
+    _turn_seconds = 0.0  # after a recover that is tried
+
+    @property
+    def _has_demo_guest(self):
+        return not self._on_disk
+
     def _parameters(self):
         moment = self.cell.moment
         found = {
@@ -129,13 +148,13 @@ class _Cell:
             when = self.draw.choice(["manual", "now", "after=1"])
             return found | _IN_SECONDS | {"postcopy": when, "downtime_limit": 0.3}
         if moment is ROUND_1:
-            found["max_bandwidth"] = _SLOW
+            found["max_bandwidth"] = SLOW
         if moment is ROUND_N:
             found["downtime_limit"] = 0.001
         if moment is WAITING:
             found["pause_before_switchover"] = True
         if moment.run in (RunSaid.POSTCOPY, RunSaid.STARTING) or moment is LEAVING:
-            found |= {"postcopy": "now", "max_postcopy_bandwidth": _SLOW}
+            found |= {"postcopy": "now", "max_postcopy_bandwidth": SLOW}
         return found
 
     def _guest(self):
@@ -153,7 +172,7 @@ class _Cell:
         if cell.moment is ASKING:
             here["hold"] = "ask"
         if cell.moment is ROUND_N:
-            here["slow_from_2"] = _SLOW
+            here["slow_from_2"] = SLOW
         if cell.hit is Line.WIRE:
             self.network = stack.enter_context(Network(self.number))
             there["network"], here["network"] = (
@@ -165,22 +184,31 @@ class _Cell:
             there["cgroup"] = str(self.group.folder)
         if self._on_disk:
             self._lay_disk(there)
+        await self._begin(here, there)
+
+    async def _begin(self, here, there):
+        """Both ends, by what they are to be."""
         self.destination = await self._end(there)
         endpoint = (await self.destination.heard("listening"))["endpoint"]
         if self._relayed:
             self.relay = Relay(endpoint, self.draw if self.varied else None)
-            stack.push_async_callback(self.relay.close)
+            self.stack.push_async_callback(self.relay.close)
             endpoint = self.relay.endpoint
         self.source = await self._end(here | {"endpoint": endpoint, "guest": self._guest()})
 
     async def _end(self, spec):
         end = await End.start(self.nursery, spec)
         self.stack.push_async_callback(end.close)
+        self.ends.append(end)
         return end
 
-    def _lay_disk(self, there):
+    def _folder(self):
         folder = Path(tempfile.mkdtemp(prefix="pf-torture-"))
         self.stack.callback(shutil.rmtree, folder, True)
+        return folder
+
+    def _lay_disk(self, there):
+        folder = self._folder()
         self.image = folder / "here.mem"
         self.image.write_bytes(os.urandom(8 << 20))
         self.content = self.image.read_bytes()
@@ -218,7 +246,7 @@ class _Cell:
             source.tell("recover")
             await there.heard("held")
         assert source.status == moment.status.value, f"{source.status} is not {moment}"
-        for end in (source, there):
+        for end in self.ends:
             end.look()
 
     async def _both(self, status):
@@ -229,10 +257,13 @@ class _Cell:
 
     async def _do(self):
         cell = self.cell
-        if isinstance(cell.hit, Victim):
+        if isinstance(cell.hit, Victim) and cell.fault not in CANCELS:
             await self._hit(cell.hit)
             return
         self.at = time.monotonic()
+        if cell.fault in CANCELS:
+            self.source.tell("cancel")
+            return
         match cell.hit, cell.fault:
             case Line.WIRE, _:
                 self.network.cut()
@@ -263,7 +294,7 @@ class _Cell:
         while not pid:
             await asyncio.sleep(0.01)
             pid = self._pid(victim)
-        for end in (self.source, self.destination):
+        for end in self.ends:
             end.look()
         self.at = time.monotonic()
         if cell.fault is Fault.STOP:
@@ -291,12 +322,12 @@ class _Cell:
                 await asyncio.sleep(0.005)
 
     def _pid(self, victim):
-        source = victim in (Victim.SOURCE, *SOURCE_SIDE)
+        source = victim in (*KILLS_SOURCE, *SOURCE_SIDE) or len(self.ends) == 1
         end = self.source if source else self.destination
         match victim:
-            case Victim.SOURCE | Victim.DESTINATION:
+            case Victim.SOURCE | Victim.DESTINATION | Victim.COORDINATOR:
                 return end.pid
-            case Victim.SOURCE_SERVER | Victim.DESTINATION_SERVER:
+            case Victim.SOURCE_SERVER | Victim.DESTINATION_SERVER | Victim.SERVER:
                 return end.server
             case _:
                 return end.find(_PROCESS[victim])
@@ -316,7 +347,7 @@ class _Cell:
     def _go_on(self):
         """Hold nothing open any more."""
         self._unlimit()
-        for end in (self.source, self.destination):
+        for end in self.ends:
             end.tell("release")
         if self.cell.moment is PAUSED:
             self._recover()
@@ -338,16 +369,17 @@ class _Cell:
 
     def _dead(self, end):
         """Whether that end was killed."""
-        killed = {Victim.SOURCE: self.source, Victim.DESTINATION: self.destination}
+        killed = dict.fromkeys(KILLS_SOURCE, self.source) | {Victim.DESTINATION: self.destination}
         return (self.cell.fault is Fault.KILL and killed.get(self.cell.hit) is end) or end.gone
 
     def _to_know(self):
         """The ends that are to say that something is wrong, before anything is done about it."""
         moment, what = self.cell.moment, expected(self.cell)
-        ends = [e for e in (self.source, self.destination) if not self._dead(e)]
+        ends = [e for e in self.ends if not self._dead(e)]
         gone = loss(self.cell)
+        itself = (self.cell.fault, self.cell.hit) == (Fault.STOP, Victim.COORDINATOR)
         harmless = gone in (Loss.NOTHING, Loss.SOURCE_GUEST) and what is not Outcome.GUEST_DIES
-        if moment in (ANYWHERE, PAUSED) or harmless or what is Outcome.COMPLETES:
+        if moment in (ANYWHERE, PAUSED) or harmless or itself or what in _UNDISTURBED:
             return []
         if moment.run in (RunSaid.WHOLE, RunSaid.STARTING):
             # the start of a guest is not interrupted: the destination acts on it, and says so,
@@ -398,7 +430,7 @@ class _Cell:
         asked = 0
         until = time.monotonic() + 60
         while True:
-            ends = [e for e in (self.source, self.destination) if not e.gone and not self._dead(e)]
+            ends = [e for e in self.ends if not e.gone and not self._dead(e)]
             left = [e for e in ends if not e.ended]
             if not left:
                 return
@@ -407,12 +439,15 @@ class _Cell:
                     "no end: " + ", ".join(f"the {e.name} is {e.status}" for e in left)
                 )
             paused = [e for e in left if e.status == "postcopy-paused"]
+            if self._recovers_itself:
+                paused = []
             if paused and (len(left) == 1 or self._gone_for_good()):
                 for end in paused:
                     end.tell("cancel")
             elif len(paused) == 2 and asked < _TURNS:
                 asked += 1
                 self._recover()
+                await asyncio.sleep(self._turn_seconds)
             await asyncio.sleep(0.1)
 
     def _gone_for_good(self):
@@ -421,14 +456,14 @@ class _Cell:
     async def _facts(self):
         """Both ends let go; what they say of the guest and of what they left."""
         facts = {}
-        for end in (self.source, self.destination):
+        for end in self.ends:
             facts[end.name] = end.ended
             if end.ended:
                 said = f"{end.ended['error']} ({end.ended['exit-code']})"
                 self.result.errors[end.name] = said if end.ended["error"] else "done"
-        if self.source.ended and not self._on_disk:
+        if self.source.ended and self._has_demo_guest:
             facts["guest"] = await self.source.heard("guest")
-        for end in (self.destination, self.source):
+        for end in self.ends:  # the destination first
             end.tell("quit")
             if not self._dead(end) and end.ended:
                 left = await end.heard("left")
@@ -440,7 +475,7 @@ class _Cell:
         return facts
 
     async def _nothing_is_left(self):
-        for end in (self.source, self.destination):
+        for end in self.ends:
             until = time.monotonic() + 20
             while (alive := end.alive()) and time.monotonic() < until:
                 await asyncio.sleep(0.02)
@@ -530,11 +565,10 @@ class _Cell:
     def _story(self):
         """What both ends have said, for whoever looks for the reason."""
         lines = []
-        for end in (self.source, self.destination):
-            if end is not None:
-                for said in end.said:
-                    what = {k: v for k, v in said.items() if k not in ("event", "t")}
-                    lines.append((said["t"] - self.at, end.name, said["event"], what))
+        for end in self.ends:
+            for said in end.said:
+                what = {k: v for k, v in said.items() if k not in ("event", "t")}
+                lines.append((said["t"] - self.at, end.name, said["event"], what))
         return "; ".join(f"{t:.2f} {n} {e} {w}" for t, n, e, w in sorted(lines, key=lambda x: x[0]))
 
 
@@ -552,10 +586,3 @@ def _as_expected(cell, observed):
     if wanted is Outcome.ARRIVES and observed is Outcome.COMPLETES:
         return cell.fault in (Fault.STOP, Fault.REPEAT)
     return observed in allowed(cell)
-
-
-async def run_cell(cell, nursery, starting, *, size="4M", workers=1, seed=1, varied=False):
-    """What came of it. In the quick form guests are small and there is one channel. `starting`: a
-    semaphore; what costs processor time is the start, and who gets none for four seconds is taken
-    for dead. `varied`: by the seed, what does not matter to the outcome."""
-    return await _Cell(cell, nursery, starting, size, workers, seed, varied).run()

@@ -1,9 +1,9 @@
 """Every fault, before the guest stands still."""
 
-from cells import ASKING, ROUND_1, ROUND_N, SETUP
+from cells import ASKING, QUOTA, ROUND_1, ROUND_N, SETUP, STOPS, STREAM
 from matrix import check, of
 
 
-@of(SETUP, ROUND_1, ROUND_N, ASKING)
+@of(SETUP, ROUND_1, ROUND_N, ASKING, STOPS, QUOTA, STREAM)
 def test_cell(cell, results):
     check(results[cell])

@@ -37,7 +37,7 @@ MEANS = (QUOTA, STOPS)
 _ANSWER_SECONDS = 2.0
 _START_SECONDS = 10.0
 # It answers at once, unless somebody has stopped it.
-_STALL_SECONDS, _LOOK_SECONDS = 4.0, 1.0
+_STALL_SECONDS, _LOOK_SECONDS = 4.0, 0.5
 _POLL_SECONDS = 0.0005
 # How long it was stopped in all is good to know, and no more.
 _SOON_SECONDS = 0.05
@@ -252,6 +252,8 @@ class Slowing:
         """Until all is answered. OSError with what it cannot do; WorkerDied."""
         assert self._pipe is not None
         until = time.monotonic() + seconds
+        if self._asked:  # who does not answer what was asked before does not answer
+            until = min(until, self._asked[0] + max(seconds, _STALL_SECONDS))
         while self._asked:
             if not self._pipe.poll(max(0.0, until - time.monotonic())):
                 raise WorkerDied("the process that slows down the guest does not answer")
