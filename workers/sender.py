@@ -26,6 +26,7 @@ import numpy as np
 import zmq
 
 from ..transport.channel import Acked, Lost, SendingChannel, Synced
+from ..transport.codecs import HERE_ID
 from ..transport.errors import LocalProtocolError, PeerLost
 from ..transport.links import (
     EVENTS,
@@ -48,6 +49,7 @@ from .batches import Batch, BatchMaker, BlockReader, page_hashes
 from .counters import Counters
 from .deltas import DeltaMaker
 from .digest import CHUNK_BYTES, part_digest
+from .here import named
 from .page_cache import PageCache
 from .page_table import CLEAN, DIRTY, IN_FLIGHT, PageTable
 from .postcopy import ROUTED
@@ -152,6 +154,7 @@ class Sender:
         self.tables: dict[int, Any] = {}
         self.first_page = np.concatenate(([0], np.cumsum([b.pages for b in job.blocks]))).tolist()
         self.maker = BatchMaker(job.codec, job.level, self.row)
+        self.named = [named(block) for block in job.blocks]
         self.deltas: DeltaMaker | None = None
         if job.cache is not None:
             self.deltas = DeltaMaker(job.cache, self.first_page, self.row)
@@ -276,10 +279,11 @@ class Sender:
 
     def _send_window(self, extent: _Extent, job: jobs.Extent, pages: Pages) -> None:
         """Zero pages first, all in one frame; the others batch by batch."""
-        zero = self._reader(job.block).zero(pages)
-        if zero.any():
-            self._send_zero(extent, job.block, pages[zero], job.live)
-            pages = pages[~zero]
+        if not self.named[job.block]:
+            zero = self._reader(job.block).zero(pages)
+            if zero.any():
+                self._send_zero(extent, job.block, pages[zero], job.live)
+                pages = pages[~zero]
         for at in range(0, len(pages), self.job.batch_pages):
             self._send_batch(extent, job.block, pages[at : at + self.job.batch_pages], job.live)
             self._take_jobs()
@@ -406,6 +410,11 @@ class Sender:
 
     def _send_batch(self, extent: _Extent, block: int, pages: Pages, live: bool) -> int:
         """Send a batch; how many of its pages are zero."""
+        if name := self.named[block]:
+            size = len(pages) * PAGE_SIZE
+            batch = Batch(HERE_ID, NO_RUNS, NO_RUNS, runs_of(pages), [name], named=size)
+            self._send(extent, block, pages, None, batch)
+            return 0
         content = self._reader(block).read(pages, copy=live or self.deltas is not None)
         hashes = page_hashes(content) if self.job.hashes is not None else None
         if self.deltas is None:
