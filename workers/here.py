@@ -34,7 +34,8 @@ class HereReader:
 
     def __init__(self, blocks: Sequence[CheckedBlock]) -> None:
         self._blocks = blocks
-        self._buffer = memoryview(mmap.mmap(-1, _CHUNKS * CHUNK_BYTES))
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # nothing shared is left behind (reserve.py)
+        self._buffer = memoryview(mmap.mmap(-1, _CHUNKS * CHUNK_BYTES, flags))
         self._collected = bytearray()
 
     def has(self, block: int, name: memoryview) -> bool:

@@ -180,7 +180,7 @@ def receivers():
 def test_who_places_pages_reads_them(tmp_path, ram, opened, receivers):
     """Any of them, however far apart, the last one that is no whole one too; only of the file that
     is meant; nothing that was changed."""
-    data = memory_of(1, (40 << 20) - 100)
+    data = memory_of(1, (8 << 20) - 100)
     save(tmp_path / "a", [ram(data)])
     guest = opened(tmp_path / "a")
     assert named(guest.blocks[0]) == b""
