@@ -155,6 +155,9 @@ class Sender:
         self.first_page = np.concatenate(([0], np.cumsum([b.pages for b in job.blocks]))).tolist()
         self.maker = BatchMaker(job.codec, job.level, self.row)
         self.named = [named(block) for block in job.blocks]
+        # In postcopy: requests wait for what is under way. Not for pages that are named: who needs
+        # one reads it. Without preemption they are in line anyway.
+        self.small_pieces = job.route is None and not any(self.named)
         self.deltas: DeltaMaker | None = None
         if job.cache is not None:
             self.deltas = DeltaMaker(job.cache, self.first_page, self.row)
@@ -297,7 +300,8 @@ class Sender:
         self.deltas = None  # pages of the destination are discarded from now on
         if self.job.route is None:
             become_background()
-            self.channel.credit = self.preemption.credit
+            if self.small_pieces:
+                self.channel.credit = self.preemption.credit
         else:
             os.set_blocking(self.job.route.fileno(), False)
             self.poller.register(self.job.route.fileno(), zmq.POLLIN)
@@ -338,7 +342,7 @@ class Sender:
         return zeros
 
     def _piece(self, preemption: Reader) -> int:
-        return self.job.batch_pages if self.job.route is not None else preemption.piece_pages
+        return preemption.piece_pages if self.small_pieces else self.job.batch_pages
 
     def _my_turn(self, preemption: Reader, piece: int, key: int) -> None:
         """Wait until a piece may be sent. `key`: the host page that is being sent; if a request is
@@ -346,7 +350,7 @@ class Sender:
         while True:
             self._take_jobs()
             self._send_routed()
-            if self.job.route is None:
+            if self.small_pieces:
                 self.channel.credit = preemption.credit
             if self.again:
                 self._send_again()
