@@ -50,6 +50,7 @@ from ..workers.guests import (
 )
 from ..workers.guests.base import TRACKING_HASH
 from ..workers.guests.shared_memory import path_of
+from ..workers.guests.snapshot import SnapshotSource
 from ..workers.reserve import Reserve
 from .blocking import Blocking, to_its_end
 from .callbacks import tell
@@ -370,6 +371,10 @@ async def copy(
 
     listening.sections = tuple(state_there)
 
+    def attached(guest: SourceGuest) -> None:
+        if isinstance(guest, SnapshotSource) and parameters.codec in ("none", "auto"):
+            listening.here = guest.read_by_its_receiver()
+
     def receiver_cpu() -> float | None:
         return listening.arrival.receiver_cpu() if listening.arrival is not None else None
 
@@ -379,7 +384,7 @@ async def copy(
             report = await send(
                 source, endpoint, parameters, on_progress=on_progress, on_started=on_started,
                 monitor=monitor, identity=identity, name=name, reserve=reserve,
-                receiver_cpu=receiver_cpu, state=state,
+                receiver_cpu=receiver_cpu, on_attached=attached, state=state,
             )  # fmt: skip
             return _merge(report, await arriving)
         except BaseException:

@@ -64,6 +64,7 @@ from ..workers.guests.base import DestinationGuest
 from ..workers.guests.sample import SampleDestination, first_touch
 from ..workers.pool import Pool, Worker
 from ..workers.reserve import Reserve
+from ..workers.snapshot_file import CheckedBlock
 from . import narration
 from .blocking import Blocking, MayHang, to_its_end
 from .callbacks import tell
@@ -129,6 +130,7 @@ class Arrival:
         self._digests: asyncio.Queue[jobs.DigestDone | jobs.CheckDone] = asyncio.Queue()
         self._state = bytearray()  # parts of the device state that have come
         self.sections: Sequence[Section] = ()  # of tools here, to be loaded
+        self.here: Sequence[CheckedBlock] = ()  # the source's blocks, if it is a snapshot here
         self._hooks = MayHang(HOOK_SECONDS)
         self._checks: Checks | None = None  # frames have sums of their pages
         self._checked = PAGE_SUMS not in hello.capabilities
@@ -359,7 +361,7 @@ class Arrival:
             raise error
         self._faults = Faults(
             self.guest.blocks, self.guest.memory, self._listen_at(MAX_WORKERS), self.fail,
-            direct=DIRECT in self.hello.capabilities, recorder=self.journal.lane,
+            direct=DIRECT in self.hello.capabilities, recorder=self.journal.lane, here=self.here,
         )  # fmt: skip
         self.statistics.urgent = self._faults.counters
         token = secrets.token_bytes(16)
@@ -383,7 +385,7 @@ class Arrival:
                 self.guest.fresh, writing,
                 self._faults.for_receivers() if self._faults is not None else None, installing,
                 checks=self._checks, read_all=READ_BACK in self.hello.capabilities, curve=curve,
-                deltas=XBZRLE in self.hello.capabilities,
+                deltas=XBZRLE in self.hello.capabilities, here=self.here,
             )
             for i in range(n)
         ]  # fmt: skip

@@ -29,6 +29,7 @@ from ..transport.links import NOBLOCK, Endpoint, Gate, bind, sender_key, unbind
 from ..transport.session import Role
 from ..transport.vmstate import Section
 from ..workers.reserve import Reserve
+from ..workers.snapshot_file import CheckedBlock
 from .agreement import check_hello, check_key
 from .arrival import Arrival, OpenGuest, Progress
 from .blocking import kept_up
@@ -90,6 +91,8 @@ class Destination:
         self.on_arrival: Callable[[Arrival], None] | None = None
         # What tools here wait for, loaded by each that arrives (device_state.py).
         self.sections: Sequence[Section] = ()
+        # Blocks of the snapshot that is to arrive, if it is on this host (here.py).
+        self.here: Sequence[CheckedBlock] = ()
         # makes this host ready for each: the source switches over when it has returned
         self.before_switchover: BeforeSwitchover | None = None
         self.arrival: Arrival | None = None
@@ -254,7 +257,7 @@ class Destination:
         )  # fmt: skip
         arrival.before_switchover = self.before_switchover
         if not arrival.trial:  # nothing arrives, and nothing is told of its end
-            arrival.sections = self.sections
+            arrival.sections, arrival.here = self.sections, self.here
             tell(self.on_arrival, arrival)
         return arrival
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from ..workers.ram import RamBlock
 from ..workers.received import Received, Waiting
 from ..workers.receiver import ArmedGuest
 from ..workers.segments import Segment
+from ..workers.snapshot_file import CheckedBlock
 
 if TYPE_CHECKING:
     from ..workers.tracing import Recorder
@@ -46,13 +47,16 @@ class Faults:
         direct: bool,
         removing: Any = None,
         recorder: Recorder | None = None,
+        here: Sequence[CheckedBlock] = (),
     ) -> None:
+        """`here`: blocks of the snapshot, if it is on this host: faults are served from it."""
         self._blocks = blocks
         self._memory = memory
         self._listen = listen
         self._on_failure = on_failure
         self._direct = direct
         self._removing = removing
+        self._here = here
         self.counters = Counters(1, recorder)
         self.received = Received([block.pages for block in blocks])
         self._waiting = Waiting()
@@ -76,7 +80,7 @@ class Faults:
             self._blocks, self._memory, self.received, self._waiting, self._arrivals,
             self._latency, self.counters, dial or self._listen, token,
             self._direct, bool(dial), self._removing,
-            self._reading, curve,
+            self._reading, curve, self._here,
         )  # fmt: skip
         self._answers = asyncio.Queue()
         self.pool = Pool("fault", self.counters, self._on_job, self._on_failure)
@@ -152,7 +156,8 @@ class Faults:
         """Numbers that only this end knows, by the names of query-migrate."""
         row = self.counters.read(0)
         answered = max(1, row["answered"])
-        return {
+        here = {"postcopy-served-here": row["served_here"]} if self._here else {}
+        return here | {
             "postcopy-duplicates": row["repeated"],
             "postcopy-zero-faults": row["local_zero"],
             "postcopy-asked-again": row["asked_again"],

@@ -29,7 +29,8 @@ MUST_SAVE = 0.03
 class Batch:
     """A batch as it will travel. `payload` may point into guest memory. `plain`: its packed pages
     before they were packed. `delta`, `packed_delta`: pages that travel as what differs; `slots`: of
-    the page cache, what an acknowledgement makes valid (deltas.py)."""
+    the page cache, what an acknowledgement makes valid (deltas.py); `named`: bytes of pages that
+    the receiver reads itself (here.py)."""
 
     codec: int
     zero: Runs
@@ -40,10 +41,12 @@ class Batch:
     delta: Delta | None = None
     packed_delta: bytes = b""
     slots: Slots | None = None
+    named: int = 0
 
     @property
     def size(self) -> int:
-        return sum(len(part) for part in self.payload) + len(self.packed_delta)
+        """Bytes that it keeps a channel busy with."""
+        return sum(len(part) for part in self.payload) + len(self.packed_delta) + self.named
 
     @property
     def parts(self) -> list[Buffer]:

@@ -48,6 +48,7 @@ FIELDS = (
     "requests",  # urgent requests asked, or received
     "elsewhere",  # of these, answered "a multifd channel has it"
     "repeated",  # faults on a page that was asked for already
+    "served_here",  # faults whose pages were read of a snapshot: nobody was asked
     "local_zero",  # faults on pages known to be zero: nobody was asked
     "asked_again",  # requests whose answer stayed away
     "resent",  # pages sent again

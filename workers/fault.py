@@ -16,6 +16,7 @@ import os
 import select
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -26,11 +27,13 @@ from ..transport.curve import Binds, Dials
 from ..transport.errors import GuestGone, LocalProtocolError, RemoteProtocolError, WorkerDied
 from ..transport.links import parse_endpoint, short
 from ..transport.pages import PAGE_SIZE
+from ..transport.snapshot_format import CHUNK_PAGES
 from ..transport.urgent import Elsewhere, Page, Requesting
 from ..transport.urgent_links import UrgentLink, urgent_link
 from . import jobs
 from .counters import Counters
 from .guests.base import ArmedMemory, Region
+from .here import HereReader
 from .kernel.userfaultfd import READ_MESSAGES, Fault, Removed, read_messages, wake
 from .latency import Latency
 from .placing import ARRIVAL, GuestPlacer
@@ -39,6 +42,7 @@ from .process import HEARTBEAT_SECONDS, Desk, run_worker, traced
 from .ram import RamBlock
 from .received import Received, Waiting, WaitingWriter
 from .segments import Segment
+from .snapshot_file import CheckedBlock
 
 # An answer that stays away for this long was lost with its connection: ask again.
 ASK_AGAIN_SECONDS = 1.0
@@ -54,6 +58,7 @@ _A_MOMENT = 0.00005
 
 _SUMMED = (
     "requests", "ask_ns", "normal", "duplicate", "wire_bytes", "held_ns", "install_ns", "answered",
+    "served_here",
 )  # fmt: skip
 
 
@@ -62,7 +67,8 @@ class FaultJob:
     """Everything it needs, pickled into it once. `arrivals`: the pipe from the receivers; `direct`:
     the channel is a connection of its own; `dial`: `listen` is where the source listens;
     `removing`: a lock, if the guest may give memory back (placing.py); `reading`: a word that is
-    not 0 while what it gave back is read and not yet marked; `curve`: only with keys."""
+    not 0 while what it gave back is read and not yet marked; `curve`: only with keys; `here`:
+    blocks of a snapshot that is read here, so that nobody is asked (here.py)."""
 
     blocks: list[RamBlock]
     memory: ArmedMemory
@@ -78,6 +84,7 @@ class FaultJob:
     removing: Any = None
     reading: Segment | None = None
     curve: Binds | Dials | None = None
+    here: Sequence[CheckedBlock] = ()
 
 
 @dataclass(slots=True)
@@ -111,6 +118,7 @@ class FaultProcess:
         self.placer = GuestPlacer(
             job.memory, job.received, self.row, job.removing, self._while_changing
         )
+        self.here = HereReader(job.here) if job.here else None
         self.backlog: deque[Fault] = deque()  # read, and not yet looked at
         self.waiting = WaitingWriter(job.waiting)
         self.latency = job.latency.writer()
@@ -304,12 +312,49 @@ class FaultProcess:
             if self.placer.zero(region, page, host):
                 self.row.add("local_zero", host)
             return
+        if self.here is not None:
+            self._install_here(self.here, region, page, came)
+            return
         if (region.block, page) in self.wanted:
             self.row.add("repeated", 1)
             return
         wanted = self.wanted[region.block, page] = _Wanted(region.block, page, came)
         self.waiting.add(region.block, page)
         self._ask(wanted)
+
+    def _install_here(self, here: HereReader, region: Region, page: int, came: int) -> None:
+        """Read it, and install it; then what was read around it and is missing as well. Nobody
+        claims a page for that: a snapshot has one content of it, whoever comes first."""
+        host = region.page_size // PAGE_SIZE
+        first, count = page, host
+        if host < CHUNK_PAGES:
+            first = max(page - page % CHUNK_PAGES, region.first)
+            count = (
+                min(page - page % CHUNK_PAGES + CHUNK_PAGES, region.first + region.pages) - first
+            )
+        content = here.stretch(region.block, first, count)
+        self._install_part(region, page, host, first, content)
+        if self.job.removing is not None:
+            self.placer.zero(region, page, host)  # given back meanwhile, it was left out: wake
+        self.latency.add(time.monotonic_ns() - came)
+        missing = bytes(self.placer.view(region.block)[first : first + count])
+        at = missing.find(0)
+        while at >= 0:
+            n = len(missing) - at - len(missing[at:].lstrip(b"\0"))
+            self._install_part(region, first + at, n, first, content)
+            at = missing.find(0, at + n)
+        self.sums["served_here"] += 1
+        self.sums["answered"] += 1
+        self.sums["install_ns"] += time.monotonic_ns() - came
+
+    def _install_part(
+        self, region: Region, page: int, count: int, first: int, content: memoryview
+    ) -> None:
+        """`count` pages of `content`, which begins with page `first`."""
+        begin = (page - first) * PAGE_SIZE
+        part = content[begin : begin + count * PAGE_SIZE]
+        self.placer.install(region.block, page, count, part)
+        self.sums["normal"] += count
 
     def _ask(self, wanted: _Wanted) -> None:
         """Ask for it; if nobody is there to be asked, `_look_after` does later."""

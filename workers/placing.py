@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..transport.errors import RemoteProtocolError, WorkerDied
-from ..transport.pages import PAGE_SIZE, Runs, pages_of
+from ..transport.pages import PAGE_SIZE, Runs, pages_of, runs_of
 from ..transport.wire import Buffer
 from .counters import Row
 from .guests.base import ArmedMemory, Region
@@ -223,6 +223,13 @@ class FramePlacer:
         self._waiting = waiting.words()
         self._tell = tell
         self._partial: dict[tuple[int, int], tuple[bytearray, set[int]]] = {}
+
+    def wanted(self, block: int, runs: Runs) -> Runs:
+        """Those of `runs` that have not come by another way. Parts of a host page all have to."""
+        if self._host[block] > 1:
+            return runs
+        pages = pages_of(runs)
+        return runs_of(pages[np.frombuffer(self._placer.view(block), np.uint8)[pages] == 0])
 
     def place(self, block: int, runs: Runs, content: Buffer) -> None:
         """The pages of `runs`; empty `content` means zeros."""

@@ -8,6 +8,7 @@ in QEMU, multifd_recv_thread in migration/multifd.c.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import zmq
 
 from ..transport.channel import ReceivingChannel
-from ..transport.codecs import Decoders
+from ..transport.codecs import HERE_ID, Decoders
 from ..transport.curve import Binds, Dials
 from ..transport.errors import (
     LocalProtocolError,
@@ -41,11 +42,13 @@ from .counters import Counters
 from .deltas import restore
 from .digest import CHUNK_BYTES, part_digest
 from .guests.base import ArmedMemory
+from .here import HereReader
 from .placing import FramePlacer, GuestPlacer
 from .priority import become_background
 from .process import HEARTBEAT_SECONDS, Desk, run_worker, traced
 from .ram import RamBlock
 from .received import Received, Waiting
+from .snapshot_file import CheckedBlock
 
 _CODEC_FIELD = {1: "lz4_pages", 2: "zstd_pages", 3: "zlib_pages"}
 
@@ -74,7 +77,8 @@ class ReceiverJob:
     `guest`: what postcopy needs; `installing`: the guest runs already; `dial`: `listen` is where
     the sender does, and we connect. `checks`: what is written is read back, some of it or
     (`read_all`) all; `curve`: only with keys; `deltas`: pages may come as what differs from what
-    is there (deltas.py).
+    is there (deltas.py); `here`: blocks of a snapshot whose pages may be named, and are read here
+    (here.py).
     """
 
     blocks: list[RamBlock]
@@ -90,6 +94,7 @@ class ReceiverJob:
     read_all: bool = False
     curve: Binds | Dials | None = None
     deltas: bool = False
+    here: Sequence[CheckedBlock] = ()
 
     def close(self) -> None:
         """In the receiver, when nothing looks at any of it: it may have another job after this."""
@@ -97,7 +102,7 @@ class ReceiverJob:
         self.counters.close()
         if self.checks is not None:
             self.checks.close()
-        for block in self.blocks:
+        for block in (*self.blocks, *self.here):
             block.file.close()
 
 
@@ -126,6 +131,7 @@ class Receiver:
         self.read_back: ReadBack | None = None
         if job.checks is not None:
             self.read_back = ReadBack(job.blocks, job.checks, job.read_all)
+        self.here = HereReader(job.here) if job.here else None
         if job.installing:
             self._start_installing()
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -266,33 +272,53 @@ class Receiver:
             block.clear(frame.zero)
         view = memoryview(payload)
         raw = frame.raw_size
-        n_packed = total_pages(frame.packed)
-        unpacked: Buffer = b""
-        if n_packed:
-            codec = self.decoders.get(frame.codec)
-            unpacked = codec.decompress(view[raw : raw + frame.packed_size], n_packed * PAGE_SIZE)
-            if self.read_back is not None and not content_matches(frame, (view[:raw], unpacked)):
-                raise self._not_the_same(frame, frame.packed, "was to get other than was read")
-        if not self.job.writing.acquire(timeout=_LOCK_SECONDS):
+        packed, unpacked = self._unpacked(frame, view)
+        # who reads pages itself has no sender to leave the processor to
+        turns = self.placer is None or self.here is None
+        if turns and not self.job.writing.acquire(timeout=_LOCK_SECONDS):
             raise WorkerDied("another receiver does not finish a write")
         try:
             if self.placer is None:
                 _write_runs(block, frame.raw, view[:raw])
-                _write_runs(block, frame.packed, unpacked)
+                _write_runs(block, packed, unpacked)
                 if frame.delta is not None:
                     _write_runs(block, frame.delta.pages, restored)
             else:
                 self.placer.place(frame.block, frame.raw, view[:raw])
-                self.placer.place(frame.block, frame.packed, unpacked)
+                self.placer.place(frame.block, packed, unpacked)
                 self.placer.place(frame.block, frame.zero, b"")
         finally:
-            self.job.writing.release()
+            if turns:
+                self.job.writing.release()
         if self.read_back is not None:
             self._compare(frame, (view[:raw], unpacked, restored))
         if self.placer is not None:
             self.placer.tell_arrivals(frame.block, (frame.raw, frame.packed, frame.zero))
-        self._count(frame, n_packed)
+        self._count(frame)
         return True
+
+    def _unpacked(self, frame: Frame, payload: memoryview) -> tuple[Runs, Buffer]:
+        """Those packed pages of a frame that are to be placed, and their content."""
+        runs, raw = frame.packed, frame.raw_size
+        if not len(runs[0]):
+            return runs, b""
+        packed = payload[raw : raw + frame.packed_size]
+        if frame.codec == HERE_ID:
+            return self._read_here(frame, packed)
+        codec = self.decoders.get(frame.codec)
+        content = codec.decompress(packed, total_pages(runs) * PAGE_SIZE)
+        if self.read_back is not None and not content_matches(frame, (payload[:raw], content)):
+            raise self._not_the_same(frame, runs, "was to get other than was read")
+        return runs, content
+
+    def _read_here(self, frame: Frame, name: memoryview) -> tuple[Runs, Buffer]:
+        """Pages that a frame names, as they are in the file: those that are wanted still."""
+        if self.here is None or not self.here.has(frame.block, name):
+            raise RemoteProtocolError("frame that names pages of a file which is not here")
+        runs = frame.packed
+        if self.placer is not None:
+            runs = self.placer.wanted(frame.block, runs)
+        return runs, self.here.read(frame.block, runs)
 
     def _restore(self, block: RamBlock, delta: Delta, payload: Buffer) -> Buffer | None:
         """The pages that come of a frame's deltas, the end of its payload."""
@@ -317,15 +343,14 @@ class Receiver:
             blocks=[block.name],
         )
 
-    def _count(self, frame: Frame, n_packed: int) -> None:
-        zero, raw = total_pages(frame.zero), total_pages(frame.raw)
+    def _count(self, frame: Frame) -> None:
+        zero, raw, packed, delta = map(total_pages, frame.tables)
         self.row.add("duplicate", zero)
-        delta = total_pages(frame.tables[3])
-        self.row.add("normal", raw + n_packed + delta)
+        self.row.add("normal", raw + packed + delta)
         self.row.add("raw_pages", raw)
         self.row.add("delta_pages", delta)
-        if n_packed and frame.codec in _CODEC_FIELD:
-            self.row.add(_CODEC_FIELD[frame.codec], n_packed)
+        if packed and frame.codec in _CODEC_FIELD:
+            self.row.add(_CODEC_FIELD[frame.codec], packed)
         self.row.add("frames", 1)
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import zmq
 
 from ..transport.channel import Acked, Lost, SendingChannel, Synced
+from ..transport.codecs import HERE_ID
 from ..transport.errors import LocalProtocolError, PeerLost
 from ..transport.links import (
     EVENTS,
@@ -48,6 +49,7 @@ from .batches import Batch, BatchMaker, BlockReader, page_hashes
 from .counters import Counters
 from .deltas import DeltaMaker
 from .digest import CHUNK_BYTES, part_digest
+from .here import named
 from .page_cache import PageCache
 from .page_table import CLEAN, DIRTY, IN_FLIGHT, PageTable
 from .postcopy import ROUTED
@@ -152,6 +154,10 @@ class Sender:
         self.tables: dict[int, Any] = {}
         self.first_page = np.concatenate(([0], np.cumsum([b.pages for b in job.blocks]))).tolist()
         self.maker = BatchMaker(job.codec, job.level, self.row)
+        self.named = [named(block) for block in job.blocks]
+        # In postcopy: requests wait for what is under way. Not for pages that are named: who needs
+        # one reads it. Without preemption they are in line anyway.
+        self.small_pieces = job.route is None and not any(self.named)
         self.deltas: DeltaMaker | None = None
         if job.cache is not None:
             self.deltas = DeltaMaker(job.cache, self.first_page, self.row)
@@ -276,10 +282,11 @@ class Sender:
 
     def _send_window(self, extent: _Extent, job: jobs.Extent, pages: Pages) -> None:
         """Zero pages first, all in one frame; the others batch by batch."""
-        zero = self._reader(job.block).zero(pages)
-        if zero.any():
-            self._send_zero(extent, job.block, pages[zero], job.live)
-            pages = pages[~zero]
+        if not self.named[job.block]:
+            zero = self._reader(job.block).zero(pages)
+            if zero.any():
+                self._send_zero(extent, job.block, pages[zero], job.live)
+                pages = pages[~zero]
         for at in range(0, len(pages), self.job.batch_pages):
             self._send_batch(extent, job.block, pages[at : at + self.job.batch_pages], job.live)
             self._take_jobs()
@@ -293,7 +300,8 @@ class Sender:
         self.deltas = None  # pages of the destination are discarded from now on
         if self.job.route is None:
             become_background()
-            self.channel.credit = self.preemption.credit
+            if self.small_pieces:
+                self.channel.credit = self.preemption.credit
         else:
             os.set_blocking(self.job.route.fileno(), False)
             self.poller.register(self.job.route.fileno(), zmq.POLLIN)
@@ -334,7 +342,7 @@ class Sender:
         return zeros
 
     def _piece(self, preemption: Reader) -> int:
-        return self.job.batch_pages if self.job.route is not None else preemption.piece_pages
+        return preemption.piece_pages if self.small_pieces else self.job.batch_pages
 
     def _my_turn(self, preemption: Reader, piece: int, key: int) -> None:
         """Wait until a piece may be sent. `key`: the host page that is being sent; if a request is
@@ -342,7 +350,7 @@ class Sender:
         while True:
             self._take_jobs()
             self._send_routed()
-            if self.job.route is None:
+            if self.small_pieces:
                 self.channel.credit = preemption.credit
             if self.again:
                 self._send_again()
@@ -406,6 +414,11 @@ class Sender:
 
     def _send_batch(self, extent: _Extent, block: int, pages: Pages, live: bool) -> int:
         """Send a batch; how many of its pages are zero."""
+        if name := self.named[block]:
+            size = len(pages) * PAGE_SIZE
+            batch = Batch(HERE_ID, NO_RUNS, NO_RUNS, runs_of(pages), [name], named=size)
+            self._send(extent, block, pages, None, batch)
+            return 0
         content = self._reader(block).read(pages, copy=live or self.deltas is not None)
         hashes = page_hashes(content) if self.job.hashes is not None else None
         if self.deltas is None:

@@ -142,18 +142,21 @@ def _write_all(fd: int, data: bytes, at: int) -> None:
 
 
 class CheckedBlock(RamBlock):
-    """A RAM block of a snapshot. `check` compares digests; once a chunk and process."""
+    """A RAM block of a snapshot. `check` compares digests; once a chunk and process. `here`: its
+    receiver reads the same file, so that pages are named and not sent (here.py)."""
 
-    def __init__(self, stored: StoredBlock, file: RamFile, spec: Block | None = None) -> None:
+    def __init__(
+        self, stored: StoredBlock, file: RamFile, spec: Block | None = None, here: bool = False
+    ) -> None:
         super().__init__(spec or stored.spec, file, stored.at)
-        self.stored = stored
+        self.stored, self.here = stored, here
         self._unchecked: npt.NDArray[np.bool_] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (CheckedBlock, (self.stored, self.file, self.spec))
+        return (CheckedBlock, (self.stored, self.file, self.spec, self.here))
 
     def with_spec(self, spec: Block) -> CheckedBlock:
-        return CheckedBlock(self.stored, self.file, spec)
+        return CheckedBlock(self.stored, self.file, spec, self.here)
 
     def data_runs(self, first: int = 0, count: int | None = None) -> Runs:
         """As the bits have it: whoever copied the file may have filled its holes."""
@@ -182,8 +185,7 @@ class CheckedBlock(RamBlock):
     def _check_chunks(self, chunks: Pages) -> None:
         assert self._unchecked is not None
         first, last = int(chunks[0]), int(chunks[-1])
-        at = self.stored.tables_at + first * DIGEST_BYTES
-        digests = os.pread(self.file.fd, (last + 1 - first) * DIGEST_BYTES, at)
+        digests = self._digests(first, last + 1 - first)
         for chunk in chunks.tolist():
             begin = chunk * CHUNK_BYTES
             end = min(begin + CHUNK_BYTES, self.stored.pages * PAGE_SIZE)
@@ -191,11 +193,41 @@ class CheckedBlock(RamBlock):
             content = os.pread(self.file.fd, end - begin, self.start + begin)
             wanted = (chunk - first) * DIGEST_BYTES
             if form.digest(content) != digests[wanted : wanted + DIGEST_BYTES]:
-                raise VerificationFailed(
-                    f"{self.file.name} is damaged: bytes {begin} to {end} of {self.name} are not "
-                    f"what was saved; take another copy of it, or another snapshot"
-                )
+                raise self._damaged(chunk)
             self._unchecked[chunk] = False
+
+    def read_chunks(self, first: int, count: int, buffer: memoryview) -> memoryview:
+        """Read chunks that lie together into `buffer`, which has room for them, and compare what
+        was read: that part of it, whole pages. VerificationFailed; SourceError if the file became
+        shorter."""
+        begin = first * CHUNK_BYTES
+        view = buffer[: min(count * CHUNK_BYTES, self.stored.pages * PAGE_SIZE - begin)]
+        digests, at = self._digests(first, count), 0
+        while at < len(view):
+            try:
+                n = os.preadv(self.file.fd, [view[at:]], self.start + begin + at)
+            except OSError as e:
+                raise SourceError(f"cannot read {self.file.name}: {e.strerror}") from e
+            if n == 0:
+                raise SourceError(f"{self.file.name} became shorter while it was read")
+            at += n
+        for i in range(count):
+            content = view[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES]
+            if form.digest(content) != digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES]:
+                raise self._damaged(first + i)
+        return view
+
+    def _digests(self, first: int, count: int) -> bytes:
+        at = self.stored.tables_at + first * DIGEST_BYTES
+        return os.pread(self.file.fd, count * DIGEST_BYTES, at)
+
+    def _damaged(self, chunk: int) -> VerificationFailed:
+        begin = chunk * CHUNK_BYTES
+        end = min(begin + CHUNK_BYTES, self.stored.pages * PAGE_SIZE)
+        return VerificationFailed(
+            f"{self.file.name} is damaged: bytes {begin} to {end} of {self.name} are not "
+            f"what was saved; take another copy of it, or another snapshot"
+        )
 
 
 def open_snapshot(path: str) -> tuple[RamFile, Index]:

@@ -2,21 +2,32 @@
 
 import mmap
 import os
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pageferry.transport.errors import DestinationError, SourceError, VerificationFailed
+from pageferry.transport.codecs import HERE_ID
+from pageferry.transport.errors import (
+    DestinationError,
+    RemoteProtocolError,
+    SourceError,
+    VerificationFailed,
+)
 from pageferry.transport.messages import Block
-from pageferry.transport.pages import PAGE_SIZE, total_pages
+from pageferry.transport.pages import PAGE_SIZE, runs_of, total_pages
 from pageferry.transport.snapshot_format import ALIGNMENT, CHUNK_BYTES
+from pageferry.transport.wire import Frame, Kind
 from pageferry.workers import snapshot_file
 from pageferry.workers.batches import BlockReader
 from pageferry.workers.claims import FREE, SAVED, TODO, Claims
-from pageferry.workers.counters import Counters
+from pageferry.workers.counters import FIELDS, Counters, Row
 from pageferry.workers.digest import chunk_digests
 from pageferry.workers.guests import open_source, parse_guest
+from pageferry.workers.here import named
 from pageferry.workers.ram import RamBlock, RamFile
+from pageferry.workers.receiver import Receiver, ReceiverJob
 from pageferry.workers.saver import Keeper, SaverJob, read_chunks, stretches
 from pageferry.workers.snapshot_file import SnapshotWriter
 
@@ -139,6 +150,70 @@ def test_holes_that_a_copy_has_filled_stay_zero(tmp_path, ram, opened):
     save(tmp_path / "a", [ram(memory_of(1))])
     (tmp_path / "b").write_bytes((tmp_path / "a").read_bytes())
     assert content_of(opened(tmp_path / "b").blocks[0]) == memory_of(1)
+
+
+def runs_that_hold(pages):
+    return runs_of(np.array(sorted(pages), np.int64))
+
+
+class Desk:
+    """What a receiver needs of its own: a row of numbers."""
+
+    row = Row(np.zeros(len(FIELDS), np.uint64))
+
+
+@pytest.fixture
+def receivers():
+    """Receivers in this process, of blocks that they read themselves."""
+    made, counters = [], Counters(1)
+
+    def make(into, here):
+        job = ReceiverJob([into], counters, "", b"", [True], threading.Lock(), here=here)
+        made.append(Receiver(Desk, job))
+        return made[-1]
+
+    yield make
+    for receiver in made:
+        receiver.context.term()
+    counters.close()
+
+
+def test_who_places_pages_reads_them(tmp_path, ram, opened, receivers):
+    """Any of them, however far apart, the last one that is no whole one too; only of the file that
+    is meant; nothing that was changed."""
+    data = memory_of(1, (8 << 20) - 100)
+    save(tmp_path / "a", [ram(data)])
+    guest = opened(tmp_path / "a")
+    assert named(guest.blocks[0]) == b""
+    here = guest.read_by_its_receiver()
+    name, end = named(here[0]), here[0].pages
+    into = ram(bytes(len(data)))
+    receiver = receivers(into, here)
+    expected = bytearray(len(data))
+    for pages in ([0], range(5, 300), [15, 16], range(3, end, 7), [end - 40, end - 1]):
+        runs = runs_that_hold(pages)
+        for at in range(0, len(runs[0]), 500):
+            part = runs[0][at : at + 500], runs[1][at : at + 500]
+            frame = Frame(Kind.DATA, 0, packed=part, codec=HERE_ID, payload_size=len(name))
+            assert receiver._place(frame, name)
+        for page in pages:
+            begin = page * PAGE_SIZE
+            expected[begin : begin + PAGE_SIZE] = data[begin : begin + PAGE_SIZE]
+    assert into.read(0, len(data)) == expected
+    frame = Frame(Kind.DATA, 0, packed=runs_that_hold([0]), codec=HERE_ID, payload_size=16)
+    for wrong, payload in ((receivers(into, ()), name), (receiver, name[::-1])):
+        with pytest.raises(RemoteProtocolError, match="a file which is not here"):
+            wrong._place(frame, payload)
+    with open(tmp_path / "a", "r+b") as file:
+        file.seek(ALIGNMENT + 20 * PAGE_SIZE)
+        file.write(bytes(PAGE_SIZE))
+    for pages in ([16], range(0, 64), [0, 31]):
+        frame = replace(frame, packed=runs_that_hold(pages))
+        with pytest.raises(VerificationFailed, match="a is damaged: bytes 65536 to 131072"):
+            receiver._place(frame, name)
+    os.truncate(tmp_path / "a", ALIGNMENT + 100)
+    with pytest.raises(SourceError, match="became shorter"):
+        receiver._place(frame, name)
 
 
 @pytest.mark.parametrize("page", [0, 7, 34, 99])

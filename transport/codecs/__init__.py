@@ -17,6 +17,9 @@ from ..wire import Buffer
 
 NONE_ID = 0
 DELTAS = "xbzrle"  # a layer before a codec, and no codec itself (xbzrle.py)
+# No codec: the pages are in a file that the receiver was given as well (workers/here.py). The
+# payload says which file. From anybody else it is an unknown codec.
+HERE_ID = 255
 
 
 class Codec(Protocol):

@@ -7,6 +7,7 @@ snapshot`.
 
 from __future__ import annotations
 
+from ..ram import RamBlock
 from ..snapshot_file import CheckedBlock, open_snapshot
 from .base import SourceGuest
 from .uri import GuestUri
@@ -22,7 +23,15 @@ class SnapshotSource(SourceGuest):
         self.kind = self._index.kind
         self.running = self._index.running
         self.image_size = self._index.image_size
-        self.blocks = [CheckedBlock(stored, self._file) for stored in self._index.blocks]
+        self._checked = [CheckedBlock(stored, self._file) for stored in self._index.blocks]
+        self.blocks = list[RamBlock](self._checked)
+
+    def read_by_its_receiver(self) -> list[CheckedBlock]:
+        """From now on pages are only named to who receives them: it is on this host, and reads
+        these blocks itself."""
+        for block in self._checked:
+            block.here = True
+        return self._checked
 
     def save_state(self) -> bytes:
         return self._index.state
