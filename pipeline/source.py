@@ -1023,9 +1023,13 @@ class Source:
         return core.BackgroundDone()
 
     async def _drop_deltas(self) -> None:
-        if self._deltas is not None:
+        if self._deltas is None:
+            return
+        try:
             for _ in self._deltas.drop():
                 await asyncio.sleep(0)
+        except OSError as e:  # it goes at the end: no reason to pause
+            _log.warning("memory of deltas is kept to the end of the postcopy: %s", e.strerror)
 
     async def _end_postcopy(self) -> core.Event:
         self.guest.check_stopped()  # the last look: all has been read by now
