@@ -36,9 +36,10 @@ class HollowNote:
         try:
             with open(path, "x") as file:
                 json.dump(facts, file)
-        except OSError:
+        except OSError as e:
             with contextlib.suppress(OSError):
                 os.unlink(path)
+            e.filename = path  # where it was not opening that failed it has none
             raise
         self._path = path
 

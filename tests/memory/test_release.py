@@ -2,6 +2,7 @@
 what a recovery would send again."""
 
 import os
+import resource
 from types import SimpleNamespace
 
 import numpy as np
@@ -142,3 +143,21 @@ def test_no_page_goes_before_it_is_noted(monkeypatch, tmp_path, caplog):
         assert len(list((tmp_path / "full").iterdir())) == 1
         releasing.close()
         assert not list((tmp_path / "full").iterdir())
+
+
+def test_a_note_that_cannot_be_filled_is_none(monkeypatch, tmp_path, caplog):
+    """As on a /dev/shm that is full: nothing of it stays, and the warning says where."""
+    with Memory(8) as memory:
+        guest = SimpleNamespace(
+            blocks=memory.blocks, can_release=True, released=False, process=os.getpid()
+        )
+        releasing = Releasing(guest, memory.table, SimpleNamespace(released=0))
+        monkeypatch.setattr(hollow, "SHARED_MEMORY", str(tmp_path))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            releasing.everything()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert memory.there(0) == [True] * 8 and not guest.released
+        assert str(tmp_path) in caplog.text and not list(tmp_path.iterdir())
