@@ -1,6 +1,7 @@
 """Memory that is given back at the source: only what is CLEAN, only whole host pages, and never
 what a recovery would send again."""
 
+import asyncio
 import os
 import resource
 from types import SimpleNamespace
@@ -161,3 +162,20 @@ def test_a_note_that_cannot_be_filled_is_none(monkeypatch, tmp_path, caplog):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert memory.there(0) == [True] * 8 and not guest.released
         assert str(tmp_path) in caplog.text and not list(tmp_path.iterdir())
+
+
+def test_memory_that_cannot_be_given_back_is_kept(caplog):
+    """The postcopy needs none of it: a warning, and no error."""
+    with Memory(8) as memory:
+        memory.table.view(0)[:] = CLEAN
+        guest = SimpleNamespace(blocks=memory.blocks, can_release=True, released=False, process=0)
+        releasing = Releasing(guest, memory.table, SimpleNamespace(released=0))
+        fd = memory.file.fd
+        kept, read_only = os.dup(fd), os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+        os.dup2(read_only, fd)  # the kernel refuses to make holes through that
+        asyncio.run(releasing.keep_on())
+        assert "no more memory is given back" in caplog.text
+        os.dup2(kept, fd)
+        for each in (kept, read_only):
+            os.close(each)
+        assert memory.there(0) == [True] * 8 and guest.released
