@@ -100,9 +100,10 @@ class Releasing:
                 f"given back here (--release-ram): end the guest there"
             )
 
-    def close(self) -> None:
-        """It is over, and the result says what became of the guest. Idempotent."""
-        self._hollow.drop()
+    def close(self, *, arrived: bool) -> None:
+        """It is over. What has holes here, and has not `arrived`, stays noted. Idempotent."""
+        if arrived or not self._guest.released:
+            self._hollow.drop()
 
     def report(self) -> dict[str, Any]:
         """For query-migrate: bytes, and the milliseconds of processor time that it took. QEMU has

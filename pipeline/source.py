@@ -1242,7 +1242,7 @@ class Source:
     def _freeze(self) -> None:
         """Keep the numbers, give the shared memory back."""
         if self._releasing is not None:
-            self._releasing.close()
+            self._releasing.close(arrived=self.core.status is Status.COMPLETED)
         if self._counters is not None:
             self.statistics.counters = self._counters.freeze()
         if self._background is not None:

@@ -142,7 +142,7 @@ def test_no_page_goes_before_it_is_noted(monkeypatch, tmp_path, caplog):
         releasing.everything()
         assert memory.there(0) == [False] * 8 and guest.released
         assert len(list((tmp_path / "full").iterdir())) == 1
-        releasing.close()
+        releasing.close(arrived=True)
         assert not list((tmp_path / "full").iterdir())
 
 
