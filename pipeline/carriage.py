@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import secrets
+import shlex
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -167,7 +168,8 @@ class Carriage:
             words = recover_words(self._stream, self.peer)
         except UsageError as e:
             return f"it cannot be said how to reach its receiver: {e}"
-        command = " ".join(filter(None, ("pageferry recover", self.monitor or "MONITOR", words)))
+        monitor = shlex.quote(self.monitor) if self.monitor else "MONITOR"
+        command = " ".join(filter(None, ("pageferry recover", monitor, words)))
         return f"its receiver listens at ipc://{self.peer} of its host: `{command}` goes on"
 
     def _on_job(self, worker: Worker, job: jobs.AnyJob) -> None:

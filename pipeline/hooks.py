@@ -13,10 +13,10 @@ import contextlib
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from typing import IO
 
 from ..transport.errors import DestinationError, UsageError
 from ..transport.messages import Hello, printable
@@ -27,8 +27,8 @@ from .blocking import to_its_end
 BeforeSwitchover = Callable[[Hello], Awaitable[None]]
 # Bytes and lines of what a command said that are shown.
 _SAID, _LINES = 2000, 5
-# One that is to end is asked to first.
-_END_SECONDS = 1.0
+# One that is to end is asked to first. What ends it is done soon after, or is ended itself.
+_END_SECONDS, _ENDED_SECONDS = 1.0, 10.0
 
 
 def command(text: str) -> BeforeSwitchover:
@@ -53,10 +53,11 @@ def command(text: str) -> BeforeSwitchover:
 async def _run(words: list[str], environment: dict[str, str]) -> None:
     """To its end; DestinationError if that is not 0. Cancelled, it is ended."""
     log = os.memfd_create("pageferry-hook", os.MFD_CLOEXEC)
-    leash, held = os.pipe()
+    leash, end = os.pipe()
+    held = open(end, "wb", buffering=0)  # noqa: SIM115 - closed below, or sooner
     try:
         starting = asyncio.ensure_future(asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", tended.__file__, *words,
+            sys.executable, "-I", "-S", tended.__file__, str(_END_SECONDS), *words,
             stdin=leash, stdout=subprocess.DEVNULL, stderr=log,
             start_new_session=True, env=os.environ | environment,
         ))  # fmt: skip
@@ -66,7 +67,7 @@ async def _run(words: list[str], environment: dict[str, str]) -> None:
         except OSError as e:
             raise DestinationError(f"cannot run {words[0]}: {e.strerror}") from e
         except asyncio.CancelledError:
-            await to_its_end(_end(starting))
+            await to_its_end(_end(starting, held))
             raise
         if code:
             ended = f"ended with {code}" if code > 0 else f"was ended by signal {-code}"
@@ -74,22 +75,22 @@ async def _run(words: list[str], environment: dict[str, str]) -> None:
                 f"the destination does not become ready: {words[0]} {ended}: {_said(log)}"
             )
     finally:
-        for fd in (log, leash, held):
+        held.close()
+        for fd in (log, leash):
             os.close(fd)
 
 
-async def _end(starting: asyncio.Future[asyncio.subprocess.Process]) -> None:
-    """End it and what it has started: asked first, then by force."""
+async def _end(starting: asyncio.Future[asyncio.subprocess.Process], held: IO[bytes]) -> None:
+    """End it and what it has started: asked first, then by force (tended.py)."""
     try:
         process = await starting
     except OSError:
         return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
+    held.close()
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(process.wait(), _END_SECONDS)
+        await asyncio.wait_for(process.wait(), _END_SECONDS + _ENDED_SECONDS)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
     await process.wait()
 
 

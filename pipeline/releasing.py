@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ..transport.errors import PostcopyFailed, UsageError
+from ..transport.errors import PageferryError, PostcopyFailed, UsageError
 from ..transport.pages import PAGE_SIZE
 from ..workers.guests.base import SourceGuest
 from ..workers.hollow import HollowNote
@@ -43,13 +43,18 @@ class Releasing:
         self._spent = 0.0
 
     async def keep_on(self) -> None:
-        """Give back what is acknowledged, again and again. Runs until cancelled."""
-        while True:
-            with self._counted():
-                gone = self._may_begin() and self._release.some(_WORK_SECONDS)
-            if gone:
-                self._tell()
-            await asyncio.sleep(_TICK_SECONDS)
+        """Give back what is acknowledged, again and again. Runs until cancelled, or until that
+        fails, which is no reason for a postcopy to pause."""
+        try:
+            while True:
+                with self._counted():
+                    gone = self._may_begin() and self._release.some(_WORK_SECONDS)
+                if gone:
+                    self._tell()
+                await asyncio.sleep(_TICK_SECONDS)
+        except PageferryError as e:
+            _log.warning("no more memory is given back (--release-ram) for now: %s", e)
+            self._tell()  # some of it may have gone
 
     def everything(self) -> None:
         """It has all arrived. May take a second for each few GiB: call in a thread."""
@@ -95,9 +100,10 @@ class Releasing:
                 f"given back here (--release-ram): end the guest there"
             )
 
-    def close(self) -> None:
-        """It is over, and the result says what became of the guest. Idempotent."""
-        self._hollow.drop()
+    def close(self, *, arrived: bool) -> None:
+        """It is over. What has holes here, and has not `arrived`, stays noted. Idempotent."""
+        if arrived or not self._guest.released:
+            self._hollow.drop()
 
     def report(self) -> dict[str, Any]:
         """For query-migrate: bytes, and the milliseconds of processor time that it took. QEMU has

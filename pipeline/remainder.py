@@ -8,6 +8,7 @@ these is done (migration.py). The process that answers requests, and the pace: b
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from .journal import Journal
 from .releasing import Releasing
 from .statistics import Statistics
 from .tasks import Tasks
+
+_log = logging.getLogger("pageferry")
 
 
 class Remainder:
@@ -83,9 +86,13 @@ class Remainder:
             task.cancel()
 
     async def _drop_deltas(self) -> None:
-        if self._equipment.deltas is not None:
+        if self._equipment.deltas is None:
+            return
+        try:
             for _ in self._equipment.deltas.drop():
                 await asyncio.sleep(0)
+        except OSError as e:  # it goes at the end: no reason to pause
+            _log.warning("memory of deltas is kept to the end of the postcopy: %s", e.strerror)
 
     async def end(self) -> None:
         """The destination has everything, and says what it was like."""
@@ -115,10 +122,10 @@ class Remainder:
         if self.releasing is not None:
             self.releasing.check()
 
-    def close(self) -> None:
-        """It is over, or was never begun."""
+    def close(self, *, arrived: bool) -> None:
+        """It is over, or was never begun. `arrived`: the destination has all of it."""
         if self.releasing is not None:
-            self.releasing.close()
+            self.releasing.close(arrived=arrived)
 
     def report(self) -> dict[str, Any]:
         """For query-migrate."""

@@ -620,7 +620,7 @@ class Source:
                 if finish.error is not None:
                     finish.error.message += f"; and then: {e}"
         if self._remainder is not None:
-            self._remainder.close()
+            self._remainder.close(arrived=self.core.status is Status.COMPLETED)
         if self._equipment is not None:
             self._equipment.close()
 

@@ -17,6 +17,8 @@ from .errors import UsageError
 STDIO = "-"
 _FD = re.compile(r"fd:(\d{1,6})(?:,(\d{1,6}))?")
 _RECEIVE = re.compile(r"\bpageferry\s+receive\s")
+# What may have to close behind a remote command: it may be in quotes, in others.
+_ENDS = ("", "'", '"', "\"'", "'\"")
 # What a receiver is called, where a person may copy it into a shell.
 _PLAIN = re.compile(r"@?[\w./-]{1,200}", re.ASCII)
 
@@ -82,11 +84,18 @@ def recover_words(stream: Stream, peer: str) -> str:
         return ""
     relay = f"pageferry relay ipc://{peer}"
     if (match := _RECEIVE.search(stream.command)) is not None:
-        for end in ("", "'", '"'):  # the remote command may be in quotes
+        for end in _ENDS:
             command = f"{stream.command[: match.start()]}{relay}{end}"
-            try:
-                shlex.split(command)
-            except ValueError:
-                continue
-            return shlex.quote(f"exec:{command}")
+            if _closes(command, relay):
+                return shlex.quote(f"exec:{command}")
     return shlex.quote(f"exec:ssh HOST {relay}")
+
+
+def _closes(command: str, relay: str) -> bool:
+    """Whether all quotes of it match, and those of a command in it that has `relay`, which another
+    shell will read."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return False
+    return all(_closes(word, relay) for word in words if relay in word and word != command)

@@ -1,10 +1,10 @@
 """The note of a guest whose memory is given back while it stands still (release.py): written before
-the first page goes, removed when the result has said so.
+the first page goes, removed when all of it has arrived.
 
-If its coordinator is killed in between, nothing else says that this guest has holes where its
-memory was, and a person may take it for one that was merely stopped. So whoever finds the note of
-an owner that is dead says so for as long as that process is there (leftovers.py), and nobody moves
-it again. Knows no memory.
+If its coordinator is killed in between, or the postcopy is given up, nothing else says for long
+that this guest has holes where its memory was, and a person may take it for one that was merely
+stopped. So whoever finds the note of an owner that is dead says so for as long as that process is
+there (leftovers.py), and nobody moves it again. Knows no memory.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ class HollowNote:
         try:
             with open(path, "x") as file:
                 json.dump(facts, file)
-        except OSError:
+        except OSError as e:
             with contextlib.suppress(OSError):
                 os.unlink(path)
+            e.filename = path  # where it was not opening that failed it has none
             raise
         self._path = path
 
@@ -70,7 +71,7 @@ def what_is_hollow(path: str) -> str:
     if not lives(pid, began):
         return ""
     return (
-        f"the guest in process {pid} was moving when its pageferry was killed, and part of its "
+        f"the guest in process {pid} was moving when its pageferry ended, and part of its "
         f"memory was given back (--release-ram): its memory is incomplete, so it must not be "
         f"resumed: end it (`kill {pid}`)"
     )

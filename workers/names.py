@@ -118,11 +118,14 @@ def notes(what: str, pid: int) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in glob.glob(f"{SHARED_MEMORY}/{PREFIX}*-{what}"):
         with contextlib.suppress(OSError, ValueError):
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            with open(fd) as file:
+            try:
                 status = os.fstat(fd)
                 if not stat.S_ISREG(status.st_mode) or status.st_uid not in believed:
                     continue
-                facts = json.loads(file.read())
+                with open(fd, closefd=False) as file:  # which leaves a directory's to us
+                    facts = json.loads(file.read())
+            finally:
+                os.close(fd)
             if isinstance(facts, dict):
                 yield path, facts
 

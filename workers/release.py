@@ -72,9 +72,9 @@ class Release:
             if at and time.monotonic() > until:
                 return False
             piece = pages[at : at + _PIECE]
-            block.clear(runs_of(piece))
-            gone[piece] = True
+            gone[piece] = True  # first: if that fails, some of it may have gone
             self.pages += len(piece)
+            block.clear(runs_of(piece))
         return True
 
     def everything(self) -> None:

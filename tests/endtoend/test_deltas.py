@@ -1,6 +1,7 @@
 """`--codec xbzrle` over whole migrations: what it makes possible, and that every byte is right."""
 
 import json
+import resource
 
 from helpers import Running, ask, until
 from helpers import pageferry as run
@@ -71,6 +72,26 @@ def test_no_deltas_in_a_postcopy(monkeypatch):
     assert report["codec-pages"]["xbzrle"] > 0
     assert report["postcopy-requests"] > 0 or report["ram"]["dirty-sync-count"] >= 2
     assert dropped == [4096]
+
+
+def test_a_postcopy_goes_on_where_the_cache_cannot_be_given_back(monkeypatch, caplog):
+    """At that moment no file can be opened: what is not needed is no reason to pause."""
+
+    def starved(self, drop=PageCache.drop):
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+        try:
+            yield from drop(self)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+    monkeypatch.setattr(PageCache, "drop", starved)
+    report = pageferry.migrate(
+        "demo:?size=16M&rate=40000&changes=64&content=text", "demo:", codec="xbzrle+zstd",
+        postcopy="after=2", max_bandwidth=40_000_000, downtime_limit=0.001,
+    )  # fmt: skip
+    assert report["oracle"]["ok"] and "recoveries" not in report
+    assert "Too many open files" in caplog.text
 
 
 def test_an_image_is_sent_once(tmp_path):

@@ -32,7 +32,7 @@ from pageferry.transport.errors import PageferryError, PostcopyFailed, SourceErr
 from pageferry.transport.links import Endpoint
 from pageferry.workers.guests.qemu import QemuDestination, QemuSource
 from pageferry.workers.guests.uri import GuestUri
-from pageferry.workers.hollow import HollowNote, hollow_note
+from pageferry.workers.hollow import HollowNote, hollow_note, what_is_hollow
 from pageferry.workers.ram import RamBlock
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="postcopy into qemu: needs root")
@@ -225,6 +225,33 @@ def test_a_vm_s_memory_is_given_back_as_it_arrives(machine, guest_of):
     with pytest.raises(SourceError, match="was given back when it moved"):
         QemuSource(GuestUri("qemu", source.qmp_path))
     note.drop()
+
+
+def test_a_vm_that_never_arrived_whole_stays_noted(machine, guest_of):
+    """It is postmigrate, as any that was moved, and to `cont` it would run it with holes."""
+    source, waiting = machine("src"), machine("dst", incoming="defer")
+    guest = guest_of(source)
+
+    async def run():
+        async with Ends(guest, Arriving(waiting), release_ram=True) as ends:
+            ends.source.set_parameters({"max-postcopy-bandwidth": 2_000_000})
+            await until_async(lambda: ends.source.core.released > 256, "something is given back")
+            ends.cut()
+            await ends.both(Status.POSTCOPY_PAUSED)
+            ends.source.cancel()
+            with pytest.raises(PostcopyFailed, match="were given back"):
+                await ends.sending
+
+    asyncio.run(run())
+    guest.close()
+    note = hollow_note(source.pid)
+    try:
+        assert source.status() == "postmigrate"
+        with pytest.raises(SourceError, match="was given back when it moved"):
+            guest_of(source)
+        assert f"end it (`kill {source.pid}`)" in what_is_hollow(note)
+    finally:
+        Path(note or "/nowhere").unlink(missing_ok=True)
 
 
 # ---- QEMU's main thread sleeps -----------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Memory that is given back at the source: only what is CLEAN, only whole host pages, and never
 what a recovery would send again."""
 
+import asyncio
 import os
+import resource
 from types import SimpleNamespace
 
 import numpy as np
@@ -140,5 +142,40 @@ def test_no_page_goes_before_it_is_noted(monkeypatch, tmp_path, caplog):
         releasing.everything()
         assert memory.there(0) == [False] * 8 and guest.released
         assert len(list((tmp_path / "full").iterdir())) == 1
-        releasing.close()
+        releasing.close(arrived=True)
         assert not list((tmp_path / "full").iterdir())
+
+
+def test_a_note_that_cannot_be_filled_is_none(monkeypatch, tmp_path, caplog):
+    """As on a /dev/shm that is full: nothing of it stays, and the warning says where."""
+    with Memory(8) as memory:
+        guest = SimpleNamespace(
+            blocks=memory.blocks, can_release=True, released=False, process=os.getpid()
+        )
+        releasing = Releasing(guest, memory.table, SimpleNamespace(released=0))
+        monkeypatch.setattr(hollow, "SHARED_MEMORY", str(tmp_path))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            releasing.everything()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert memory.there(0) == [True] * 8 and not guest.released
+        assert str(tmp_path) in caplog.text and not list(tmp_path.iterdir())
+
+
+def test_memory_that_cannot_be_given_back_is_kept(caplog):
+    """The postcopy needs none of it: a warning, and no error."""
+    with Memory(8) as memory:
+        memory.table.view(0)[:] = CLEAN
+        guest = SimpleNamespace(blocks=memory.blocks, can_release=True, released=False, process=0)
+        releasing = Releasing(guest, memory.table, SimpleNamespace(released=0))
+        fd = memory.file.fd
+        kept, read_only = os.dup(fd), os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+        os.dup2(read_only, fd)  # the kernel refuses to make holes through that
+        asyncio.run(releasing.keep_on())
+        assert "no more memory is given back" in caplog.text
+        os.dup2(kept, fd)
+        for each in (kept, read_only):
+            os.close(each)
+        assert memory.there(0) == [True] * 8 and guest.released

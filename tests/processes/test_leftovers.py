@@ -407,6 +407,25 @@ def test_a_guest_whose_memory_was_given_back(caplog):
         left.unlink(missing_ok=True)
 
 
+def test_what_else_has_the_name_of_a_note():
+    """It may be anything, of anybody: it is no note, and costs no descriptor and no time."""
+    path = Path("/dev/shm/pageferry-1-0123456789abcdef-0-hollow")
+    before = len(os.listdir("/proc/self/fd"))
+    for make, remove in (
+        (path.mkdir, path.rmdir),
+        (lambda: os.mkfifo(path), path.unlink),
+        (lambda: path.symlink_to("/dev/zero"), path.unlink),
+        (lambda: path.write_bytes(b"\xff[1"), path.unlink),
+        (lambda: path.write_text("[1]"), path.unlink),
+    ):
+        make()
+        try:
+            assert not list(names.notes("hollow", os.getpid()))
+            assert len(os.listdir("/proc/self/fd")) == before
+        finally:
+            remove()
+
+
 def test_a_run_that_is_killed_and_the_next_start():
     """kill -9 of everything at once, in the middle; one that lives beside goes on."""
     slow = ("copy", "demo:?size=16M&rate=100", "demo:", "--max-bandwidth", "4MB", "--json")

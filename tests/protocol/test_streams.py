@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pageferry.pipeline.carriage import Carriage
 from pageferry.transport import streams
 from pageferry.transport.errors import (
     LocalProtocolError,
@@ -526,3 +527,27 @@ def test_how_a_postcopy_whose_stream_broke_goes_on(command, words):
     for evil in ("@x'; rm -rf ~ '", "", "@a b", "@" + "x" * 300):
         with pytest.raises(UsageError):
             recover_words(Stream(command, 5), evil)
+
+
+@pytest.mark.parametrize("command", [
+    """ssh there 'sudo sh -c "pageferry receive --into demo: -"'""",
+    """ssh there "sudo -u 'me' sh -c 'pageferry receive --into demo: -'\"""",
+    """ssh there 'cd "/a b"; pageferry receive --into "x" -'""",
+])  # fmt: skip
+def test_quotes_within_quotes_are_closed_too(command):
+    """The shell there reads them."""
+    command = shlex.split(recover_words(Stream(command), "@pf-1"))[0].removeprefix("exec:")
+    ssh, there, remote = shlex.split(command)
+    (last,) = shlex.split(remote)[-1:]
+    assert (ssh, there) == ("ssh", "there") and last.endswith("ipc://@pf-1")
+
+
+def test_the_line_that_goes_on_is_one_for_a_shell():
+    """A monitor may be anywhere."""
+    carriage = Carriage()
+    carriage.peer, carriage.monitor = "@pf-1", "/run/a b/$x.sock"
+    carriage._stream = Stream("ssh there pageferry receive -")
+    line = carriage.recovery().partition("`")[2].partition("`")[0]
+    assert shlex.split(line) == [
+        "pageferry", "recover", "/run/a b/$x.sock", "exec:ssh there pageferry relay ipc://@pf-1",
+    ]  # fmt: skip

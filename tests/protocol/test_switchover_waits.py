@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -114,28 +116,30 @@ def test_one_that_cannot_be(text):
         hooks.command(text)
 
 
-def alive_in(group):
-    """Processes of a group that have not ended."""
+def alive_in(session):
+    """Processes of a session that have not ended."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, _, theirs = path.read_text().rpartition(")")[2].split()[:3]
-            if int(theirs) == group and state != "Z":
+            state, _, _, theirs = path.read_text().rpartition(")")[2].split()[:4]
+            if int(theirs) == session and state != "Z":
                 found.append(path.parent.name)
     return found
 
 
+@pytest.mark.parametrize("within", ["", "timeout 60 "])
 @pytest.mark.parametrize("trap", ["", "trap '' TERM; "])
-def test_one_that_nobody_waits_for_any_more_is_ended(tmp_path, trap, monkeypatch):
-    """It and what it has started, also if they do not want to."""
+def test_one_that_nobody_waits_for_any_more_is_ended(tmp_path, trap, within, monkeypatch):
+    """It and what it has started, also if they do not want to, or have a process group of their
+    own, as what `timeout` runs has."""
     monkeypatch.setattr(hooks, "_END_SECONDS", 0.2)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    hook = hooks.command(f"sh -c '{trap}echo $$ > {fifo}; while true; do sleep 60; done'")
+    hook = hooks.command(f"{within}sh -c '{trap}echo $$ > {fifo}; while true; do sleep 60; done'")
 
     async def main():
         running = asyncio.ensure_future(hook(HELLO))
-        pid = os.getpgid(int(await asyncio.to_thread(fifo.read_text)))
+        pid = os.getsid(int(await asyncio.to_thread(fifo.read_text)))
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
@@ -145,11 +149,13 @@ def test_one_that_nobody_waits_for_any_more_is_ended(tmp_path, trap, monkeypatch
     asyncio.run(main())
 
 
-def test_one_whose_pageferry_is_killed_ends_with_it(tmp_path):
+@pytest.mark.parametrize("within", ["", "timeout 60 "])
+def test_one_whose_pageferry_is_killed_ends_with_it(tmp_path, within):
     """It and what it has started: nobody is left who would wait for it."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    text = f"""sh -c 'trap "" TERM; sleep 60 & echo $$ > {fifo}; while true; do sleep 60; done'"""
+    loop = f"sleep 60 & echo $$ > {fifo}; while true; do sleep 60; done"
+    text = f"""{within}sh -c 'trap "" TERM; {loop}'"""
     code = f"""
 import asyncio
 from types import SimpleNamespace
@@ -158,7 +164,21 @@ hello = SimpleNamespace(uuid="", kind="", name="")
 asyncio.run(hooks.command({text!r})(hello))
 """
     with subprocess.Popen([sys.executable, "-c", code]) as owner:
-        group = os.getpgid(int(fifo.read_text()))
-        assert len(alive_in(group)) > 2
+        session = os.getsid(int(fifo.read_text()))
+        assert len(alive_in(session)) > 2
         owner.kill()
-        until(lambda: not alive_in(group), "all of it has ended")
+        until(lambda: not alive_in(session), "all of it has ended")
+
+
+def test_one_that_ends_by_a_signal_that_is_blocked_here_has_not_succeeded():
+    """What is blocked in whoever starts pageferry is so in all that this starts, and a command may
+    open itself to it."""
+    code = (
+        "import os, signal as s; s.pthread_sigmask(s.SIG_UNBLOCK, [10]); os.kill(os.getpid(), 10)"
+    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        with pytest.raises(DestinationError, match="was ended by signal 10"):
+            asyncio.run(hooks.command(shlex.join([sys.executable, "-c", code]))(HELLO))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
