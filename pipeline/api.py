@@ -52,6 +52,7 @@ from ..workers.guests.base import TRACKING_HASH
 from ..workers.guests.shared_memory import path_of
 from ..workers.guests.snapshot import SnapshotSource
 from ..workers.reserve import Reserve
+from .arrival import Arrival
 from .blocking import Blocking, to_its_end
 from .callbacks import tell
 from .carriage import Carriage, dialled
@@ -349,10 +350,11 @@ async def copy(
     index: ContentIndex | None = None,
     state: Sequence[Section] = (),
     state_there: Sequence[Section] = (),
+    on_arrival: Callable[[Arrival], None] | None = None,
 ) -> dict[str, Any]:
     """Both ends on this host, each with its own coordinator and workers, over ipc. `reserve`,
     `state`: as in `send`; `index`: of what has come here before, if there was something;
-    `state_there`: sections that `state` is loaded into.
+    `state_there`: sections that `state` is loaded into; `on_arrival`: called with the other end.
 
     The sockets are in the abstract namespace: a crash leaves no file. Anybody on this host
     could connect to one, so the destination listens to nobody but our own source.
@@ -369,7 +371,7 @@ async def copy(
         endpoint, opener(destination, index=index), only=identity, reserve=reserve
     )
 
-    listening.sections = tuple(state_there)
+    listening.sections, listening.on_arrival = tuple(state_there), on_arrival
 
     def attached(guest: SourceGuest) -> None:
         if isinstance(guest, SnapshotSource) and parameters.codec in ("none", "auto"):
@@ -466,6 +468,7 @@ async def restore_into(
     if source.kind not in ("file", "image"):
         raise UsageError(f"{source} is no snapshot: restore --into takes file:PATH (or image:PATH)")
     begun: list[Source] = []
+    arrived: list[Arrival] = []
     tries, why = _RECOVERIES, ""
 
     def started(migration: Source | Destination) -> None:
@@ -480,18 +483,21 @@ async def restore_into(
             on_progress(report)
         if report["status"] != Status.POSTCOPY_PAUSED.value or not begun or why:
             return
-        reason = begun[0].paused_by
-        if tries and not isinstance(reason, VerificationFailed | SourceError):
+        # either end reads the snapshot, and the other one hears of it as of any pause
+        reasons = [begun[0].paused_by, *(arrival.paused_by for arrival in arrived)]
+        final = [r for r in reasons if isinstance(r, VerificationFailed | SourceError)]
+        if tries and not final:
             tries -= 1
             begun[0].recover(None)
         else:
-            why = str(reason)
+            why = str((final or reasons)[0])
             begun[0].cancel()
 
     try:
         return await copy(
-            source, into, parameters, on_progress=progress, on_started=started, monitor=monitor
-        )
+            source, into, parameters, on_progress=progress, on_started=started, monitor=monitor,
+            on_arrival=arrived.append,
+        )  # fmt: skip
     except PageferryError as e:
         if not why:
             raise

@@ -117,6 +117,7 @@ class Arrival:
         self.statistics = Statistics("destination")
         self.guest: DestinationGuest | None = None
         self.error: PageferryError | None = None
+        self.paused_by: PageferryError | None = None  # the last pause; for others to read
         self.finished = asyncio.get_running_loop().create_future()
         self._open_guest = open_guest
         self.on_progress = on_progress
@@ -672,6 +673,7 @@ class Arrival:
     def _pause(self, error: BaseException) -> None:
         """The connection is gone: the guest runs on and sleeps on what is missing."""
         _log.warning("postcopy paused: %s", error)
+        self.paused_by = as_ours(error)
         self.statistics.extra["paused-because"] = str(error)
         self._become(Status.POSTCOPY_PAUSED)
         # what belongs to the connection is taken here and now: another may come at once

@@ -14,10 +14,11 @@ from coordinator import Coordinator
 from helpers import PAGE, until_async
 from urgent_peer import UrgentPeer
 
-from pageferry.transport.errors import HostLacks, PeerLost, RemoteProtocolError
+from pageferry.transport.errors import HostLacks, PeerLost, RemoteProtocolError, VerificationFailed
 from pageferry.transport.links import parse_endpoint
 from pageferry.transport.messages import Block
 from pageferry.transport.pages import NO_RUNS
+from pageferry.transport.snapshot_format import CHUNK_BYTES, StoredBlock, digest
 from pageferry.transport.urgent import (
     Answering,
     Elsewhere,
@@ -40,6 +41,7 @@ from pageferry.workers.postcopy import ROUTED
 from pageferry.workers.preemption import Preemption, Reader, page_key
 from pageferry.workers.ram import RamBlock, RamFile
 from pageferry.workers.received import Received, Waiting
+from pageferry.workers.snapshot_file import CheckedBlock
 
 PAGES = 16
 ZERO_PAGE = 3
@@ -357,11 +359,12 @@ class AtTheDestination:
         self.received.expect(0, (np.array(missing), np.ones(len(missing), np.int64)))
         self.arrivals, self.tell = (Connection(fd) for fd in os.pipe2(os.O_CLOEXEC))
         self.coordinator = Coordinator(self.counters)
+        self.here = ()  # blocks of a snapshot
 
     def job(self):
         return fault.FaultJob(
             [self.guest.block], self.guest.memory, self.received, self.waiting, self.arrivals,
-            self.latency, self.counters, self.listen, TOKEN, self.direct,
+            self.latency, self.counters, self.listen, TOKEN, self.direct, here=self.here,
         )  # fmt: skip
 
     async def listening(self):
@@ -401,8 +404,9 @@ class AtTheDestination:
 
 
 def with_faults(
-    tmp_path, body, *, direct=False, scheme="ipc", there=(), host=1, pages=PAGES, dial=True
-):
+    tmp_path, body, *, direct=False, scheme="ipc", there=(), host=1, pages=PAGES, dial=True,
+    here=(),
+):  # fmt: skip
     """Run `body(destination, source)` with a fault process to which the test has connected."""
     try:
         guest = ArmedGuest([pages], page_size=host * PAGE)
@@ -411,6 +415,7 @@ def with_faults(
 
     async def run():
         destination = AtTheDestination(guest, address(tmp_path, scheme), direct, there)
+        destination.here = here
         source = UrgentPeer(urgent_link(direct, 0), Answering())
         try:
             await destination.coordinator.pool.start(fault.main, [destination.job()])
@@ -833,3 +838,73 @@ def test_a_process_that_takes_over_from_one_that_died(tmp_path):
             again.link.close()
 
     with_faults(tmp_path, body, direct=True)
+
+
+# ---- where the memory is in a snapshot on this host -------------------------------------------
+
+SAVED = random.Random(8).randbytes(40 * PAGE)
+
+
+def saved(page, count=1):
+    return SAVED[page * PAGE : (page + count) * PAGE]
+
+
+@pytest.fixture
+def snapshot():
+    """A block of SAVED and its digests, as a snapshot has them."""
+    file = RamFile(os.memfd_create("snapshot", os.MFD_CLOEXEC), "a")
+    os.write(file.fd, SAVED)
+    for at in range(0, len(SAVED), CHUNK_BYTES):
+        os.write(file.fd, digest(SAVED[at : at + CHUNK_BYTES]))
+    stored = StoredBlock(Block("ram", len(SAVED)), 0, len(SAVED))
+    yield CheckedBlock(stored, file, here=True)
+    file.close()
+
+
+def test_a_fault_brings_its_chunk_and_leaves_alone_what_is_there(tmp_path, snapshot):
+    """What a receiver has brought and the guest has written is not written again; nor is it after
+    the guest gave it back. The last chunk is a partial one."""
+
+    async def body(destination, source):
+        guest = destination.guest
+        destination.comes_by_a_receiver(18, saved(18))
+        await destination.woken(guest.touch(18))
+        await destination.woken(guest.touch(20))
+        await counted(destination.counters, served_here=1, normal=15)
+        assert guest.there() == list(range(16, 32))
+        assert [guest.page(page) for page in (18, 20)] == [touched(saved(p)) for p in (18, 20)]
+        assert b"".join(map(guest.page, range(21, 32))) == saved(21, 11)
+        guest.block.clear((np.array([20]), np.array([1])))
+        await destination.woken(guest.touch(20))
+        assert guest.page(20) == touched(bytes(PAGE))
+        await destination.woken(guest.touch(39))
+        await counted(destination.counters, served_here=2, normal=23, requests=0, already_there=0)
+        assert b"".join(map(guest.page, range(32, 39))) == saved(32, 7)
+        assert np.flatnonzero(destination.received.view(0)).tolist() == list(range(16, 40))
+
+    with_faults(tmp_path, body, pages=40, here=[snapshot])
+
+
+@pytest.mark.parametrize("host", [4, 20])
+def test_a_host_page_is_read_whole(tmp_path, snapshot, host):
+    """Whether it is a part of a chunk or goes beyond it."""
+
+    async def body(destination, source):
+        await destination.woken(destination.guest.touch(23))
+        await counted(destination.counters, served_here=1)
+        there = list(range(16, 32)) if host == 4 else list(range(20, 40))
+        assert destination.guest.there() == there
+        there.remove(23)
+        assert all(destination.guest.page(page) == saved(page) for page in there)
+
+    with_faults(tmp_path, body, pages=40, host=host, here=[snapshot])
+
+
+def test_of_a_damaged_chunk_nothing_is_installed(tmp_path, snapshot):
+    async def body(destination, source):
+        os.pwrite(snapshot.file.fd, b"other", 17 * PAGE)
+        destination.guest.touch(20)
+        await destination.coordinator.failure(VerificationFailed)
+        assert destination.guest.there() == []
+
+    with_faults(tmp_path, body, pages=40, here=[snapshot])
