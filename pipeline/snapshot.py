@@ -193,18 +193,26 @@ class Snapshot:
         except Exception as e:
             error = as_ours(e)
             self._become(Status.FAILED, error.message)
-            await to_its_end(self._close(error))
+            await self._close_whatever_comes(error)
             error.data["report"] = self._last_report()
             raise error from e
         except asyncio.CancelledError:
-            await to_its_end(self._close(None))
+            await self._close_whatever_comes()
             self._become(Status.CANCELLED)
             self._last_report()
             raise
         self._become(Status.COMPLETED)
-        with contextlib.suppress(asyncio.CancelledError):  # too late: the file is there
-            await to_its_end(self._close(None))
+        try:
+            await self._close_whatever_comes()
+        except Exception as e:  # the guest goes on, and the file is there: so it is said
+            _log.warning("the snapshot is whole, but not all could be let go of: %s", e)
         return self._last_report()
+
+    async def _close_whatever_comes(self, error: PageferryError | None = None) -> None:
+        """A cancel meanwhile (a second one, or one that is too late) changes nothing of how it has
+        ended, and whoever watches hears of that."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await to_its_end(self._close(error))
 
     def _become(self, status: Status, why: str = "") -> None:
         self.status = status

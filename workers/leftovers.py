@@ -26,8 +26,8 @@ from typing import Any
 
 from .hollow import HOLLOW, what_is_hollow
 from .kernel.libc import lock_file
-from .kernel.tasks import began_at, pid_namespace
-from .names import SHARED_MEMORY
+from .kernel.tasks import began_at, pid_namespace, turns_of
+from .names import SHARED_MEMORY, notes
 from .throttled import THROTTLED, lift_what_was_left
 
 _SHARED = re.compile(r"(pageferry-\d+-[0-9a-f]{16})(?:-[0-9a-f]+-(\w+))?")
@@ -137,7 +137,8 @@ def _held_if_dead(path: str) -> Iterator[bool]:
 
 def _still_stopped(found: Leftover, act: bool) -> bool:
     """Whether the process that a note names still stands still; `found` says so then. One that was
-    to be saved and nothing else runs here and nowhere else: with `act` it goes on."""
+    to be saved and nothing else runs here and nowhere else: with `act` it goes on, unless somebody
+    has let it go on before, and stopped it again for reasons of his own (it may have moved)."""
     try:
         note = json.loads(Path(found.path).read_text())
         pid, began = int(note["pid"]), str(note["began"])
@@ -150,7 +151,7 @@ def _still_stopped(found: Leftover, act: bool) -> bool:
     if began_at(pid) != began or not _stands_still(pid, folder):
         return False
     found.kind, found.what = STOPPED, ""
-    if note.get("stays") and (not act or _let_go_on(pid, began, folder)):
+    if is_its_stop(note) and (not act or _let_go_on(pid, began, folder)):
         found.why = f"process {pid} was stopped to be saved, and goes on"
         return False
     how = note.get("folder") or "SIGSTOP"
@@ -190,14 +191,32 @@ def _stands_still(pid: int, folder: str) -> bool:
         return False
 
 
-def stopped_note(pid: int, folder: str, *, stays: bool) -> str:
+def stopped_note(pid: int, folder: str, *, stays: bool, turns: int) -> str:
     """What is noted of a process that is about to be stopped; `folder`: of the cgroup that is
-    frozen, "" for SIGSTOP; `stays`: whatever comes, it goes on here."""
+    frozen, "" for SIGSTOP; `stays`: whatever comes, it goes on here; `turns`: of one that stands
+    still by now (turns_of), else 0."""
     facts = {
         "pid": pid, "began": began_at(pid), "namespace": pid_namespace(), "folder": folder,
-        "stays": stays,
+        "stays": stays, "turns": turns,
     }  # fmt: skip
     return json.dumps(facts)
+
+
+def is_its_stop(note: dict[str, Any]) -> bool:
+    """Whether a process that stands still does so for whoever wrote this note of it, to save it and
+    no more: it has not run since."""
+    turns = note.get("turns")
+    return bool(note.get("stays") and turns) and turns == turns_of(int(note["pid"]))
+
+
+def stopped_to_be_saved(pid: int) -> str:
+    """The note of whoever has this process, which stands still, do so to save it, alive or not; ""
+    if nobody does."""
+    same = {"pid": pid, "began": began_at(pid), "namespace": pid_namespace()}
+    return next(
+        (path for path, note in notes(STOPPED, pid) if same.items() <= note.items()
+         and is_its_stop(note)), "",
+    )  # fmt: skip
 
 
 # ---- folders and images ------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """file:PATH on disk: what writes one, and memory of one that is checked before anybody gets it.
 
-Written under no name (files.py): it is there when it is whole, or not at all. Read through a
-mapping, as images are; the digest of a chunk is compared in each process that reads of it, the
-first time that it does. What no bit says is there is zero and is never read.
+Written under no name (files.py): it is there when it is whole, or not at all. Read by whole chunks
+into memory of the reader's own, where their digests are compared: so what was compared is what is
+sent, whatever happens to the file. What no bit says is there is zero and is never read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import xxhash
 from ..transport import snapshot_format as form
 from ..transport.errors import DestinationError, SourceError, VerificationFailed
 from ..transport.messages import Block
-from ..transport.pages import PAGE_SIZE, Pages, Runs, runs_of, union
+from ..transport.pages import PAGE_SIZE, WORDS, Pages, Runs, runs_of, union
 from ..transport.snapshot_format import CHUNK_BYTES, CHUNK_PAGES, DIGEST_BYTES, Index, StoredBlock
 from .guests.files import NewFile, open_to_read
 from .ram import RamBlock, RamFile
@@ -27,6 +27,9 @@ from .segments import Segment
 
 # Looked at together, whatever a file says of its size.
 _STEP_PAGES, _STEP_BYTES = 1 << 20, 16 << 20
+# Read at once, and kept until others are read: 16 MiB.
+_HELD_CHUNKS = 256
+_NOTHING = np.empty(0, np.int64)
 _DIRECT_HINT = "leave out ?direct=on"
 
 
@@ -151,6 +154,7 @@ class CheckedBlock(RamBlock):
         super().__init__(spec or stored.spec, file, stored.at)
         self.stored, self.here = stored, here
         self._unchecked: npt.NDArray[np.bool_] | None = None
+        self._held = _NOTHING, np.empty((0, WORDS), np.uint64)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (CheckedBlock, (self.stored, self.file, self.spec, self.here))
@@ -172,6 +176,40 @@ class CheckedBlock(RamBlock):
             raise SourceError(f"{self.file.name} became shorter while it was read")
         bits = np.unpackbits(packed, bitorder="little")[first - begin * 8 : last - begin * 8]
         return runs_of(np.flatnonzero(bits) + first)
+
+    def verified(self, pages: Pages) -> npt.NDArray[np.uint64] | None:
+        """What was read is compared, and kept: who looks for zeros first, and then takes the rest,
+        gets of the same reading. What was returned never changes."""
+        chunks = pages // CHUNK_PAGES
+        wanted = np.unique(chunks)
+        if len(wanted) <= _HELD_CHUNKS:
+            return self._rows(pages, chunks, wanted)
+        out = np.empty((len(pages), WORDS), np.uint64)
+        for at in range(0, len(wanted), _HELD_CHUNKS):
+            part = wanted[at : at + _HELD_CHUNKS]
+            begin = np.searchsorted(chunks, part[0])
+            end = np.searchsorted(chunks, part[-1], "right")
+            out[begin:end] = self._rows(pages[begin:end], chunks[begin:end], part)
+        return out
+
+    def _rows(self, pages: Pages, chunks: Pages, wanted: Pages) -> npt.NDArray[np.uint64]:
+        held, content = self._held
+        at = np.searchsorted(held, chunks)
+        if not len(held) or at[-1] == len(held) or not np.array_equal(held[at], chunks):
+            self._held = held, content = wanted, self._load(wanted)
+            at = np.searchsorted(held, chunks)
+        rows = at * CHUNK_PAGES + pages % CHUNK_PAGES
+        first, n = int(rows[0]), len(rows)
+        return content[first : first + n] if int(rows[-1]) + 1 - first == n else content[rows]
+
+    def _load(self, chunks: Pages) -> npt.NDArray[np.uint64]:
+        """All of them, one behind the other; rows behind the block's end are not written."""
+        content = np.empty((len(chunks) * CHUNK_PAGES, WORDS), np.uint64)
+        buffer, at = content.reshape(-1).data.cast("B"), 0
+        for first, count in zip(*map(np.ndarray.tolist, runs_of(chunks)), strict=True):
+            self.read_chunks(first, count, buffer[at:])
+            at += count * CHUNK_BYTES
+        return content
 
     def check(self, pages: Pages | Sequence[int]) -> None:
         """Compare the chunks of `pages`. VerificationFailed names the first that differs."""

@@ -28,6 +28,7 @@ from pageferry.pipeline.trials import take_sample
 from pageferry.tools.bench.boot_guest import BootGuest, rom_image
 from pageferry.tools.cli.main import cli
 from pageferry.transport.errors import (
+    DestinationError,
     HostLacks,
     NoSpace,
     PeerLost,
@@ -417,6 +418,43 @@ class Cancelled(Snapshot):
             loop.call_soon(self._task.cancel)
         await super()._publish()
 
+    async def _end_processes(self):
+        if self.when:
+            self._task.cancel()
+        await super()._end_processes()
+
+
+class Failing(Cancelled):
+    """At the end, and cancelled while all is let go of."""
+
+    when = "failed"
+
+    async def _finish(self, state):
+        raise DestinationError("the disk has gone")
+
+
+class LettingGoFails(Snapshot):
+    async def _end_processes(self):
+        await super()._end_processes()
+        raise OSError("that cannot be closed")
+
+
+def test_how_it_ended_is_said_whoever_cancels_it_then(tmp_path, caplog):
+    """A failure is one, with its figures; what goes wrong once the file has its name is
+    told, and no failure."""
+    (tmp_path / "vm").write_bytes(pattern(40))
+    with contextlib.closing(open_source(parse_guest(f"image:{tmp_path}/vm"))) as guest:
+        taking = Failing(guest, str(tmp_path / "a"), 1)
+        with pytest.raises(DestinationError, match="the disk has gone") as raised:
+            asyncio.run(taking.run())
+        assert raised.value.data["report"]["status"] == "failed"
+        assert not taking.can_be_yanked()
+        assert os.listdir(tmp_path) == ["vm"]
+        report = asyncio.run(LettingGoFails(guest, str(tmp_path / "a"), 1).run())
+        assert report["status"] == "completed"
+        assert "whole, but not all could be let go of: that cannot be closed" in caplog.text
+        assert memory_in(tmp_path / "a", 40) == pattern(40)
+
 
 @pytest.mark.parametrize("when", ["on disk", "named"])
 def test_a_cancel_comes_before_its_name_or_too_late(tmp_path, when):
@@ -428,6 +466,7 @@ def test_a_cancel_comes_before_its_name_or_too_late(tmp_path, when):
         if when == "on disk":
             with pytest.raises(asyncio.CancelledError):
                 asyncio.run(taking.run())
+            assert taking.status.value == "cancelled" and not taking.can_be_yanked()
             assert os.listdir(tmp_path) == ["vm"]
         else:
             assert asyncio.run(taking.run())["status"] == "completed"

@@ -235,6 +235,40 @@ def test_a_changed_page_is_never_presented(tmp_path, ram, opened, page):
         chunk_digests(block)
 
 
+def test_what_was_compared_is_what_is_read(tmp_path, ram, opened):
+    """Damage between two looks of a sender changes nothing of what it takes, or is found."""
+    data = memory_of(1)
+    save(tmp_path / "a", [ram(data)])
+    reader = BlockReader(opened(tmp_path / "a").blocks[0])
+    pages = np.arange(32)
+    zero = reader.zero(pages)
+    assert np.flatnonzero(zero).tolist() == list(range(1, 32, 3))[:2] + list(range(10, 32, 3))
+    with open(tmp_path / "a", "r+b") as file:
+        file.seek(ALIGNMENT + 20 * PAGE_SIZE)
+        file.write(b"\xff" * PAGE_SIZE)
+    kept = [reader.read(np.array(which), copy=copy).tobytes()
+            for which, copy in ((range(18, 24), False), ([0, 20, 31], True))]  # fmt: skip
+    pages_of = [data[at * PAGE_SIZE : (at + 1) * PAGE_SIZE] for at in range(32)]
+    assert kept == [b"".join(pages_of[18:24]), pages_of[0] + pages_of[20] + pages_of[31]]
+    reader.read(np.array([90]), copy=False)  # others are read meanwhile
+    with pytest.raises(VerificationFailed, match="a is damaged: bytes 65536 to 131072"):
+        reader.read(np.array([20]), copy=False)
+
+
+def test_pages_that_lie_far_apart(tmp_path, ram, opened, monkeypatch):
+    """More chunks than are kept: each in its turn."""
+    monkeypatch.setattr(snapshot_file, "_HELD_CHUNKS", 2)
+    data = memory_of(1)
+    save(tmp_path / "a", [ram(data)])
+    reader = BlockReader(opened(tmp_path / "a").blocks[0])
+    pages = np.array([3, 5, 20, 40, 70, 71, 98, 99])
+    found = reader.read(pages, copy=False).tobytes()
+    assert found == b"".join(
+        data[at * PAGE_SIZE : (at + 1) * PAGE_SIZE].ljust(PAGE_SIZE, b"\0") for at in pages.tolist()
+    )
+    assert reader.zero(pages).tolist() == [False, False, False, True, True, False, False, False]
+
+
 def test_a_changed_table_is_refused(tmp_path, ram):
     """Digests and bits have a digest themselves."""
     save(tmp_path / "a", [ram(memory_of(1))])

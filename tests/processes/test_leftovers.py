@@ -15,10 +15,12 @@ import psutil
 import pytest
 from helpers import Running, pageferry, until
 
+from pageferry.transport.errors import SourceError
 from pageferry.workers import forking, leftovers, names
 from pageferry.workers.guests.files import NewFile, PartialFile
 from pageferry.workers.guests.stopping import WriterProcess
 from pageferry.workers.hollow import HollowNote, hollow_note
+from pageferry.workers.kernel.freezer import freezer_of, is_frozen
 from pageferry.workers.kernel.libc import lock_file
 from pageferry.workers.kernel.tasks import is_stopped
 from pageferry.workers.leftovers import clean, sweep
@@ -360,6 +362,71 @@ def test_a_process_that_a_killed_one_stopped(stays):
         sleeper.kill()
         sleeper.wait()
         assert found.path in removed(sweep())
+
+
+@pytest.fixture
+def saved():
+    """A process that somebody has stopped to save it: both."""
+    with (
+        subprocess.Popen(["sleep", "1000"]) as sleeper,
+        subprocess.Popen(
+            [sys.executable, "-c", STOPPER, str(sleeper.pid), "stays"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        ) as stopper,
+    ):  # fmt: skip
+        stopper.stdout.readline()
+        yield sleeper, stopper
+        if alive(stopper.pid):
+            kill_family(stopper.pid)
+            stopper.wait()
+        sleeper.kill()
+        sleeper.wait()
+        sweep()
+
+
+def test_who_was_let_go_on_and_stopped_by_somebody_else_stays_stopped(saved):
+    """It may run at another host by now: it has left this one's hands."""
+    sleeper, stopper = saved
+    kill_family(stopper.pid)
+    stopper.wait()
+    freezer = freezer_of(sleeper.pid)
+    if freezer is not None:
+        freezer.thaw()
+    os.kill(sleeper.pid, signal.SIGCONT)
+    until(lambda: not is_stopped(sleeper.pid), "it goes on")
+    until(lambda: psutil.Process(sleeper.pid).status() == "sleeping", "and has run")
+    mover = WriterProcess(sleeper.pid)
+    mover.stop()
+    mover.close()  # it has moved
+    try:
+        sweep()
+        (found,) = (f for f in clean([], partial=False, dry_run=False) if f.kind == "stopped")
+        assert not found.removed and "if its memory is not in use elsewhere" in found.why
+        assert is_stopped(sleeper.pid) or is_frozen(sleeper.pid)
+    finally:
+        if freezer is not None:
+            freezer.thaw()
+
+
+def test_who_is_being_saved_is_moved_by_nobody(saved):
+    """It would be let go on here: by whoever saves it, or by the next start if he was killed."""
+    sleeper, stopper = saved
+    mover = WriterProcess(sleeper.pid)
+    try:
+        for killed in (False, True):
+            if killed:
+                kill_family(stopper.pid)
+                stopper.wait()
+            with pytest.raises(SourceError, match=r"to save it .*wait for that snapshot"):
+                mover.stop()
+            mover.resume()
+            assert is_stopped(sleeper.pid) or is_frozen(sleeper.pid)
+        sweep()
+        mover.stop()
+        mover.check()
+        mover.resume()
+    finally:
+        mover.close()
 
 
 def test_one_that_goes_on_leaves_no_note():

@@ -16,7 +16,8 @@ import time
 
 from ...transport.errors import SourceError, UsageError
 from ..kernel.freezer import Freezer, freezer_of, is_frozen
-from ..leftovers import STOPPED, stopped_note
+from ..kernel.tasks import turns_of
+from ..leftovers import STOPPED, stopped_note, stopped_to_be_saved
 from ..names import SHARED_MEMORY, shared_name
 from ..throttled import stopped_now_and_then
 
@@ -61,9 +62,21 @@ class WriterProcess:
                 f"somebody else slows process {self.pid} down ({note}): end that migration first "
                 f"(pageferry cancel); if there is none, `pageferry clean`"
             )
-        if not self._stands_still() and not self._freeze():
+        if self._stands_still():
+            self._refuse_another_s_moment()
+        elif not self._freeze():
             self._send_stop()
+        if self._note and self.stays:
+            self._write_note(turns_of(self.pid))  # by which this stop is known from a later one
         self._still = True
+
+    def _refuse_another_s_moment(self) -> None:
+        """Whoever saves it lets it go on, and if he was killed the next start does."""
+        if note := stopped_to_be_saved(self.pid):
+            raise SourceError(
+                f"somebody else has stopped process {self.pid} to save it ({note}): wait for that "
+                f"snapshot; if there is none, `pageferry clean` (of its user) lets it go on"
+            )
 
     def _freeze(self) -> bool:
         """False if it has no freezer to itself."""
@@ -71,7 +84,7 @@ class WriterProcess:
         if freezer is None:
             return False
         self._freezer = freezer  # first: whatever comes, resume thaws
-        self._write_note(str(freezer.folder))
+        self._write_note()
         try:
             freezer.freeze(_STOP_SECONDS)
         except TimeoutError as e:
@@ -89,7 +102,7 @@ class WriterProcess:
 
     def _send_stop(self) -> None:
         self._signalled = True
-        self._write_note("")
+        self._write_note()
         self._signal(signal.SIGSTOP)
         until = time.monotonic() + _STOP_SECONDS
         while not self._all_stopped():
@@ -97,13 +110,20 @@ class WriterProcess:
                 raise SourceError(f"process {self.pid} does not stop")
             time.sleep(_POLL_SECONDS)
 
-    def _write_note(self, folder: str) -> None:
-        """Say that it is us who stop it: `pageferry clean` shows it, if we cannot any more."""
-        self._drop_note()
+    def _write_note(self, turns: int = 0) -> None:
+        """Say that it is us who stop it: `pageferry clean` shows it, if we cannot any more. The one
+        before is there until the new one is whole."""
         path = f"{SHARED_MEMORY}/{shared_name(STOPPED)}"
-        with contextlib.suppress(OSError), open(path, "x") as note:  # no reason not to move it
-            self._note = path
-            note.write(stopped_note(self.pid, folder, stays=self.stays))
+        folder = str(self._freezer.folder) if self._freezer is not None else ""
+        try:
+            with open(path, "x") as note:
+                note.write(stopped_note(self.pid, folder, stays=self.stays, turns=turns))
+        except OSError:  # no reason not to move it
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            return
+        self._drop_note()
+        self._note = path
 
     def _drop_note(self) -> None:
         with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -39,6 +40,17 @@ def is_stopped(pid: int) -> bool:
     return any(
         _fields(f"/proc/{pid}/task/{thread}/stat")[:1] == ["T"] for thread in threads_of(pid)
     )
+
+
+def turns_of(pid: int) -> int:
+    """How often its threads were given a processor (third field of /proc/PID/schedstat): the same
+    number later says that none of them ran meanwhile, whoever let it go on and stopped it again. 0
+    where the kernel does not count, or if it has ended."""
+    turns = 0
+    for thread in threads_of(pid):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended
+            turns += int(Path(f"/proc/{pid}/task/{thread}/schedstat").read_text().split()[2])
+    return turns
 
 
 def cpu_seconds(pid: int, threads: list[int] | None = None) -> float:
