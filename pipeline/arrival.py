@@ -360,9 +360,12 @@ class Arrival:
             )
             await self.control.say(messages.refusal(error))
             raise error
+        # A page that is brought without a claim, written and given back could be placed once more
+        # by a receiver that was just about to.
+        here = () if self.guest.gives_back else self.here
         self._faults = Faults(
             self.guest.blocks, self.guest.memory, self._listen_at(MAX_WORKERS), self.fail,
-            direct=DIRECT in self.hello.capabilities, recorder=self.journal.lane, here=self.here,
+            direct=DIRECT in self.hello.capabilities, recorder=self.journal.lane, here=here,
         )  # fmt: skip
         self.statistics.urgent = self._faults.counters
         token = secrets.token_bytes(16)

@@ -238,6 +238,8 @@ class DestinationGuest(ABC):
     # Its `load_state` takes sections that nobody knows here, too: it keeps them, and loads none.
     keeps_sections = False
     validate_uuid = True  # whether one that has a uuid takes only the guest of that
+    # Whether somebody may give its pages back (a balloon) while others still arrive.
+    gives_back = True
     # Its memory, armed before anything can touch it; only if hello.capabilities has POSTCOPY.
     memory: ArmedMemory | None = None
 

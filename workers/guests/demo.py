@@ -374,6 +374,7 @@ class DemoDestination(DestinationGuest):
     """A demo guest that waits for its memory and registers."""
 
     kind = "demo"
+    gives_back = False
 
     def __init__(self, uri: GuestUri) -> None:
         self._guest: GuestProcess | None = None
