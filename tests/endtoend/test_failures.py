@@ -43,7 +43,7 @@ def _children(process, name):
         (["copy", "{image}", "image:/no/such/folder/x"], 4, "No such file"),
         (["copy", "{image}", "image:/tmp"], 4, "is a directory"),
         (["copy", "{image}", "demo:"], 6, "cannot go on as a demo: guest"),
-        (["copy", "{image}", "{image}.2", "--codec", "lzma"], 2, "choose from none, lz4"),
+        (["copy", "{image}", "{image}.2", "--codec", "lzma"], 2, "choose from auto, none, lz4"),
         (["copy", "{image}", "{image}.2", "--codec", "zstd", "--level", "99"], 2, "-7 to 19"),
         (["copy", "{image}", "{image}.2", "--level", "3"], 2, "level needs a codec"),
         (["copy", "{image}", "{image}.2", "--workers", "0"], 2, "--workers"),

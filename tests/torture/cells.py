@@ -525,6 +525,8 @@ def allowed(cell: Cell) -> set[Outcome]:
         found = {expected(cell)}
         if (cell.fault, cell.hit) == (Fault.RESET, Line.DATA) and _frames(cell.moment):
             found.add(OUTCOMES[Loss.LINK][cell.moment.run])
+        if (cell.moment, cell.hit, cell.fault) == (POSTCOPY, Line.CONTROL, Fault.REPEAT):
+            found.add(Outcome.COMPLETES)  # it was the last word of all
         if (cell.moment, cell.hit) == (POSTCOPY, Line.MEMORY):
             found.add(Outcome.RECOVERS)
         if (cell.moment, cell.fault, cell.hit) == (STOPS, Fault.STOP, Victim.SLOWER):
