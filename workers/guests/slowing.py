@@ -251,10 +251,10 @@ class Slowing:
     def _hear(self, seconds: float) -> None:
         """Until all is answered. OSError with what it cannot do; WorkerDied."""
         assert self._pipe is not None
-        until = time.monotonic() + seconds
-        if self._asked:  # who does not answer what was asked before does not answer
-            until = min(until, self._asked[0] + max(seconds, _STALL_SECONDS))
+        end = time.monotonic() + seconds
         while self._asked:
+            # who does not answer what was asked before does not answer
+            until = min(end, self._asked[0] + max(seconds, _STALL_SECONDS))
             if not self._pipe.poll(max(0.0, until - time.monotonic())):
                 raise WorkerDied("the process that slows down the guest does not answer")
             self._take()
